@@ -1,0 +1,1 @@
+//! The devices of a guest, a folder each.
