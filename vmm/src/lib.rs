@@ -10,7 +10,10 @@
 //! and every device is tested with a fake on its side of them.
 
 pub mod bus;
+pub mod console_hub;
 pub mod devices;
 pub mod interrupt;
 pub mod lease;
 pub mod memory;
+pub mod pci;
+pub mod virtio;

@@ -1,0 +1,1 @@
+//! The PCI Express hierarchy of a guest.
