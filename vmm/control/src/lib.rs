@@ -1,0 +1,24 @@
+//! What hostd and a vmm process say to each other. Both link this crate, and nothing else of each other.
+//!
+//! 1. hostd writes a [`VmmConfig`] to a file and runs `vmm run --config FILE --control SOCKET --lock-fd N`.
+//! 2. They talk over the control socket in lines of JSON: [`Request`], [`Reply`], [`Notice`] ([`protocol`]).
+//! 3. When the guest has ended, the vmm leaves an [`ExitReport`] and an exit code that says the same ([`exit`]).
+//!
+//! Start reading at [`config`]. Everything here is a value or a function between values; the socket is in the vmm.
+
+pub mod config;
+pub mod exit;
+pub mod protocol;
+
+pub use config::{
+    ConfigError, DiskConfig, Identity, LeaseConfig, LogLevel, MachineType, ReleaseClass, VmmConfig,
+};
+pub use exit::{ExitError, ExitReason, ExitReport};
+pub use protocol::{
+    Call, ErrorCode, Fault, Hello, Message, Notice, PauseReason, ProtocolError, Reply, Request,
+    RunState, Status,
+};
+
+/// The longest lease that exists: a lease lasts 12 s from the send time of the host's heartbeat (DESIGN §5), plus half a second
+/// for hostd's own rounding. A later deadline is a mistake, or an echo from before a reboot, and is refused.
+pub const MAX_LEASE_NS: u64 = 12_500_000_000;

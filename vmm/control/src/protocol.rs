@@ -1,0 +1,336 @@
+//! The control socket: lines of JSON over a Unix stream socket of mode 0600.
+//!
+//! A client sends [`Request`]s, each with an id of its own; the vmm answers each with one [`Reply`] of that id, in order, and pushes
+//! [`Notice`]s to every client in between. A line that comes from the vmm is a [`Message`]: it has `id` or `notice`.
+//!
+//! ```text
+//! > {"id":1,"method":"confirm","params":{"epoch":41,"deadline_ns":8123456789}}
+//! < {"id":1,"result":{"deadline_ns":8123456789}}
+//! < {"notice":"paused","reason":"lease_expired","quiesced":true}
+//! ```
+//!
+//! After the reply to `console_attach` the same connection carries the guest's console as raw bytes, both ways.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+/// Grows when a method or field is added that an older vmm does not know. A vmm lives as long as its guest, so a newer
+/// hostd meets older ones after each upgrade.
+pub const PROTOCOL_VERSION: u32 = 1;
+/// The longest line in either direction, with its end.
+pub const MAX_LINE_BYTES: usize = 64 << 10;
+/// Clients at one time, consoles included.
+pub const MAX_CLIENTS: usize = 8;
+
+/// What a client asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "method", content = "params", rename_all = "snake_case")]
+pub enum Call {
+    /// Who is there: [`Hello`].
+    Hello,
+    /// What the guest does: [`Status`].
+    Status,
+    /// Extends the lease, and resumes a guest that was paused by its end. Only for the epoch that this process runs under.
+    Confirm {
+        epoch: u64,
+        deadline_ns: u64,
+    },
+    /// Stops the vCPUs. Independent of the lease: both must allow the guest to run.
+    Pause,
+    Resume,
+    /// Presses the ACPI power button.
+    PowerButton,
+    /// Ends the guest at once, as pulling the plug would; its disks are drained.
+    PowerOff,
+    /// Resets the guest. A repeated `id` is answered and does nothing, so a retry is safe.
+    Reset {
+        id: u64,
+    },
+    /// Turns this connection into the guest's console.
+    ConsoleAttach,
+    /// Counters, as one object.
+    Metrics,
+}
+
+/// One line from a client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    pub id: u64,
+    pub call: Call,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ProtocolError {
+    #[error("the line is longer than {MAX_LINE_BYTES} bytes")]
+    TooLong,
+    #[error("the line is not a request: {what}")]
+    NotARequest {
+        /// The id, when at least that was readable, so that the answer can carry it.
+        id: Option<u64>,
+        what: String,
+    },
+}
+
+/// The outer form. `params` may be left out by methods that take none.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRequest {
+    id: u64,
+    method: String,
+    #[serde(default)]
+    params: Value,
+}
+
+impl Request {
+    /// One line, with its end.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut line = json!(self.call);
+        line["id"] = json!(self.id);
+        encode_line(&line)
+    }
+
+    pub fn decode(line: &[u8]) -> Result<Self, ProtocolError> {
+        if line.len() > MAX_LINE_BYTES {
+            return Err(ProtocolError::TooLong);
+        }
+        let raw: RawRequest =
+            serde_json::from_slice(line).map_err(|e| ProtocolError::NotARequest {
+                id: None,
+                what: e.to_string(),
+            })?;
+        let no_params = match &raw.params {
+            Value::Null => true,
+            Value::Object(fields) => fields.is_empty(),
+            _ => false,
+        };
+        let mut tagged = json!({ "method": raw.method });
+        if !no_params {
+            tagged["params"] = raw.params;
+        }
+        let call = serde_json::from_value(tagged).map_err(|e| ProtocolError::NotARequest {
+            id: Some(raw.id),
+            what: e.to_string(),
+        })?;
+        Ok(Self { id: raw.id, call })
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    BadRequest,
+    /// `confirm` named another permit.
+    WrongEpoch,
+    /// `confirm` named a deadline that no lease can have, or that has passed.
+    BadDeadline,
+    /// The guest's release class has no lease.
+    NoLease,
+    /// The guest is ending or restarting.
+    NotNow,
+    Failed,
+}
+
+/// Why a request was not carried out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Fault {
+    pub code: ErrorCode,
+    pub message: String,
+}
+
+/// The answer to one request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Reply {
+    pub id: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<Fault>,
+}
+
+/// What the vmm tells without being asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "notice", rename_all = "snake_case")]
+pub enum Notice {
+    /// The vCPUs stand. For a lease, a second notice follows once the disks are quiet.
+    Paused {
+        reason: PauseReason,
+        quiesced: bool,
+    },
+    Resumed,
+    /// The guest restarts within this process, under the same epoch.
+    Reset,
+    /// The guest ends; `exit.json` follows.
+    ShuttingDown {
+        reason: crate::ExitReason,
+    },
+}
+
+/// One line from the vmm.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Message {
+    Reply(Reply),
+    Notice(Notice),
+}
+
+impl Reply {
+    pub fn ok(id: u64, result: impl Serialize) -> Self {
+        match serde_json::to_value(result) {
+            Ok(result) => Self {
+                id,
+                result: Some(result),
+                error: None,
+            },
+            Err(e) => Self::error(id, ErrorCode::Failed, e.to_string()),
+        }
+    }
+
+    pub fn error(id: u64, code: ErrorCode, message: impl Into<String>) -> Self {
+        Self {
+            id,
+            result: None,
+            error: Some(Fault {
+                code,
+                message: message.into(),
+            }),
+        }
+    }
+}
+
+impl Message {
+    /// One line, with its end.
+    pub fn encode(&self) -> Vec<u8> {
+        encode_line(self)
+    }
+
+    pub fn decode(line: &[u8]) -> Result<Self, ProtocolError> {
+        if line.len() > MAX_LINE_BYTES {
+            return Err(ProtocolError::TooLong);
+        }
+        serde_json::from_slice(line).map_err(|e| ProtocolError::NotARequest {
+            id: None,
+            what: e.to_string(),
+        })
+    }
+}
+
+fn encode_line(value: &impl Serialize) -> Vec<u8> {
+    // Our types have string keys and no failing Serialize, which are the two ways this can fail.
+    let mut line = serde_json::to_vec(value).unwrap_or_default();
+    line.push(b'\n');
+    line
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    pub protocol: u32,
+    pub vm: Uuid,
+    pub name: String,
+    pub epoch: u64,
+    pub pid: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PauseReason {
+    /// `pause` over the control socket.
+    Requested,
+    /// The lease ended. Goes before `requested` when both hold.
+    LeaseExpired,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum RunState {
+    Running,
+    Paused { reason: PauseReason },
+    ShuttingDown,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    #[serde(flatten)]
+    pub run: RunState,
+    /// True when no vCPU runs, no I/O of a shared disk is in the kernel and shared disks are closed.
+    pub quiesced: bool,
+    /// The lease's deadline in nanoseconds of `CLOCK_BOOTTIME`; `None` for the other release classes.
+    pub deadline_ns: Option<u64>,
+    pub vcpus: u16,
+    /// From the start of the process to the guest's write to the boot-timer port.
+    pub boot_time_us: Option<u64>,
+    /// Resident memory of this process that is not guest RAM; measured at most every half minute.
+    pub overhead_bytes: Option<u64>,
+    /// How often the guest was reset in this process.
+    pub resets: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_survive_the_wire() {
+        for call in [
+            Call::Hello,
+            Call::Status,
+            Call::Confirm {
+                epoch: 4,
+                deadline_ns: u64::MAX,
+            },
+            Call::Reset { id: 9 },
+            Call::ConsoleAttach,
+        ] {
+            let request = Request { id: 3, call };
+            let line = request.encode();
+            assert_eq!(line.iter().filter(|b| **b == b'\n').count(), 1);
+            assert_eq!(Request::decode(&line).unwrap(), request);
+        }
+    }
+
+    #[test]
+    fn empty_params_are_no_params() {
+        for line in [
+            r#"{"id":1,"method":"status"}"#,
+            r#"{"id":1,"method":"status","params":{}}"#,
+            r#"{"id":1,"method":"status","params":null}"#,
+        ] {
+            assert_eq!(Request::decode(line.as_bytes()).unwrap().call, Call::Status);
+        }
+    }
+
+    #[test]
+    fn nonsense_is_refused_with_the_id_where_it_has_one() {
+        let unknown = Request::decode(br#"{"id":5,"method":"explode"}"#).unwrap_err();
+        assert!(matches!(
+            unknown,
+            ProtocolError::NotARequest { id: Some(5), .. }
+        ));
+        for line in [
+            &b"not json"[..],
+            br#"{"id":-1,"method":"status"}"#,
+            br#"{"id":1,"method":"status","more":1}"#,
+            br#"{"id":1,"method":"confirm"}"#,
+            br#"{"id":1,"method":"confirm","params":{"epoch":"x","deadline_ns":1}}"#,
+        ] {
+            assert!(Request::decode(line).is_err());
+        }
+        assert!(matches!(
+            Request::decode(&vec![b' '; MAX_LINE_BYTES + 1]),
+            Err(ProtocolError::TooLong)
+        ));
+    }
+
+    #[test]
+    fn replies_and_notices_are_told_apart() {
+        let reply = Message::Reply(Reply::ok(1, 5));
+        let notice = Message::Notice(Notice::Paused {
+            reason: PauseReason::LeaseExpired,
+            quiesced: true,
+        });
+        for message in [reply, notice] {
+            assert_eq!(Message::decode(&message.encode()).unwrap(), message);
+        }
+    }
+}
