@@ -1,0 +1,216 @@
+//! Commands: what somebody wants, or what a host saw. One accepted command is one batch of events.
+
+use serde::Deserialize;
+use serde::Serialize;
+
+use crate::ids::BootId;
+use crate::ids::ClusterId;
+use crate::ids::DataCenterId;
+use crate::ids::Epoch;
+use crate::ids::HostId;
+use crate::ids::SiteId;
+use crate::ids::TokenId;
+use crate::ids::VmId;
+use crate::state::Capacity;
+use crate::state::ExitReason;
+use crate::state::Fingerprint;
+use crate::state::GuestStatus;
+use crate::state::RunStrategy;
+use crate::state::StopMode;
+use crate::state::TokenPurpose;
+use crate::state::VmSpec;
+
+/// Who asks. It is part of every batch, and rules depend on it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Actor {
+    /// root on a host's Unix socket.
+    Root(HostId),
+    /// The bearer of an API token.
+    Token(TokenId),
+    /// A host about itself and its guests, proven by its certificate.
+    Host(HostId),
+    /// A duty of the leader (planner, grant keeper), which runs on this host.
+    Duty(HostId),
+    /// A machine that joins, before it is a host; the token it shows is in the command.
+    Joiner,
+}
+
+/// A retry with the same key and the same body is answered as the first time was; the same key with another
+/// body is a conflict (hazard H16).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdempotencyKey {
+    /// Chosen by the client, at most [`IdempotencyKey::MAX_LEN`] bytes.
+    pub key: String,
+    /// blake3 of the request body as the client sent it.
+    pub body_hash: [u8; 32],
+}
+
+impl IdempotencyKey {
+    pub const MAX_LEN: usize = 128;
+}
+
+/// A command on its way to the decider.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Request {
+    pub actor: Actor,
+    /// The host whose API or agent received it.
+    pub origin: HostId,
+    pub idempotency: Option<IdempotencyKey>,
+    pub command: Command,
+}
+
+/// A host's report carries its incarnation and a counter that only rises within it; `decide` drops older ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReportId {
+    pub host: HostId,
+    pub boot: BootId,
+    pub counter: u64,
+}
+
+/// What a host tells about itself when it joins and at each boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostFacts {
+    pub boot: BootId,
+    pub capacity: Capacity,
+    /// Highest feature level that this build can apply.
+    pub feature_level: u32,
+    pub version: String,
+    /// CLOCK_BOOTTIME runs while the host does not (metal with tsc; hazard C6).
+    pub clock_runs_while_stopped: bool,
+    /// An armed watchdog, nowayout, with this timeout.
+    pub watchdog_timeout_ms: Option<u32>,
+}
+
+/// A host that asks to belong.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostCandidate {
+    pub name: String,
+    /// `address:port`, where its 7443 is reached.
+    pub address: String,
+    /// blake3 of the host's public key (DER SubjectPublicKeyInfo).
+    pub public_key: Fingerprint,
+    pub facts: HostFacts,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Command {
+    // -- site, hosts
+    /// First command of every log: the site, `Default` data center and cluster, and the first host.
+    SiteInit {
+        site: SiteId,
+        name: String,
+        ca: Fingerprint,
+        first_host: HostCandidate,
+    },
+    TokenCreate {
+        purpose: TokenPurpose,
+        secret_hash: [u8; 32],
+        ttl_ms: u64,
+        note: String,
+    },
+    TokenRevoke {
+        token: TokenId,
+    },
+    /// Consumes a join token. Asked again with the same key pair it is answered with the same host.
+    HostJoin {
+        secret_hash: [u8; 32],
+        candidate: HostCandidate,
+    },
+    CertificateIssue {
+        host: HostId,
+        serial: String,
+        fingerprint: Fingerprint,
+        not_after_ms: u64,
+    },
+    HostMaintenance {
+        host: HostId,
+    },
+    HostActivate {
+        host: HostId,
+    },
+    /// The host is out: its certificate is refused from here on. Needs maintenance, and no guest.
+    HostRemove {
+        host: HostId,
+    },
+    HostSpmPriority {
+        host: HostId,
+        priority: i8,
+    },
+    /// First word of a host in an incarnation, or a change of its facts. Another boot id releases its permits.
+    ReportHost {
+        report: ReportId,
+        facts: HostFacts,
+    },
+
+    // -- duties of the leader about hosts (DESIGN §5, monotonic clock)
+    HostSuspect {
+        host: HostId,
+    },
+    HostLost {
+        host: HostId,
+    },
+    HostRecover {
+        host: HostId,
+    },
+
+    // -- virtual machines
+    VmDefine {
+        name: String,
+        cluster: Option<ClusterId>,
+        spec: VmSpec,
+        run_strategy: RunStrategy,
+    },
+    VmChange {
+        vm: VmId,
+        change: VmChange,
+    },
+    VmDelete {
+        vm: VmId,
+    },
+    VmStart {
+        vm: VmId,
+        host: Option<HostId>,
+    },
+    VmStop {
+        vm: VmId,
+        mode: StopMode,
+    },
+    VmReset {
+        vm: VmId,
+    },
+    /// Duty of the leader: give a VM that should run a host.
+    VmPlace {
+        vm: VmId,
+    },
+    ReportVmStatus {
+        report: ReportId,
+        vm: VmId,
+        epoch: Epoch,
+        status: GuestStatus,
+    },
+    ReportVmExited {
+        report: ReportId,
+        vm: VmId,
+        epoch: Epoch,
+        reason: ExitReason,
+        detail: String,
+    },
+
+    // -- storage manager
+    SpmGrant {
+        data_center: DataCenterId,
+        host: HostId,
+    },
+    SpmRelease {
+        data_center: DataCenterId,
+    },
+}
+
+/// What may change on a defined VM; `None` keeps.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct VmChange {
+    pub name: Option<String>,
+    pub run_strategy: Option<RunStrategy>,
+    /// Takes effect at the next start.
+    pub spec: Option<VmSpec>,
+}

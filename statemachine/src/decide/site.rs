@@ -1,0 +1,94 @@
+//! The site and its tokens.
+
+use super::Context;
+use super::Decided;
+use super::form;
+use super::host;
+use crate::command::HostCandidate;
+use crate::event::ClusterCreated;
+use crate::event::DataCenterCreated;
+use crate::event::HostJoined;
+use crate::event::SiteInitialised;
+use crate::event::TokenCreated;
+use crate::event::TokenRevoked;
+use crate::ids::ClusterId;
+use crate::ids::DataCenterId;
+use crate::ids::HostId;
+use crate::ids::SiteId;
+use crate::ids::TokenId;
+use crate::rejection::Noun;
+use crate::rejection::Rejection;
+use crate::state::Created;
+use crate::state::Fingerprint;
+use crate::state::SchedulingPolicy;
+use crate::state::TokenPurpose;
+use crate::state::TokenStatus;
+
+/// The feature level that a new site starts at: everything this build writes.
+pub const FEATURE_LEVEL: u32 = 1;
+/// Tokens that are remembered at once; old ones that cannot be used any more make room.
+const TOKENS_MAX: usize = 1000;
+const TTL_MAX_MS: u64 = 10 * 365 * 24 * 60 * 60 * 1000;
+
+pub(super) fn init(
+    context: &Context<'_>,
+    site: SiteId,
+    name: &str,
+    ca: Fingerprint,
+    first_host: &HostCandidate,
+) -> Result<Decided, Rejection> {
+    form::name("site name", name)?;
+    host::check_candidate(first_host)?;
+    let data_center = DataCenterId(context.seq.0);
+    let cluster = ClusterId(context.seq.0);
+    let host = HostId(context.seq.0);
+    let events = vec![
+        SiteInitialised { site, name: name.to_owned(), ca, feature_level: FEATURE_LEVEL }.into(),
+        DataCenterCreated { data_center, name: "Default".to_owned() }.into(),
+        ClusterCreated { cluster, data_center, name: "Default".to_owned(), scheduling: SchedulingPolicy::default() }
+            .into(),
+        HostJoined { host, cluster, candidate: first_host.clone() }.into(),
+    ];
+    Ok(Decided::many(events).creating(Created::Host(host)))
+}
+
+pub(super) fn token_create(
+    context: &Context<'_>,
+    purpose: TokenPurpose,
+    secret_hash: &[u8; 32],
+    ttl_ms: u64,
+    note: &str,
+) -> Result<Decided, Rejection> {
+    form::text("note", note, form::NOTE_MAX)?;
+    if ttl_ms == 0 || ttl_ms > TTL_MAX_MS {
+        return Err(form::invalid("ttl", "a token lives from one millisecond to ten years"));
+    }
+    if context.state.token_by_hash(secret_hash).is_some() {
+        return Err(form::invalid("secret", "this secret is in use; ask again"));
+    }
+    let live =
+        |token: &&crate::state::Token| token.status == TokenStatus::Valid && token.expires_ms > context.stamp.at_ms;
+    if context.state.tokens.values().filter(live).count() >= TOKENS_MAX {
+        let why = format!("{TOKENS_MAX} are valid already; revoke some with `quorate token revoke`");
+        return Err(form::invalid("token", why));
+    }
+    let token = TokenId(context.seq.0);
+    let created = TokenCreated {
+        token,
+        purpose,
+        secret_hash: *secret_hash,
+        expires_ms: context.stamp.at_ms + ttl_ms,
+        note: note.to_owned(),
+    };
+    Ok(Decided::one(created).creating(Created::Token(token)))
+}
+
+pub(super) fn token_revoke(context: &Context<'_>, token: TokenId) -> Result<Decided, Rejection> {
+    let Some(known) = context.state.tokens.get(&token) else {
+        return Err(Rejection::NotFound { noun: Noun::Token, name: token.to_string() });
+    };
+    match known.status {
+        TokenStatus::Valid => Ok(Decided::one(TokenRevoked { token })),
+        TokenStatus::UsedBy(_) | TokenStatus::Revoked => Ok(Decided::nothing()),
+    }
+}

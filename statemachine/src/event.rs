@@ -1,0 +1,185 @@
+//! Events: what was decided or seen. Append-only: a kind number and a version never change meaning.
+//!
+//! Each event is stored as (kind, version, payload). A new field means a new version and an
+//! up-caster in [`Event::decode`]; a new variant means a new feature level (DESIGN §3). The golden
+//! bytes of every version of every variant are kept in `tests/golden/`.
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde::Serialize;
+
+use crate::codec;
+use crate::codec::CodecError;
+use crate::command::HostCandidate;
+use crate::command::HostFacts;
+use crate::ids::BootId;
+use crate::ids::ClusterId;
+use crate::ids::DataCenterId;
+use crate::ids::Epoch;
+use crate::ids::HostId;
+use crate::ids::SiteId;
+use crate::ids::TokenId;
+use crate::ids::VmId;
+use crate::scheduler::Explanation;
+use crate::state::Desired;
+use crate::state::ExitReason;
+use crate::state::Fingerprint;
+use crate::state::GuestStatus;
+use crate::state::ReleaseClass;
+use crate::state::RunStrategy;
+use crate::state::SchedulingPolicy;
+use crate::state::TokenPurpose;
+use crate::state::VmSpec;
+
+/// An event as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EncodedEvent {
+    pub kind: u16,
+    pub version: u8,
+    pub payload: Vec<u8>,
+}
+
+macro_rules! events {
+    ($($(#[$doc:meta])* $kind:literal $name:ident { $($(#[$field_doc:meta])* $field:ident : $type:ty),* $(,)? })*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+            pub struct $name { $($(#[$field_doc])* pub $field: $type),* }
+
+            impl From<$name> for Event {
+                fn from(event: $name) -> Event {
+                    Event::$name(event)
+                }
+            }
+        )*
+
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        pub enum Event {
+            $($(#[$doc])* $name($name),)*
+        }
+
+        impl Event {
+            /// Every kind of event: (number, name).
+            pub const KINDS: &'static [(u16, &'static str)] = &[$(($kind, stringify!($name)),)*];
+
+            pub fn kind(&self) -> u16 {
+                match self { $(Event::$name(_) => $kind,)* }
+            }
+
+            /// The name that streams and filters use.
+            pub fn name(&self) -> &'static str {
+                match self { $(Event::$name(_) => stringify!($name),)* }
+            }
+
+            /// Encodes at the newest version of its kind.
+            pub fn encode(&self) -> EncodedEvent {
+                let payload = match self { $(Event::$name(event) => codec::encode(event),)* };
+                EncodedEvent { kind: self.kind(), version: 1, payload }
+            }
+
+            /// Decodes any version ever written, up-casting old ones.
+            pub fn decode(encoded: &EncodedEvent) -> Result<Event, CodecError> {
+                match (encoded.kind, encoded.version) {
+                    $(($kind, 1) => codec::decode::<$name>(&encoded.payload).map(Event::$name),)*
+                    (kind, version) => Err(CodecError::UnknownEvent { kind, version }),
+                }
+            }
+        }
+    };
+}
+
+events! {
+    /// The log of a site begins.
+    1 SiteInitialised { site: SiteId, name: String, ca: Fingerprint, feature_level: u32 }
+    2 DataCenterCreated { data_center: DataCenterId, name: String }
+    3 ClusterCreated { cluster: ClusterId, data_center: DataCenterId, name: String, scheduling: SchedulingPolicy }
+
+    10 TokenCreated { token: TokenId, purpose: TokenPurpose, secret_hash: [u8; 32], expires_ms: u64, note: String }
+    11 TokenRevoked { token: TokenId }
+    /// The token admitted a host and is spent.
+    12 TokenUsed { token: TokenId, host: HostId }
+
+    20 HostJoined { host: HostId, cluster: ClusterId, candidate: HostCandidate }
+    21 CertificateIssued { host: HostId, serial: String, fingerprint: Fingerprint, not_after_ms: u64 }
+    /// First word of an incarnation, or changed facts.
+    22 HostReported { host: HostId, counter: u64, facts: HostFacts }
+    /// It came back as another incarnation: nothing of the old one runs (DESIGN §5, *boot id*).
+    23 HostRebooted { host: HostId, from: BootId, to: BootId }
+    24 HostSuspected { host: HostId }
+    25 HostUnreachable { host: HostId }
+    26 HostRecovered { host: HostId }
+    27 HostMaintenanceRequested { host: HostId }
+    28 HostActivated { host: HostId }
+    29 HostRemoved { host: HostId }
+    30 HostSpmPriorityChanged { host: HostId, priority: i8 }
+
+    40 VmDefined { vm: VmId, name: String, cluster: ClusterId, spec: Arc<VmSpec>, run_strategy: RunStrategy }
+    41 VmRenamed { vm: VmId, name: String }
+    42 VmSpecChanged { vm: VmId, spec: Arc<VmSpec> }
+    43 VmRunStrategyChanged { vm: VmId, run_strategy: RunStrategy }
+    44 VmDeleted { vm: VmId }
+    45 VmDesiredChanged { vm: VmId, desired: Desired }
+    46 VmDesiredReset { vm: VmId }
+    /// The scheduler's choice, with its reasons.
+    47 VmPlaced { vm: VmId, explanation: Arc<Explanation> }
+    /// The right to run; the epoch is the seq of this batch. At most one a batch.
+    48 VmPermitGranted { vm: VmId, host: HostId, boot: BootId, release: ReleaseClass }
+    49 VmPermitReleased { vm: VmId, epoch: Epoch, evidence: ReleaseEvidence }
+    50 VmObservedStatus { vm: VmId, epoch: Epoch, host: HostId, counter: u64, status: GuestStatus }
+    51 VmObservedExit { vm: VmId, epoch: Epoch, host: HostId, counter: u64, reason: ExitReason, detail: String }
+
+    60 SpmGranted { data_center: DataCenterId, host: HostId }
+    61 SpmReleased { data_center: DataCenterId, host: HostId }
+}
+
+/// What proved that an epoch runs no more (invariant R2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReleaseEvidence {
+    /// The host that ran it said that it has ended.
+    Host,
+    /// The host came back as another incarnation.
+    BootId,
+}
+
+impl Event {
+    /// Names of the things that the event is about, for filters of the stream: `vm/<id>`, `host/<id>`, ...
+    pub fn entities(&self) -> Vec<String> {
+        let host = |id: &HostId| format!("host/{id}");
+        let vm = |id: &VmId| format!("vm/{id}");
+        match self {
+            Event::SiteInitialised(e) => vec![format!("site/{}", e.site)],
+            Event::DataCenterCreated(e) => vec![format!("data_center/{}", e.data_center)],
+            Event::ClusterCreated(e) => vec![format!("cluster/{}", e.cluster)],
+            Event::TokenCreated(e) => vec![format!("token/{}", e.token)],
+            Event::TokenRevoked(e) => vec![format!("token/{}", e.token)],
+            Event::TokenUsed(e) => vec![format!("token/{}", e.token), host(&e.host)],
+            Event::HostJoined(e) => vec![host(&e.host)],
+            Event::CertificateIssued(e) => vec![host(&e.host)],
+            Event::HostReported(e) => vec![host(&e.host)],
+            Event::HostRebooted(e) => vec![host(&e.host)],
+            Event::HostSuspected(e) => vec![host(&e.host)],
+            Event::HostUnreachable(e) => vec![host(&e.host)],
+            Event::HostRecovered(e) => vec![host(&e.host)],
+            Event::HostMaintenanceRequested(e) => vec![host(&e.host)],
+            Event::HostActivated(e) => vec![host(&e.host)],
+            Event::HostRemoved(e) => vec![host(&e.host)],
+            Event::HostSpmPriorityChanged(e) => vec![host(&e.host)],
+            Event::VmDefined(e) => vec![vm(&e.vm)],
+            Event::VmRenamed(e) => vec![vm(&e.vm)],
+            Event::VmSpecChanged(e) => vec![vm(&e.vm)],
+            Event::VmRunStrategyChanged(e) => vec![vm(&e.vm)],
+            Event::VmDeleted(e) => vec![vm(&e.vm)],
+            Event::VmDesiredChanged(e) => vec![vm(&e.vm)],
+            Event::VmDesiredReset(e) => vec![vm(&e.vm)],
+            Event::VmPlaced(e) => vec![vm(&e.vm)],
+            Event::VmPermitGranted(e) => vec![vm(&e.vm), host(&e.host)],
+            Event::VmPermitReleased(e) => vec![vm(&e.vm)],
+            Event::VmObservedStatus(e) => vec![vm(&e.vm), host(&e.host)],
+            Event::VmObservedExit(e) => vec![vm(&e.vm), host(&e.host)],
+            Event::SpmGranted(e) => vec![format!("data_center/{}", e.data_center), host(&e.host)],
+            Event::SpmReleased(e) => vec![format!("data_center/{}", e.data_center), host(&e.host)],
+        }
+    }
+}

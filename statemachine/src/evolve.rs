@@ -1,0 +1,225 @@
+//! How an event changes the state. Total and without rules: an event about something that is not there
+//! changes nothing, and nothing here can fail (DESIGN §3).
+
+use std::sync::Arc;
+
+use crate::event::Event;
+use crate::ids::Epoch;
+use crate::ids::HostId;
+use crate::ids::Seq;
+use crate::ids::VmId;
+use crate::state::Administrative;
+use crate::state::Certificate;
+use crate::state::Cluster;
+use crate::state::DataCenter;
+use crate::state::Desired;
+use crate::state::Exit;
+use crate::state::ExitReason;
+use crate::state::Host;
+use crate::state::HostUsage;
+use crate::state::Liveness;
+use crate::state::Observed;
+use crate::state::Permit;
+use crate::state::RunStrategy;
+use crate::state::Site;
+use crate::state::SpmPermit;
+use crate::state::State;
+use crate::state::StopMode;
+use crate::state::Token;
+use crate::state::TokenStatus;
+use crate::state::Vm;
+use crate::state::VmSpec;
+
+/// Where in the log an event stands.
+#[derive(Debug, Clone, Copy)]
+pub struct At {
+    pub seq: Seq,
+    pub at_ms: u64,
+}
+
+pub fn evolve(state: &mut State, event: &Event, at: At) {
+    match event {
+        Event::SiteInitialised(e) => {
+            state.site = Some(Site { id: e.site, name: e.name.clone(), ca: e.ca, feature_level: e.feature_level });
+        }
+        Event::DataCenterCreated(e) => {
+            state.data_centers.insert(e.data_center, DataCenter { name: e.name.clone(), spm: None });
+        }
+        Event::ClusterCreated(e) => {
+            let cluster =
+                Cluster { name: e.name.clone(), data_center: e.data_center, scheduling: e.scheduling.clone() };
+            state.clusters.insert(e.cluster, cluster);
+        }
+        Event::TokenCreated(e) => {
+            let token = Token {
+                purpose: e.purpose,
+                secret_hash: e.secret_hash,
+                created_ms: at.at_ms,
+                expires_ms: e.expires_ms,
+                note: e.note.clone(),
+                status: TokenStatus::Valid,
+            };
+            state.tokens.insert(e.token, token);
+        }
+        Event::TokenRevoked(e) => state.tokens.update(&e.token, |token| token.status = TokenStatus::Revoked),
+        Event::TokenUsed(e) => state.tokens.update(&e.token, |token| token.status = TokenStatus::UsedBy(e.host)),
+
+        Event::HostJoined(e) => {
+            let host = Host {
+                name: e.candidate.name.clone(),
+                address: e.candidate.address.clone(),
+                cluster: e.cluster,
+                public_key: e.candidate.public_key,
+                certificate: None,
+                facts: e.candidate.facts.clone(),
+                previous_boots: Vec::new(),
+                report_counter: 0,
+                administrative: Administrative::Active,
+                liveness: Liveness::New,
+                spm_priority: 5,
+                usage: HostUsage::default(),
+            };
+            state.hosts.insert(e.host, host);
+        }
+        Event::CertificateIssued(e) => state.hosts.update(&e.host, |host| {
+            host.certificate = Some(Certificate {
+                serial: e.serial.clone(),
+                fingerprint: e.fingerprint,
+                not_after_ms: e.not_after_ms,
+            });
+        }),
+        Event::HostReported(e) => state.hosts.update(&e.host, |host| {
+            host.facts = e.facts.clone();
+            host.report_counter = e.counter;
+            if host.liveness == Liveness::New {
+                host.liveness = Liveness::Alive;
+            }
+        }),
+        Event::HostRebooted(e) => state.hosts.update(&e.host, |host| {
+            if host.previous_boots.len() >= Host::PREVIOUS_BOOTS_MAX {
+                host.previous_boots.remove(0);
+            }
+            host.previous_boots.push(e.from);
+            host.facts.boot = e.to;
+            host.report_counter = 0;
+            host.liveness = Liveness::Alive;
+        }),
+        Event::HostSuspected(e) => set_liveness(state, e.host, Liveness::Suspected),
+        Event::HostUnreachable(e) => set_liveness(state, e.host, Liveness::Unreachable),
+        Event::HostRecovered(e) => set_liveness(state, e.host, Liveness::Alive),
+        Event::HostMaintenanceRequested(e) => {
+            state.hosts.update(&e.host, |host| host.administrative = Administrative::Maintenance);
+        }
+        Event::HostActivated(e) => state.hosts.update(&e.host, |host| host.administrative = Administrative::Active),
+        Event::HostRemoved(e) => {
+            state.hosts.remove(&e.host);
+            state.removed_hosts.insert(e.host, at.seq);
+        }
+        Event::HostSpmPriorityChanged(e) => state.hosts.update(&e.host, |host| host.spm_priority = e.priority),
+
+        Event::VmDefined(e) => {
+            let vm = Vm {
+                name: e.name.clone(),
+                cluster: e.cluster,
+                spec: e.spec.clone(),
+                run_strategy: e.run_strategy,
+                desired: match e.run_strategy {
+                    RunStrategy::Always => Desired::Running,
+                    RunStrategy::Manual | RunStrategy::Halted => Desired::Stopped(StopMode::PowerOff),
+                },
+                desired_at: at.seq,
+                reset_at: None,
+                permit: None,
+                granted_spec: None,
+                observed: None,
+                last_exit: None,
+                placement: None,
+            };
+            state.vm_names.insert(e.name.clone(), e.vm);
+            state.vms.insert(e.vm, vm);
+        }
+        Event::VmRenamed(e) => {
+            if let Some(vm) = state.vms.get(&e.vm) {
+                state.vm_names.remove(&vm.name.clone());
+                state.vm_names.insert(e.name.clone(), e.vm);
+            }
+            state.vms.update(&e.vm, |vm| vm.name = e.name.clone());
+        }
+        Event::VmSpecChanged(e) => state.vms.update(&e.vm, |vm| vm.spec = e.spec.clone()),
+        Event::VmRunStrategyChanged(e) => state.vms.update(&e.vm, |vm| vm.run_strategy = e.run_strategy),
+        Event::VmDeleted(e) => {
+            if let Some(vm) = state.vms.remove(&e.vm) {
+                state.vm_names.remove(&vm.name);
+            }
+        }
+        Event::VmDesiredChanged(e) => state.vms.update(&e.vm, |vm| {
+            vm.desired = e.desired;
+            vm.desired_at = at.seq;
+        }),
+        Event::VmDesiredReset(e) => state.vms.update(&e.vm, |vm| vm.reset_at = Some(at.seq)),
+        Event::VmPlaced(e) => state.vms.update(&e.vm, |vm| vm.placement = Some(e.explanation.clone())),
+        Event::VmPermitGranted(e) => {
+            let mut spec = None;
+            state.vms.update(&e.vm, |vm| {
+                vm.permit = Some(Permit { epoch: Epoch::from(at.seq), host: e.host, boot: e.boot, release: e.release });
+                vm.granted_spec = Some(vm.spec.clone());
+                vm.observed = None;
+                spec = vm.granted_spec.clone();
+            });
+            if let Some(spec) = spec {
+                take(state, e.host, &spec);
+            }
+        }
+        Event::VmPermitReleased(e) => release(state, e.vm, e.epoch),
+        Event::VmObservedStatus(e) => {
+            state.hosts.update(&e.host, |host| host.report_counter = e.counter);
+            state.vms.update(&e.vm, |vm| {
+                vm.observed = Some(Observed { epoch: e.epoch, host: e.host, status: e.status, at: at.seq });
+            });
+        }
+        Event::VmObservedExit(e) => {
+            if e.reason != ExitReason::HostRebooted {
+                state.hosts.update(&e.host, |host| host.report_counter = e.counter);
+            }
+            state.vms.update(&e.vm, |vm| {
+                vm.observed = None;
+                vm.last_exit =
+                    Some(Exit { epoch: e.epoch, host: e.host, reason: e.reason, detail: e.detail.clone(), at: at.seq });
+            });
+        }
+
+        Event::SpmGranted(e) => state.data_centers.update(&e.data_center, |data_center| {
+            data_center.spm = Some(SpmPermit { host: e.host, token: at.seq });
+        }),
+        Event::SpmReleased(e) => state.data_centers.update(&e.data_center, |data_center| data_center.spm = None),
+    }
+}
+
+fn set_liveness(state: &mut State, host: HostId, liveness: Liveness) {
+    state.hosts.update(&host, |host| host.liveness = liveness);
+}
+
+fn take(state: &mut State, host: HostId, spec: &Arc<VmSpec>) {
+    state.hosts.update(&host, |host| {
+        host.usage.vcpus += spec.vcpus;
+        host.usage.memory_mib += spec.memory_mib;
+        host.usage.vms += 1;
+    });
+}
+
+fn release(state: &mut State, vm: VmId, epoch: Epoch) {
+    let mut freed = None;
+    if state.vms.get(&vm).is_some_and(|vm| vm.permit.is_some_and(|permit| permit.epoch == epoch)) {
+        state.vms.update(&vm, |vm| {
+            freed = vm.permit.take().zip(vm.granted_spec.take());
+            vm.observed = None;
+        });
+    }
+    if let Some((permit, spec)) = freed {
+        state.hosts.update(&permit.host, |host| {
+            host.usage.vcpus = host.usage.vcpus.saturating_sub(spec.vcpus);
+            host.usage.memory_mib = host.usage.memory_mib.saturating_sub(spec.memory_mib);
+            host.usage.vms = host.usage.vms.saturating_sub(1);
+        });
+    }
+}

@@ -1,0 +1,121 @@
+//! Invariants of DESIGN §5 that are visible in the state, by their ids. One copy, shared by property
+//! tests, the simulation and production assertions.
+
+use std::fmt;
+
+use crate::ids::Epoch;
+use crate::ids::VmId;
+use crate::scheduler;
+use crate::state::HostUsage;
+use crate::state::State;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violation {
+    /// R2, R3, S1, S2, E2.
+    pub invariant: &'static str,
+    pub what: String,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.invariant, self.what)
+    }
+}
+
+fn violation(invariant: &'static str, what: String) -> Violation {
+    Violation { invariant, what }
+}
+
+/// Everything that must hold of one state.
+pub fn check(state: &State) -> Vec<Violation> {
+    let mut found = Vec::new();
+    check_capacity(state, &mut found);
+    check_volumes(state, &mut found);
+    if state.digest() != state.recompute_digest() {
+        found.push(violation("E2", "the digest kept step by step differs from the recomputed one".to_owned()));
+    }
+    for (name, vm) in state.vm_names.iter() {
+        if state.vms.get(vm).is_none_or(|vm| vm.name != *name) {
+            found.push(violation("E2", format!("the name index points {name} at a VM of another name")));
+        }
+    }
+    found
+}
+
+/// R3: what permits take on a host is what the host's record says, and is within its policy.
+///
+/// A host may shrink (memory taken out, a lower ratio) below what runs there: then nothing new fits, which
+/// [`check_step`] verifies; this checks the books.
+fn check_capacity(state: &State, found: &mut Vec<Violation>) {
+    for (id, host) in state.hosts.iter() {
+        let mut usage = HostUsage::default();
+        for (_, vm, _) in state.permits_on(*id) {
+            let spec = vm.granted_spec.as_ref().unwrap_or(&vm.spec);
+            usage.vcpus += spec.vcpus;
+            usage.memory_mib += spec.memory_mib;
+            usage.vms += 1;
+        }
+        if usage != host.usage {
+            let what = format!("host {} books {:?}, its permits take {usage:?}", host.name, host.usage);
+            found.push(violation("R3", what));
+        }
+    }
+}
+
+/// S2: a volume has one writer, unless it is shareable.
+fn check_volumes(state: &State, found: &mut Vec<Violation>) {
+    let granted: Vec<_> = state.vms.iter().filter_map(|(id, vm)| Some((id, vm.granted_spec.as_ref()?))).collect();
+    for (index, (vm, spec)) in granted.iter().enumerate() {
+        for (other, other_spec) in &granted[..index] {
+            let shared = spec.disks.iter().any(|disk| {
+                other_spec.disks.iter().any(|held| {
+                    held.path == disk.path && !(held.read_only && disk.read_only) && !(held.shareable && disk.shareable)
+                })
+            });
+            if shared {
+                found.push(violation("S2", format!("vms {vm} and {other} may both write one volume")));
+            }
+        }
+    }
+}
+
+/// Everything that must hold between a state and the next.
+pub fn check_step(before: &State, after: &State) -> Vec<Violation> {
+    let mut found = Vec::new();
+    for (id, vm) in after.vms.iter() {
+        let old = before.vms.get(id).and_then(|vm| vm.permit);
+        let Some(new) = vm.permit.filter(|new| old.is_none_or(|old| old.epoch != new.epoch)) else { continue };
+        check_new_permit(*id, old.map(|old| old.epoch), new.epoch, &mut found);
+        check_fit(after, *id, &mut found);
+    }
+    for (id, data_center) in after.data_centers.iter() {
+        let old = before.data_centers.get(id).and_then(|dc| dc.spm);
+        if let (Some(old), Some(new)) = (old, data_center.spm)
+            && old != new
+        {
+            found.push(violation("S1", format!("data center {id} changed its storage manager without a release")));
+        }
+    }
+    found
+}
+
+/// R2: a next permit exists only after the last was released, and epochs rise.
+fn check_new_permit(vm: VmId, old: Option<Epoch>, new: Epoch, found: &mut Vec<Violation>) {
+    if let Some(old) = old {
+        found.push(violation("R2", format!("vm {vm} got epoch {new} while epoch {old} was not released")));
+        if old > new {
+            found.push(violation("R2", format!("vm {vm} fell from epoch {old} to {new}")));
+        }
+    }
+}
+
+/// R3: at the moment of the grant, the guest fitted.
+fn check_fit(after: &State, vm: VmId, found: &mut Vec<Violation>) {
+    let Some(known) = after.vms.get(&vm) else { return };
+    let Some(permit) = known.permit else { return };
+    let placed = after.hosts.get(&permit.host).zip(after.clusters.get(&known.cluster));
+    let within = placed.is_some_and(|(host, cluster)| scheduler::within_limits(host, &cluster.scheduling));
+    if !within {
+        found.push(violation("R3", format!("vm {vm} was placed on host {} beyond its capacity", permit.host)));
+    }
+}

@@ -1,0 +1,31 @@
+//! What the leader owes the cluster, as a function of the state. The shell issues these commands, with
+//! backoff on its monotonic clock; `decide` judges each again.
+
+use crate::command::Command;
+use crate::ids::HostId;
+use crate::state::Desired;
+use crate::state::State;
+use crate::view;
+
+/// Commands that are due when `leader` leads.
+pub fn due(state: &State, leader: HostId) -> Vec<Command> {
+    spm_grants(state, leader).chain(placements(state)).collect()
+}
+
+/// VMs that should run and have no permit.
+fn placements(state: &State) -> impl Iterator<Item = Command> {
+    let waiting = state.vms.iter().filter(|(_, vm)| vm.permit.is_none() && vm.desired == Desired::Running);
+    waiting.map(|(vm, _)| Command::VmPlace { vm: *vm })
+}
+
+/// A data center without a storage manager: by default the leader's host, else the highest priority
+/// (oVirt's `vds_spm_priority`), else the lowest id.
+fn spm_grants(state: &State, leader: HostId) -> impl Iterator<Item = Command> {
+    let vacant = state.data_centers.iter().filter(|(_, data_center)| data_center.spm.is_none());
+    vacant.filter_map(move |(data_center, _)| {
+        let member = |cluster| state.clusters.get(cluster).is_some_and(|it| it.data_center == *data_center);
+        let candidates = state.hosts.iter().filter(|(_, host)| member(&host.cluster) && view::may_be_spm(host));
+        let best = candidates.max_by_key(|(id, host)| (**id == leader, host.spm_priority, std::cmp::Reverse(**id)));
+        best.map(|(host, _)| Command::SpmGrant { data_center: *data_center, host: *host })
+    })
+}

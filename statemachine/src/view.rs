@@ -1,0 +1,83 @@
+//! Statuses that users see, with oVirt's names. Each is folded from facts; none is an event, so none
+//! can be stale (DESIGN §3).
+
+use serde::Deserialize;
+use serde::Serialize;
+
+use crate::state::Administrative;
+use crate::state::Desired;
+use crate::state::GuestStatus;
+use crate::state::Host;
+use crate::state::Liveness;
+use crate::state::State;
+use crate::state::Vm;
+
+/// oVirt's `VDSStatus`, as far as hosts reach it here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HostStatus {
+    Initializing,
+    Up,
+    PreparingForMaintenance,
+    Maintenance,
+    Connecting,
+    NonResponsive,
+}
+
+/// oVirt's `VMStatus`, as far as VMs reach it here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmStatus {
+    Down,
+    WaitForLaunch,
+    PoweringUp,
+    Up,
+    Paused,
+    PoweringDown,
+    /// Its host does not answer; it may run.
+    Unknown,
+}
+
+impl std::fmt::Display for HostStatus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Debug::fmt(self, f)
+    }
+}
+
+impl std::fmt::Display for VmStatus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Debug::fmt(self, f)
+    }
+}
+
+pub fn host_status(host: &Host) -> HostStatus {
+    match (host.liveness, host.administrative) {
+        (Liveness::Unreachable, _) => HostStatus::NonResponsive,
+        (Liveness::Suspected, _) => HostStatus::Connecting,
+        (Liveness::New, _) => HostStatus::Initializing,
+        (Liveness::Alive, Administrative::Active) => HostStatus::Up,
+        (Liveness::Alive, Administrative::Maintenance) if host.usage.vms > 0 => HostStatus::PreparingForMaintenance,
+        (Liveness::Alive, Administrative::Maintenance) => HostStatus::Maintenance,
+    }
+}
+
+pub fn vm_status(state: &State, vm: &Vm) -> VmStatus {
+    let Some(permit) = vm.permit else {
+        return match vm.desired {
+            Desired::Running => VmStatus::WaitForLaunch,
+            Desired::Stopped(_) => VmStatus::Down,
+        };
+    };
+    if state.hosts.get(&permit.host).is_none_or(|host| host.liveness == Liveness::Unreachable) {
+        return VmStatus::Unknown;
+    }
+    match (vm.observed.map(|observed| observed.status), vm.desired) {
+        (Some(GuestStatus::PausedLease | GuestStatus::PausedIo | GuestStatus::PausedUser), _) => VmStatus::Paused,
+        (_, Desired::Stopped(_)) | (Some(GuestStatus::PoweringDown), _) => VmStatus::PoweringDown,
+        (None, Desired::Running) => VmStatus::WaitForLaunch,
+        (Some(GuestStatus::PoweringUp), Desired::Running) => VmStatus::PoweringUp,
+        (Some(GuestStatus::Up), Desired::Running) => VmStatus::Up,
+    }
+}
+
+pub fn may_be_spm(host: &Host) -> bool {
+    host_status(host) == HostStatus::Up && host.spm_priority >= 0
+}
