@@ -1,0 +1,15 @@
+//! The replicated log of Quorate: Raft, its stores, its transport, and the decider (DESIGN §3, §4).
+//!
+//! The path of data: a [`statemachine::command::Request`] reaches the leader, is decided into a sealed batch, is
+//! proposed inside a log entry, becomes durable in the write-ahead log of a majority, comes out of the log on every host,
+//! is appended to the fold by compare-and-append, and is served from event segments.
+//!
+//! - [`types`]: what openraft is told about us. Nothing outside this crate names openraft.
+//! - [`platform`]: clock, disk, entropy and the way to end: everything that a simulation replaces.
+//! - [`store`]: what is durable when (README.md has the table).
+//!
+//! Start reading at [`store::Store::open`].
+
+pub mod platform;
+pub mod store;
+pub mod types;
