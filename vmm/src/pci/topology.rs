@@ -1,0 +1,277 @@
+//! Which function is where, and where its memory can be reached.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use super::bar::BarRange;
+use super::host_bridge::FixedFunction;
+use super::root_port::RootPort;
+use super::{PciAddress, PciError, PciFunction};
+use crate::interrupt::MsiSink;
+use crate::virtio::locked;
+
+/// Root ports that fit between the reserved devices and the LPC bridge.
+pub const MAX_SLOTS: u8 = 28;
+/// Device number of slot 0's root port: 1 is kept for graphics, 2 for USB.
+pub const FIRST_SLOT_DEVICE: u8 = 3;
+const LPC_DEVICE: u8 = 0x1f;
+/// The share of one slot in the 32-bit window.
+pub(super) const SLOT_WINDOW_32: u64 = 2 << 20;
+
+/// Where PCI is in the guest's address space. Part of the machine type and the maximum memory, never of the host.
+#[derive(Debug, Clone)]
+pub struct PciMap {
+    /// Base of ECAM, aligned to its size (1 MiB a bus).
+    pub ecam_base: u64,
+    /// 64, 128 or 256.
+    pub ecam_buses: u16,
+    /// For 32-bit BARs, below 4 GiB, 2 MiB a slot.
+    pub mmio32: Range<u64>,
+    /// For 64-bit prefetchable BARs, shared evenly between the slots.
+    pub mmio64: Range<u64>,
+}
+
+impl PciMap {
+    pub fn ecam_bytes(&self) -> u64 {
+        u64::from(self.ecam_buses) << 20
+    }
+
+    fn check(&self) -> Result<(), PciError> {
+        let slots = u64::from(MAX_SLOTS);
+        let why = if !matches!(self.ecam_buses, 64 | 128 | 256) {
+            "ECAM covers 64, 128 or 256 buses"
+        } else if !self.ecam_base.is_multiple_of(self.ecam_bytes())
+            || self.ecam_base.checked_add(self.ecam_bytes()).is_none()
+        {
+            "ECAM must be aligned to its size"
+        } else if self.mmio32.end > 1 << 32 || !self.mmio32.start.is_multiple_of(1 << 20) {
+            "the 32-bit window must lie below 4 GiB on a megabyte"
+        } else if !self.mmio64.start.is_multiple_of(1 << 20) {
+            "the 64-bit window must start on a megabyte"
+        } else if self.mmio32.end.saturating_sub(self.mmio32.start) < SLOT_WINDOW_32 * slots {
+            "the 32-bit window needs 2 MiB a slot"
+        } else if self.mmio64.end.saturating_sub(self.mmio64.start) < slots << 20 {
+            "the 64-bit window needs 1 MiB a slot"
+        } else {
+            return Ok(());
+        };
+        Err(PciError::BadMap {
+            why,
+            ecam_base: self.ecam_base,
+            mmio32: self.mmio32.clone(),
+            mmio64: self.mmio64.clone(),
+        })
+    }
+
+    fn holds(&self, range: &BarRange) -> bool {
+        [&self.mmio32, &self.mmio64].iter().any(|window| range.base >= window.start && range.last() < window.end)
+    }
+}
+
+/// The hierarchy while it is put together.
+pub struct Topology {
+    map: PciMap,
+    msi: Arc<dyn MsiSink>,
+    /// By device number on bus 0.
+    root: BTreeMap<u8, Arc<dyn PciFunction>>,
+}
+
+impl Topology {
+    /// The fixed functions, and 28 free slots.
+    pub fn new(map: PciMap, msi: Arc<dyn MsiSink>) -> Result<Self, PciError> {
+        map.check()?;
+        let host = FixedFunction::host_bridge(map.ecam_base, map.ecam_buses);
+        let mut root: BTreeMap<u8, Arc<dyn PciFunction>> = BTreeMap::new();
+        root.insert(0, Arc::new(host));
+        root.insert(LPC_DEVICE, Arc::new(FixedFunction::lpc_bridge()));
+        Ok(Self { map, msi, root })
+    }
+
+    /// A root port with `device` in it. Returns the device's address after [`PciBus::program`].
+    pub fn add_root_port_device(&mut self, slot: u8, device: Arc<dyn PciFunction>) -> Result<PciAddress, PciError> {
+        self.add_port(slot, Some(device))
+    }
+
+    /// A root port with an empty slot, for hot plug.
+    pub fn add_root_port(&mut self, slot: u8) -> Result<(), PciError> {
+        self.add_port(slot, None).map(|_| ())
+    }
+
+    fn add_port(&mut self, slot: u8, child: Option<Arc<dyn PciFunction>>) -> Result<PciAddress, PciError> {
+        let bus = secondary_bus(slot)?;
+        let device = FIRST_SLOT_DEVICE + slot;
+        if self.root.contains_key(&device) {
+            return Err(PciError::SlotTaken { slot });
+        }
+        // The operator counts slots from 1, as slot number 0 means "none" to Linux.
+        let port = RootPort::new(slot + 1, child, self.msi.allocate(1)?)?;
+        self.root.insert(device, Arc::new(port));
+        PciAddress::new(bus, 0, 0).ok_or(PciError::NoSuchSlot { slot })
+    }
+
+    pub fn build(self) -> Arc<PciBus> {
+        Arc::new(PciBus { map: self.map, root: self.root, config: Mutex::new(()), routes: RwLock::new(Vec::new()) })
+    }
+}
+
+/// The bus number that a slot's port is given.
+pub(super) fn secondary_bus(slot: u8) -> Result<u8, PciError> {
+    if slot < MAX_SLOTS { Ok(slot + 1) } else { Err(PciError::NoSuchSlot { slot }) }
+}
+
+/// The hierarchy of a running guest.
+pub struct PciBus {
+    map: PciMap,
+    root: BTreeMap<u8, Arc<dyn PciFunction>>,
+    /// One configuration access at a time, as on hardware; routes are recomputed under it.
+    config: Mutex<()>,
+    routes: RwLock<Vec<Route>>,
+}
+
+#[derive(Clone)]
+struct Route {
+    range: BarRange,
+    function: Arc<dyn PciFunction>,
+}
+
+impl Route {
+    fn same(&self, other: &Route) -> bool {
+        self.range == other.range && Arc::ptr_eq(&self.function, &other.function)
+    }
+}
+
+impl PciBus {
+    pub fn map(&self) -> &PciMap {
+        &self.map
+    }
+
+    /// Functions on bus 0, by device number.
+    pub fn root_functions(&self) -> impl Iterator<Item = (PciAddress, &Arc<dyn PciFunction>)> {
+        self.root.iter().map(|(device, function)| (PciAddress::on_root_bus(*device), function))
+    }
+
+    pub fn config_read(&self, address: PciAddress, register: u16, data: &mut [u8]) {
+        let _one_at_a_time = locked(&self.config);
+        match self.function(address) {
+            Some(function) => function.config_read(register, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    pub fn config_write(&self, address: PciAddress, register: u16, data: &[u8]) {
+        let _one_at_a_time = locked(&self.config);
+        if let Some(function) = self.function(address) {
+            function.config_write(register, data);
+            self.reroute();
+        }
+    }
+
+    /// A load from the windows. Nobody there: all ones.
+    pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        match self.route(address, data.len()) {
+            Some((function, bar, offset)) => function.bar_read(bar, offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    pub fn mmio_write(&self, address: u64, data: &[u8]) {
+        if let Some((function, bar, offset)) = self.route(address, data.len()) {
+            function.bar_write(bar, offset, data);
+        }
+    }
+
+    /// Every function as after power-on, then programmed again.
+    pub fn reset(&self) -> Result<(), PciError> {
+        {
+            let _one_at_a_time = locked(&self.config);
+            for function in self.root.values() {
+                function.reset();
+            }
+            self.reroute();
+        }
+        self.program()
+    }
+
+    /// The state of every function, by its address on bus 0.
+    pub fn save(&self) -> Result<BTreeMap<String, serde_json::Value>, PciError> {
+        let _one_at_a_time = locked(&self.config);
+        self.root_functions().map(|(address, function)| Ok((address.to_string(), function.save()?))).collect()
+    }
+
+    pub fn restore(&self, mut saved: BTreeMap<String, serde_json::Value>) -> Result<(), PciError> {
+        let _one_at_a_time = locked(&self.config);
+        for (address, function) in self.root_functions() {
+            let state = saved.remove(&address.to_string()).ok_or(PciError::SlotDiffers)?;
+            function.restore(state)?;
+        }
+        if !saved.is_empty() {
+            return Err(PciError::SlotDiffers);
+        }
+        self.reroute();
+        Ok(())
+    }
+
+    fn function(&self, address: PciAddress) -> Option<&Arc<dyn PciFunction>> {
+        if address.function() != 0 {
+            return None;
+        }
+        if address.bus() == 0 {
+            return self.root.get(&address.device());
+        }
+        if address.device() != 0 {
+            return None;
+        }
+        let port = self.root.values().filter_map(|f| f.bridge()).find(|port| port.secondary_bus() == address.bus())?;
+        port.child()
+    }
+
+    /// Computes from the guest's settings which memory reaches which function, and tells those that changed.
+    fn reroute(&self) {
+        let mut new: Vec<Route> = Vec::new();
+        let mut add = |range: BarRange, function: &Arc<dyn PciFunction>| {
+            // Two functions at one address are the guest's error: the lower device number answers.
+            let free = new.iter().all(|r: &Route| range.last() < r.range.base || range.base > r.range.last());
+            if free && self.map.holds(&range) {
+                new.push(Route { range, function: Arc::clone(function) });
+            }
+        };
+        for function in self.root.values() {
+            for range in function.decoded() {
+                add(range, function);
+            }
+            let Some(port) = function.bridge() else {
+                continue;
+            };
+            let windows = port.windows();
+            let Some(child) = port.child() else {
+                continue;
+            };
+            for range in child.decoded() {
+                if windows.iter().any(|window| window.holds(&range)) {
+                    add(range, child);
+                }
+            }
+        }
+        new.sort_by_key(|route| route.range.base);
+        let old = {
+            let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *routes, new.clone())
+        };
+        for gone in old.iter().filter(|o| !new.iter().any(|n| n.same(o))) {
+            gone.function.routed(gone.range.bar, None);
+        }
+        for come in new.iter().filter(|n| !old.iter().any(|o| o.same(n))) {
+            come.function.routed(come.range.bar, Some(come.range.base));
+        }
+    }
+
+    fn route(&self, address: u64, len: usize) -> Option<(Arc<dyn PciFunction>, u8, u64)> {
+        let routes = self.routes.read().unwrap_or_else(PoisonError::into_inner);
+        let after = routes.partition_point(|route| route.range.base <= address);
+        let route = routes.get(after.checked_sub(1)?)?;
+        let offset = address - route.range.base;
+        let fits = offset < route.range.size && len as u64 <= route.range.size - offset;
+        fits.then(|| (Arc::clone(&route.function), route.range.bar, offset))
+    }
+}
