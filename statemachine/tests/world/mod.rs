@@ -1,0 +1,257 @@
+//! A small world in which random steps become requests about things that exist, or nearly do.
+
+use proptest::prelude::*;
+use statemachine::command::Actor;
+use statemachine::command::Command;
+use statemachine::command::HostCandidate;
+use statemachine::command::HostFacts;
+use statemachine::command::IdempotencyKey;
+use statemachine::command::ReportId;
+use statemachine::command::Request;
+use statemachine::command::VmChange;
+use statemachine::fold::Fold;
+use statemachine::ids::BootId;
+use statemachine::ids::DataCenterId;
+use statemachine::ids::Epoch;
+use statemachine::ids::HostId;
+use statemachine::ids::SiteId;
+use statemachine::ids::TokenId;
+use statemachine::ids::VmId;
+use statemachine::planner;
+use statemachine::state::Capacity;
+use statemachine::state::Disk;
+use statemachine::state::ExitReason;
+use statemachine::state::Fingerprint;
+use statemachine::state::GuestStatus;
+use statemachine::state::MachineType;
+use statemachine::state::RunStrategy;
+use statemachine::state::StopMode;
+use statemachine::state::TokenPurpose;
+use statemachine::state::VmSpec;
+use uuid::Uuid;
+
+/// A choice of action, and numbers that pick its objects.
+#[derive(Debug, Clone)]
+pub struct Step {
+    pub action: u8,
+    pub a: u16,
+    pub b: u16,
+    pub keyed: bool,
+}
+
+pub fn step() -> impl Strategy<Value = Step> {
+    (0..40u8, any::<u16>(), any::<u16>(), prop::bool::weighted(0.2)).prop_map(|(action, a, b, keyed)| Step {
+        action,
+        a,
+        b,
+        keyed,
+    })
+}
+
+pub struct World {
+    clock_ms: u64,
+    counter: u64,
+    tokens: u16,
+    hosts: u16,
+}
+
+pub fn facts(boot: u128, cpu_threads: u32, memory_mib: u64) -> HostFacts {
+    HostFacts {
+        boot: BootId(Uuid::from_u128(boot)),
+        capacity: Capacity { cpu_threads, memory_mib },
+        feature_level: 1,
+        version: "0.1.0".to_owned(),
+        clock_runs_while_stopped: true,
+        watchdog_timeout_ms: None,
+    }
+}
+
+pub fn candidate(number: u16) -> HostCandidate {
+    HostCandidate {
+        name: format!("host{number}"),
+        address: format!("10.0.{}.{}:7443", number / 250, number % 250 + 1),
+        public_key: Fingerprint([number as u8; 32]),
+        facts: facts(u128::from(number), 4, 2048),
+    }
+}
+
+pub fn spec(a: u16) -> VmSpec {
+    let disk = |id: &str, path: String, shareable| Disk { id: id.to_owned(), path, read_only: false, shareable };
+    let mut disks = vec![disk("root", format!("/srv/disk{}", a % 12), false)];
+    if a.is_multiple_of(5) {
+        disks.push(disk("common", "/srv/common".to_owned(), true));
+    }
+    VmSpec {
+        machine: MachineType::QDirect1,
+        vcpus: u32::from(a % 5),
+        memory_mib: 64 << (a % 6),
+        kernel: "/srv/vmlinuz".to_owned(),
+        initrd: None,
+        cmdline: "console=ttyS0".to_owned(),
+        disks,
+        highly_available: a.is_multiple_of(3),
+        release: None,
+    }
+}
+
+fn pick<T: Copy>(items: &[T], n: u16) -> Option<T> {
+    items.get(usize::from(n) % items.len().max(1)).copied()
+}
+
+impl World {
+    pub fn new() -> World {
+        World { clock_ms: 1_000_000_000, counter: 0, tokens: 0, hosts: 0 }
+    }
+
+    pub fn wall_ms(&self) -> u64 {
+        self.clock_ms
+    }
+
+    pub fn resolve(&mut self, step: &Step, fold: &Fold) -> Request {
+        let state = &fold.state;
+        // The clock mostly runs, and sometimes jumps back.
+        self.clock_ms =
+            if step.b.is_multiple_of(50) { self.clock_ms.saturating_sub(500_000) } else { self.clock_ms + 700 };
+        self.counter += 1;
+        let Step { action, a, b, .. } = *step;
+        let hosts: Vec<HostId> = state.hosts.iter().map(|(id, _)| *id).collect();
+        let vms: Vec<VmId> = state.vms.iter().map(|(id, _)| *id).collect();
+        let tokens: Vec<TokenId> = state.tokens.iter().map(|(id, _)| *id).collect();
+        let any_host = pick(&hosts, a).unwrap_or(HostId(1));
+        let vm = pick(&vms, a).unwrap_or_default();
+        let leader = hosts.first().copied().unwrap_or(HostId(1));
+        let root = Actor::Root(leader);
+        if state.site.is_none() {
+            let command = Command::SiteInit {
+                site: SiteId(Uuid::from_u128(7)),
+                name: "site".to_owned(),
+                ca: Fingerprint([9; 32]),
+                first_host: candidate(0),
+            };
+            return Request { actor: root, origin: leader, idempotency: None, command };
+        }
+        let boot = state.hosts.get(&any_host).map_or(BootId::default(), |host| host.facts.boot);
+        let report = ReportId { host: any_host, boot, counter: self.counter };
+        // A permit to report about, on its own host.
+        let permits: Vec<(VmId, Epoch, HostId)> =
+            state.vms.iter().filter_map(|(id, vm)| vm.permit.map(|permit| (*id, permit.epoch, permit.host))).collect();
+        let permit = pick(&permits, a);
+        let (about, epoch, holder) = permit.unwrap_or((vm, Epoch(3), any_host));
+        let holder_boot = state.hosts.get(&holder).map_or(BootId::default(), |host| host.facts.boot);
+        let holder_report = ReportId { host: holder, boot: holder_boot, counter: self.counter };
+
+        let (actor, origin, command) = match action {
+            0 | 1 => {
+                self.tokens += 1;
+                let purpose = [TokenPurpose::Join, TokenPurpose::Join, TokenPurpose::Admin][usize::from(a % 3)];
+                let secret_hash = [(self.tokens % 200) as u8; 32];
+                let ttl_ms = if b.is_multiple_of(7) { 1 } else { 10_000_000 };
+                (root, leader, Command::TokenCreate { purpose, secret_hash, ttl_ms, note: String::new() })
+            }
+            2 => (root, leader, Command::TokenRevoke { token: pick(&tokens, b).unwrap_or_default() }),
+            3..=6 => {
+                self.hosts += 1;
+                let secret_hash = state.tokens.values().nth(usize::from(a) % tokens.len().max(1));
+                let secret_hash = secret_hash.map_or([255; 32], |token| token.secret_hash);
+                (Actor::Joiner, leader, Command::HostJoin { secret_hash, candidate: candidate(self.hosts) })
+            }
+            7 => (
+                Actor::Duty(leader),
+                leader,
+                Command::CertificateIssue {
+                    host: any_host,
+                    serial: b.to_string(),
+                    fingerprint: Fingerprint([a as u8; 32]),
+                    not_after_ms: 1,
+                },
+            ),
+            8 => (root, leader, Command::HostMaintenance { host: any_host }),
+            9 | 10 => (root, leader, Command::HostActivate { host: any_host }),
+            11 => {
+                let resting = state.hosts.iter().find(|(_, host)| {
+                    host.administrative == statemachine::state::Administrative::Maintenance && host.usage.vms == 0
+                });
+                let host = resting.map_or(any_host, |(id, _)| *id);
+                (root, leader, Command::HostRemove { host })
+            }
+            12 => (root, leader, Command::HostSpmPriority { host: any_host, priority: (b % 12) as i8 - 1 }),
+            13..=15 => (Actor::Host(any_host), any_host, {
+                let facts = state.hosts.get(&any_host).map(|host| host.facts.clone());
+                let mut facts = facts.unwrap_or_else(|| facts_of(1));
+                facts.capacity.memory_mib = 1024 + u64::from(b % 4) * 512;
+                Command::ReportHost { report, facts }
+            }),
+            16 => (Actor::Host(any_host), any_host, {
+                let old = b.is_multiple_of(4);
+                let reboot = if old { u128::from(b % 8) } else { u128::from(self.counter) << 20 };
+                let facts = facts(reboot, 4, 2048);
+                Command::ReportHost { report: ReportId { boot: facts.boot, ..report }, facts }
+            }),
+            17 => (Actor::Duty(leader), leader, Command::HostSuspect { host: any_host }),
+            18 => (Actor::Duty(leader), leader, Command::HostLost { host: any_host }),
+            19 | 20 => (Actor::Duty(leader), leader, Command::HostRecover { host: any_host }),
+            21..=23 => {
+                let strategy = [RunStrategy::Always, RunStrategy::Manual, RunStrategy::Halted][usize::from(b % 3)];
+                let name = format!("vm{}", a % 20);
+                let spec = spec(b);
+                (root, leader, Command::VmDefine { name, cluster: None, spec, run_strategy: strategy })
+            }
+            24 => {
+                let change = VmChange {
+                    name: b.is_multiple_of(2).then(|| format!("vm{}", b % 20)),
+                    run_strategy: b.is_multiple_of(3).then(|| {
+                        [RunStrategy::Always, RunStrategy::Manual, RunStrategy::Halted][usize::from(b % 9 / 3)]
+                    }),
+                    spec: b.is_multiple_of(5).then(|| spec(b / 3)),
+                };
+                (root, leader, Command::VmChange { vm, change })
+            }
+            25 => (root, leader, Command::VmDelete { vm }),
+            26..=28 => {
+                let host = b.is_multiple_of(4).then_some(any_host);
+                (root, leader, Command::VmStart { vm, host })
+            }
+            29 | 30 => {
+                let mode = if b.is_multiple_of(2) { StopMode::Shutdown } else { StopMode::PowerOff };
+                (root, leader, Command::VmStop { vm, mode })
+            }
+            31 => (root, leader, Command::VmReset { vm: about }),
+            32 | 33 => (Actor::Host(holder), holder, {
+                let all =
+                    [GuestStatus::PoweringUp, GuestStatus::Up, GuestStatus::PausedLease, GuestStatus::PoweringDown];
+                let status = all[usize::from(b % 4)];
+                // Sometimes about an epoch that is over.
+                let epoch = if b.is_multiple_of(9) { Epoch(epoch.0.saturating_sub(1)) } else { epoch };
+                Command::ReportVmStatus { report: holder_report, vm: about, epoch, status }
+            }),
+            34..=36 => (Actor::Host(holder), holder, {
+                let all =
+                    [ExitReason::GuestPoweredOff, ExitReason::PoweredOff, ExitReason::GuestFault, ExitReason::Lost];
+                let reason = all[usize::from(b % 4)];
+                Command::ReportVmExited { report: holder_report, vm: about, epoch, reason, detail: String::new() }
+            }),
+            37 => {
+                let data_center = DataCenterId(1);
+                let spm = state.data_centers.get(&data_center).and_then(|dc| dc.spm).map_or(any_host, |spm| spm.host);
+                (Actor::Host(spm), spm, Command::SpmRelease { data_center })
+            }
+            // What the leader owes, or a stray duty.
+            _ => {
+                let owed = planner::due(state, leader);
+                let stray = match b % 3 {
+                    0 => Command::SpmGrant { data_center: DataCenterId(1), host: any_host },
+                    _ => Command::VmPlace { vm },
+                };
+                let command = owed.get(usize::from(b) % (owed.len() + 1)).cloned().unwrap_or(stray);
+                (Actor::Duty(leader), leader, command)
+            }
+        };
+        let idempotency =
+            step.keyed.then(|| IdempotencyKey { key: format!("k{}", a % 8), body_hash: [(b % 2) as u8; 32] });
+        Request { actor, origin, idempotency, command }
+    }
+}
+
+fn facts_of(number: u16) -> HostFacts {
+    facts(u128::from(number), 4, 2048)
+}
