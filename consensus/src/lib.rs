@@ -10,6 +10,8 @@
 //!
 //! Start reading at [`store::Store::open`].
 
+pub mod pki;
 pub mod platform;
 pub mod store;
+pub mod transport;
 pub mod types;
