@@ -105,13 +105,14 @@ pub(super) fn change(context: &Context<'_>, vm: VmId, change: &VmChange) -> Resu
     Ok(Decided::many(events))
 }
 
+/// Asking for what is wanted already changes nothing, and a pulled plug is not put back by the button.
 fn is_news(vm: &Vm, desired: Desired) -> bool {
-    match (vm.desired, desired) {
-        (Desired::Running, Desired::Running) => false,
-        (Desired::Stopped(_), Desired::Stopped(StopMode::Shutdown)) => false,
-        (Desired::Stopped(StopMode::PowerOff), Desired::Stopped(StopMode::PowerOff)) => false,
-        _ => true,
-    }
+    let settled = match (vm.desired, desired) {
+        (Desired::Running, Desired::Running) => true,
+        (Desired::Stopped(_), Desired::Stopped(StopMode::Shutdown)) => true,
+        (before, now) => before == now,
+    };
+    !settled
 }
 
 pub(super) fn delete(context: &Context<'_>, vm: VmId) -> Result<Decided, Rejection> {

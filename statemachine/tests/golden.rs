@@ -1,0 +1,130 @@
+//! Golden bytes: every version of every event ever written still decodes to the same value (DESIGN §3).
+//!
+//! A new kind of event needs a sample here and a file in `tests/golden/`; write the file once with
+//! `QUORATE_WRITE_GOLDEN=1 cargo nextest run -p statemachine golden` and never change it again.
+
+#[allow(dead_code, reason = "the samples use the things of this world and not its dice")]
+mod world;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use statemachine::Event;
+use statemachine::event::*;
+use statemachine::ids::*;
+use statemachine::scheduler;
+use statemachine::state::*;
+use uuid::Uuid;
+
+fn explanation() -> scheduler::Explanation {
+    scheduler::Explanation {
+        policy: PolicyName::EvenlyDistributed,
+        decided_on: Seq(41),
+        considered: 3,
+        chosen: Some(HostId(4)),
+        filtered: vec![scheduler::FilterCount {
+            filter: scheduler::FilterName::Memory,
+            hosts: 1,
+            reasons: vec!["host2: 4096 MiB wanted, 12 of 2048 MiB free".to_owned()],
+        }],
+        best: vec![scheduler::RankedHost {
+            host: HostId(4),
+            name: "host4".to_owned(),
+            total: 3,
+            units: vec![scheduler::UnitRank {
+                unit: scheduler::WeightName::OptimalForEvenDistributionCpu,
+                factor: 2,
+                score: 125,
+                rank: 1,
+            }],
+        }],
+    }
+}
+
+fn samples() -> Vec<Event> {
+    let vm = VmId(Uuid::from_u128(0x1122_3344_5566_7788_99aa_bbcc_ddee_ff00));
+    let (host, token, data_center, cluster) = (HostId(4), TokenId(3), DataCenterId(1), ClusterId(1));
+    let boot = BootId(Uuid::from_u128(5));
+    let print = Fingerprint([7; 32]);
+    let text = || "text".to_owned();
+    let spec = || Arc::new(world::spec(15));
+    vec![
+        SiteInitialised { site: SiteId(Uuid::from_u128(9)), name: text(), ca: print, feature_level: 1 }.into(),
+        DataCenterCreated { data_center, name: text() }.into(),
+        ClusterCreated { cluster, data_center, name: text(), scheduling: SchedulingPolicy::default() }.into(),
+        TokenCreated { token, purpose: TokenPurpose::Join, secret_hash: [8; 32], expires_ms: 99, note: text() }.into(),
+        TokenRevoked { token }.into(),
+        TokenUsed { token, host }.into(),
+        HostJoined { host, cluster, candidate: world::candidate(4) }.into(),
+        CertificateIssued { host, serial: text(), fingerprint: print, not_after_ms: 77 }.into(),
+        HostReported { host, counter: 6, facts: world::facts(5, 4, 2048) }.into(),
+        HostRebooted { host, from: boot, to: BootId(Uuid::from_u128(6)) }.into(),
+        HostSuspected { host }.into(),
+        HostUnreachable { host }.into(),
+        HostRecovered { host }.into(),
+        HostMaintenanceRequested { host }.into(),
+        HostActivated { host }.into(),
+        HostRemoved { host }.into(),
+        HostSpmPriorityChanged { host, priority: -1 }.into(),
+        VmDefined { vm, name: text(), cluster, spec: spec(), run_strategy: RunStrategy::Always }.into(),
+        VmRenamed { vm, name: text() }.into(),
+        VmSpecChanged { vm, spec: spec() }.into(),
+        VmRunStrategyChanged { vm, run_strategy: RunStrategy::Halted }.into(),
+        VmDeleted { vm }.into(),
+        VmDesiredChanged { vm, desired: Desired::Stopped(StopMode::PowerOff) }.into(),
+        VmDesiredReset { vm }.into(),
+        VmPlaced { vm, explanation: Arc::new(explanation()) }.into(),
+        VmPermitGranted { vm, host, boot, release: ReleaseClass::Lease }.into(),
+        VmPermitReleased { vm, epoch: Epoch(42), evidence: ReleaseEvidence::BootId }.into(),
+        VmObservedStatus { vm, epoch: Epoch(42), host, counter: 8, status: GuestStatus::PausedLease }.into(),
+        VmObservedExit { vm, epoch: Epoch(42), host, counter: 9, reason: ExitReason::Lost, detail: text() }.into(),
+        SpmGranted { data_center, host }.into(),
+        SpmReleased { data_center, host }.into(),
+    ]
+}
+
+fn golden_dir() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    let text = text.trim();
+    (0..text.len() / 2).map(|i| u8::from_str_radix(&text[2 * i..2 * i + 2], 16).expect("hex digits")).collect()
+}
+
+#[test]
+fn golden_bytes_of_every_event_decode_to_what_they_meant() {
+    let write = std::env::var_os("QUORATE_WRITE_GOLDEN").is_some();
+    for event in samples() {
+        let encoded = event.encode();
+        let path = golden_dir().join(format!("{:03}-{}.v{}.hex", encoded.kind, event.name(), encoded.version));
+        if write && !path.exists() {
+            std::fs::create_dir_all(golden_dir()).expect("the tree is writable");
+            std::fs::write(&path, hex(&encoded.payload) + "\n").expect("the tree is writable");
+        }
+        let golden = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let stored = EncodedEvent { payload: unhex(&golden), ..encoded.clone() };
+        assert_eq!(Event::decode(&stored).as_ref(), Ok(&event), "{}", path.display());
+        assert_eq!(stored, encoded, "today's encoding of {} is what was frozen", event.name());
+    }
+}
+
+#[test]
+fn every_kind_of_event_has_a_sample_and_a_number_of_its_own() {
+    let sampled: BTreeSet<_> = samples().iter().map(|event| (event.kind(), event.name())).collect();
+    let kinds: BTreeSet<_> = Event::KINDS.iter().copied().collect();
+    assert_eq!(sampled, kinds);
+    assert_eq!(kinds.iter().map(|(number, _)| number).collect::<BTreeSet<_>>().len(), Event::KINDS.len());
+}
+
+#[test]
+fn an_event_of_a_later_release_is_refused_by_name_and_number() {
+    let later = EncodedEvent { kind: 9999, version: 1, payload: Vec::new() };
+    let refusal = Event::decode(&later).expect_err("unknown").to_string();
+    assert!(refusal.contains("9999") && refusal.contains("upgrade"), "{refusal}");
+}

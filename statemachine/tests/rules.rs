@@ -1,0 +1,378 @@
+//! The rules of `decide`, one story each.
+
+mod cluster;
+
+use cluster::Cluster;
+use cluster::boot;
+use statemachine::command::Actor;
+use statemachine::command::Command;
+use statemachine::fold::Decision;
+use statemachine::ids::DataCenterId;
+use statemachine::ids::Epoch;
+use statemachine::ids::HostId;
+use statemachine::rejection::Rejection;
+use statemachine::rejection::RejectionClass;
+use statemachine::rejection::TokenFault;
+use statemachine::scheduler;
+use statemachine::scheduler::FilterName;
+use statemachine::state::Created;
+use statemachine::state::Desired;
+use statemachine::state::ExitReason;
+use statemachine::state::GuestStatus;
+use statemachine::state::ReleaseClass;
+use statemachine::state::RunStrategy;
+use statemachine::state::StopMode;
+use statemachine::state::TokenPurpose;
+use statemachine::view;
+use statemachine::view::HostStatus;
+use statemachine::view::VmStatus;
+
+#[test]
+fn a_site_is_initialised_once() {
+    let mut cluster = Cluster::of(1);
+    assert_eq!(cluster.fold.state.site.as_ref().map(|site| site.name.as_str()), Some("test"));
+    let again = Cluster::init_command();
+    assert_eq!(cluster.root(again), Err(Rejection::AlreadyInitialised));
+}
+
+#[test]
+fn a_join_token_admits_one_host_and_answers_the_same_machine_again() {
+    let mut cluster = Cluster::of(1);
+    let hash = cluster.token(TokenPurpose::Join, 60_000);
+    let join = |number| Command::HostJoin { secret_hash: hash, candidate: Cluster::candidate(number) };
+    let answer = cluster.ask(Actor::Joiner, HostId(1), join(2)).expect("a fresh token admits");
+    let head = cluster.fold.head.seq;
+    assert_eq!(answer.created, Some(Created::Host(HostId(head.0))), "the id of a host is the seq of its join");
+    // The answer was lost on the way; the same key pair asks again.
+    let again = cluster.ask(Actor::Joiner, HostId(1), join(2)).expect("the same machine");
+    assert_eq!((again.created, cluster.fold.head.seq), (answer.created, head));
+    let other = cluster.ask(Actor::Joiner, HostId(1), join(3));
+    assert_eq!(other, Err(Rejection::TokenRefused { fault: TokenFault::Used }));
+}
+
+#[test]
+fn expired_revoked_unknown_and_foreign_tokens_are_told_apart() {
+    let mut cluster = Cluster::of(1);
+    let refused = |fault| Err(Rejection::TokenRefused { fault });
+    let join = |secret_hash| Command::HostJoin { secret_hash, candidate: Cluster::candidate(2) };
+
+    let short = cluster.token(TokenPurpose::Join, 1_000);
+    cluster.clock_ms += 1_001;
+    assert_eq!(cluster.ask(Actor::Joiner, HostId(1), join(short)), refused(TokenFault::Expired));
+
+    let revoked = cluster.token(TokenPurpose::Join, 60_000);
+    let id = cluster.fold.state.token_by_hash(&revoked).expect("just made").0;
+    cluster.root(Command::TokenRevoke { token: id }).expect("an administrator revokes");
+    assert_eq!(cluster.ask(Actor::Joiner, HostId(1), join(revoked)), refused(TokenFault::Revoked));
+
+    let admin = cluster.token(TokenPurpose::Admin, 60_000);
+    assert_eq!(cluster.ask(Actor::Joiner, HostId(1), join(admin)), refused(TokenFault::WrongPurpose));
+    assert_eq!(cluster.ask(Actor::Joiner, HostId(1), join([42; 32])), refused(TokenFault::Unknown));
+}
+
+#[test]
+fn a_viewer_looks_and_an_expired_administrator_does_nothing() {
+    let mut cluster = Cluster::of(1);
+    let viewer = cluster.token(TokenPurpose::Viewer, 60_000);
+    let admin = cluster.token(TokenPurpose::Admin, 60_000);
+    let token = |cluster: &Cluster, hash| Actor::Token(cluster.fold.state.token_by_hash(hash).expect("made").0);
+    let (viewer, admin) = (token(&cluster, &viewer), token(&cluster, &admin));
+    let define = || Cluster::define("web1", 1, 64, RunStrategy::Manual);
+    let refusal = cluster.ask(viewer, HostId(1), define()).expect_err("a viewer may only look");
+    assert_eq!(refusal.class(), RejectionClass::Forbidden);
+    cluster.clock_ms += 60_001;
+    let refusal = cluster.ask(admin, HostId(1), define()).expect_err("expired");
+    assert_eq!(refusal.class(), RejectionClass::Forbidden);
+}
+
+#[test]
+fn a_host_speaks_for_itself_alone() {
+    let mut cluster = Cluster::of(2);
+    let [first, second] = [cluster.host(0), cluster.host(1)];
+    let report = cluster.report(second);
+    let facts = cluster.fold.state.hosts.get(&second).expect("joined").facts.clone();
+    let forged = cluster.ask(Actor::Host(first), first, Command::ReportHost { report, facts });
+    assert_eq!(forged.map_err(|no| no.class()), Err(RejectionClass::Forbidden));
+}
+
+#[test]
+fn a_retry_is_answered_as_the_first_time_and_another_body_conflicts() {
+    let mut cluster = Cluster::of(1);
+    let define = || Cluster::define("web1", 1, 64, RunStrategy::Manual);
+    let first = cluster.keyed("k", 1, define()).expect("new");
+    let head = cluster.fold.head;
+    assert_eq!(cluster.keyed("k", 1, define()), Ok(first));
+    assert_eq!(cluster.fold.head, head, "nothing was decided twice");
+    assert_eq!(cluster.keyed("k", 2, define()), Err(Rejection::IdempotencyConflict { seq: first.seq }));
+}
+
+#[test]
+fn a_rejection_is_not_remembered() {
+    let mut cluster = Cluster::of(1);
+    let start = |cluster: &Cluster| Command::VmStart { vm: cluster.vm("web1"), host: None };
+    cluster.root(Cluster::define("web1", 1, 9999, RunStrategy::Manual)).expect("defined");
+    let command = start(&cluster);
+    cluster.keyed("k", 1, command.clone()).expect_err("no host has that much memory");
+    cluster.grow(cluster.host(0), 16_384);
+    cluster.keyed("k", 1, command).expect("the retry finds the memory that was added");
+}
+
+#[test]
+fn pending_starts_count_and_the_explanation_says_who_was_full() {
+    let mut cluster = Cluster::of(2);
+    for name in ["a", "b", "c"] {
+        cluster.root(Cluster::define(name, 1, 1200, RunStrategy::Manual)).expect("defined");
+    }
+    cluster.start("a").expect("room");
+    cluster.start("b").expect("room on the other host");
+    assert_ne!(cluster.permit("a").host, cluster.permit("b").host, "evenly distributed");
+    let Err(Rejection::NoHostFits { explanation, .. }) = cluster.start("c") else {
+        panic!("two hosts of 2048 MiB cannot hold three guests of 1200 MiB");
+    };
+    let memory = &explanation.filtered[0];
+    assert_eq!((memory.filter, memory.hosts), (FilterName::Memory, 2));
+    assert!(memory.reasons[0].contains("1200 MiB wanted, 848 of 2048 MiB free"), "{memory:?}");
+}
+
+#[test]
+fn the_stored_explanation_is_what_the_scheduler_says_again_on_the_state_before() {
+    let mut cluster = Cluster::of(3);
+    cluster.root(Cluster::define("web1", 1, 64, RunStrategy::Manual)).expect("defined");
+    let before = cluster.fold.clone();
+    cluster.start("web1").expect("room");
+    let vm = cluster.fold.state.vms.get(&cluster.vm("web1")).expect("defined");
+    let stored = vm.placement.as_deref().expect("placed");
+    assert_eq!(stored.decided_on, before.head.seq);
+    let known = before.state.vms.get(&cluster.vm("web1")).expect("defined");
+    assert_eq!(scheduler::place(&before.state, known, None, before.head.seq).as_ref(), Ok(stored));
+}
+
+#[test]
+fn a_vm_holds_one_permit_whose_epoch_is_the_seq_of_its_batch() {
+    let mut cluster = Cluster::of(3);
+    cluster.root(Cluster::define("web1", 1, 64, RunStrategy::Manual)).expect("defined");
+    let answer = cluster.start("web1").expect("room");
+    assert_eq!(cluster.permit("web1").epoch, Epoch::from(answer.seq));
+    let head = cluster.fold.head;
+    cluster.start("web1").expect("it runs already");
+    assert_eq!(cluster.fold.head, head);
+}
+
+#[test]
+fn lease_is_the_default_for_highly_available_guests_and_operator_for_the_rest() {
+    let mut cluster = Cluster::of(1);
+    cluster.root(Cluster::define("plain", 1, 64, RunStrategy::Manual)).expect("defined");
+    cluster.root(Cluster::define_ha("ha", 1, 64)).expect("defined");
+    cluster.start("plain").expect("room");
+    cluster.start("ha").expect("room");
+    assert_eq!(cluster.permit("plain").release, ReleaseClass::Operator);
+    assert_eq!(cluster.permit("ha").release, ReleaseClass::Lease);
+}
+
+#[test]
+fn a_disk_has_one_writer() {
+    let mut cluster = Cluster::of(2);
+    cluster.root(Cluster::define_on_disk("a", "/dev/vdb", false)).expect("defined");
+    cluster.root(Cluster::define_on_disk("b", "/dev/vdb", false)).expect("a definition promises nothing");
+    cluster.start("a").expect("room");
+    let refusal = cluster.start("b").expect_err("a holds the disk");
+    assert_eq!(refusal.code(), "disk-in-use");
+    cluster.exit("a", ExitReason::GuestPoweredOff);
+    cluster.start("b").expect("the disk is free");
+}
+
+#[test]
+fn a_guest_that_powers_off_stays_down_when_manual_and_is_due_again_when_always() {
+    let mut cluster = Cluster::of(1);
+    cluster.root(Cluster::define("manual", 1, 64, RunStrategy::Manual)).expect("defined");
+    cluster.root(Cluster::define("always", 1, 64, RunStrategy::Always)).expect("defined");
+    cluster.start("manual").expect("room");
+    cluster.run_duties();
+    cluster.exit("manual", ExitReason::GuestPoweredOff);
+    cluster.exit("always", ExitReason::GuestPoweredOff);
+    assert_eq!(cluster.status("manual"), VmStatus::Down);
+    assert_eq!(cluster.status("always"), VmStatus::WaitForLaunch);
+    let old = cluster.last_epoch("always");
+    cluster.run_duties();
+    assert!(cluster.permit("always").epoch > old, "R2: a new epoch, never the old one again");
+}
+
+#[test]
+fn stop_halts_a_vm_that_always_runs_and_start_brings_it_back() {
+    let mut cluster = Cluster::of(1);
+    cluster.root(Cluster::define("web1", 1, 64, RunStrategy::Always)).expect("defined");
+    cluster.run_duties();
+    let vm = cluster.vm("web1");
+    cluster.root(Command::VmStop { vm, mode: StopMode::Shutdown }).expect("it runs");
+    assert_eq!(cluster.status("web1"), VmStatus::PoweringDown);
+    let early = cluster.start("web1").expect_err("it still has its old permit");
+    assert_eq!(early.code(), "vm-state");
+    cluster.exit("web1", ExitReason::PoweredOff);
+    assert_eq!(cluster.fold.state.vms.get(&vm).expect("defined").run_strategy, RunStrategy::Halted);
+    cluster.run_duties();
+    assert_eq!(cluster.status("web1"), VmStatus::Down);
+    cluster.start("web1").expect("start again");
+    assert_eq!(cluster.fold.state.vms.get(&vm).expect("defined").run_strategy, RunStrategy::Always);
+}
+
+#[test]
+fn a_report_about_an_epoch_that_is_over_is_dropped() {
+    let mut cluster = Cluster::of(1);
+    cluster.root(Cluster::define("web1", 1, 64, RunStrategy::Manual)).expect("defined");
+    cluster.start("web1").expect("room");
+    let old = cluster.permit("web1").epoch;
+    cluster.exit("web1", ExitReason::GuestPoweredOff);
+    cluster.start("web1").expect("room");
+    let host = cluster.host(0);
+    let (report, vm) = (cluster.report(host), cluster.vm("web1"));
+    let late = Command::ReportVmStatus { report, vm, epoch: old, status: GuestStatus::Up };
+    assert_eq!(cluster.ask(Actor::Host(host), host, late).map_err(|no| no.class()), Err(RejectionClass::Stale));
+    assert_eq!(cluster.status("web1"), VmStatus::WaitForLaunch, "hazard H16: it does not rise from the dead");
+}
+
+#[test]
+fn a_report_with_an_old_counter_is_dropped() {
+    let mut cluster = Cluster::of(1);
+    cluster.root(Cluster::define("web1", 1, 64, RunStrategy::Manual)).expect("defined");
+    cluster.start("web1").expect("room");
+    let host = cluster.host(0);
+    let (vm, epoch) = (cluster.vm("web1"), cluster.permit("web1").epoch);
+    let [early, late] = [cluster.report(host), cluster.report(host)];
+    let status = |report, status| Command::ReportVmStatus { report, vm, epoch, status };
+    cluster.ask(Actor::Host(host), host, status(late, GuestStatus::Up)).expect("newest");
+    let overtaken = cluster.ask(Actor::Host(host), host, status(early, GuestStatus::PoweringUp));
+    assert_eq!(overtaken, Err(Rejection::StaleReport));
+}
+
+#[test]
+fn a_new_boot_id_releases_the_permits_and_a_late_word_of_the_old_one_does_not() {
+    let mut cluster = Cluster::of(2);
+    cluster.root(Cluster::define_ha("ha", 1, 64)).expect("defined");
+    cluster.root(Cluster::define("plain", 1, 64, RunStrategy::Manual)).expect("defined");
+    let host = cluster.host(1);
+    for name in ["ha", "plain"] {
+        let vm = cluster.vm(name);
+        cluster.root(Command::VmStart { vm, host: Some(host) }).expect("room");
+    }
+    let old = cluster.permit("ha").epoch;
+    cluster.reboot(host, boot(99)).expect("it came back");
+    assert_eq!(cluster.status("plain"), VmStatus::Down);
+    assert_eq!(cluster.status("ha"), VmStatus::WaitForLaunch);
+    cluster.run_duties();
+    let new = cluster.permit("ha");
+    assert!(new.epoch > old);
+    // A report of the old incarnation was under way all the time.
+    let first_boot = Cluster::candidate(2).facts.boot;
+    assert_eq!(cluster.reboot(host, first_boot), Err(Rejection::StaleReport));
+    assert_eq!(cluster.permit("ha"), new);
+}
+
+#[test]
+fn a_permit_names_the_incarnation_that_it_was_granted_to() {
+    let mut cluster = Cluster::of(1);
+    cluster.reboot(cluster.host(0), boot(7)).expect("it came back");
+    cluster.root(Cluster::define("web1", 1, 64, RunStrategy::Manual)).expect("defined");
+    cluster.start("web1").expect("room");
+    assert_eq!(cluster.permit("web1").boot, boot(7));
+}
+
+#[test]
+fn silence_makes_statuses_and_never_ends_a_permit() {
+    let mut cluster = Cluster::of(2);
+    cluster.root(Cluster::define("web1", 1, 64, RunStrategy::Manual)).expect("defined");
+    let (host, vm) = (cluster.host(1), cluster.vm("web1"));
+    cluster.root(Command::VmStart { vm, host: Some(host) }).expect("room");
+    let permit = cluster.permit("web1");
+    let status = |cluster: &Cluster| view::host_status(cluster.fold.state.hosts.get(&host).expect("joined"));
+    cluster.duty(Command::HostSuspect { host }).expect("silent");
+    assert_eq!(status(&cluster), HostStatus::Connecting);
+    cluster.duty(Command::HostLost { host }).expect("silent");
+    assert_eq!((status(&cluster), cluster.status("web1")), (HostStatus::NonResponsive, VmStatus::Unknown));
+    assert_eq!(cluster.permit("web1"), permit);
+    cluster.duty(Command::HostRecover { host }).expect("it is back");
+    assert_eq!(status(&cluster), HostStatus::Up);
+}
+
+#[test]
+fn a_host_leaves_through_maintenance_and_its_name_for_good() {
+    let mut cluster = Cluster::of(2);
+    cluster.root(Cluster::define("web1", 1, 64, RunStrategy::Manual)).expect("defined");
+    let (host, vm) = (cluster.host(1), cluster.vm("web1"));
+    cluster.root(Command::VmStart { vm, host: Some(host) }).expect("room");
+    cluster.root(Command::HostRemove { host }).expect_err("it is active");
+    cluster.root(Command::HostMaintenance { host }).expect("no new guests");
+    let refusal = cluster.root(Command::HostRemove { host }).expect_err("it runs a guest");
+    assert!(refusal.to_string().contains("1 VMs still hold a permit"), "{refusal}");
+    cluster.exit("web1", ExitReason::GuestPoweredOff);
+    cluster.root(Command::HostRemove { host }).expect("empty and in maintenance");
+    let report = cluster.report(host);
+    let facts = Cluster::candidate(2).facts;
+    let ghost = cluster.ask(Actor::Host(host), host, Command::ReportHost { report, facts });
+    assert!(matches!(ghost, Err(Rejection::HostRemoved { .. })), "{ghost:?}");
+}
+
+#[test]
+fn the_storage_manager_is_sticky_and_prefers_the_leader_then_priority() {
+    let mut cluster = Cluster::of(3);
+    let data_center = DataCenterId(1);
+    let spm = |cluster: &Cluster| cluster.fold.state.data_centers.get(&data_center).and_then(|dc| dc.spm);
+    cluster.run_duties();
+    let first = spm(&cluster).expect("granted");
+    assert_eq!(first.host, cluster.host(0));
+    let other = cluster.host(2);
+    let taken = cluster.duty(Command::SpmGrant { data_center, host: other });
+    assert!(matches!(taken, Err(Rejection::SpmHeld { .. })), "{taken:?}");
+    cluster.root(Command::HostSpmPriority { host: cluster.host(0), priority: -1 }).expect("never");
+    cluster.root(Command::HostSpmPriority { host: other, priority: 9 }).expect("first");
+    cluster.ask(Actor::Host(first.host), first.host, Command::SpmRelease { data_center }).expect("its own");
+    cluster.run_duties();
+    let second = spm(&cluster).expect("granted again");
+    assert_eq!(second.host, other);
+    assert!(second.token > first.token, "S1: tokens rise");
+}
+
+#[test]
+fn contradictory_and_oversized_definitions_are_refused_in_words() {
+    let mut cluster = Cluster::of(1);
+    let cases: Vec<(Command, &str)> = vec![
+        (Cluster::define("Web_1", 1, 64, RunStrategy::Manual), "vm name"),
+        (Cluster::define("web1", 0, 64, RunStrategy::Manual), "vcpus"),
+        (Cluster::define("web1", 1, 1, RunStrategy::Manual), "memory"),
+        (Cluster::define_on_disk("web1", "/srv/../etc/shadow", false), "disk path"),
+        (Cluster::define_on_disk("web1", "relative", false), "disk path"),
+    ];
+    for (command, field) in cases {
+        let refusal = cluster.root(command).expect_err(field);
+        assert_eq!(refusal.class(), RejectionClass::Invalid);
+        assert!(refusal.to_string().starts_with(field), "{refusal}");
+    }
+}
+
+#[test]
+fn what_rests_on_a_batch_in_flight_is_decided_on_the_speculative_fold_only() {
+    let mut cluster = Cluster::of(1);
+    let applied = cluster.fold.clone();
+    cluster.root(Cluster::define("web1", 1, 64, RunStrategy::Manual)).expect("speculative");
+    let again = cluster.root(Cluster::define("web1", 1, 64, RunStrategy::Manual));
+    assert!(matches!(again, Err(Rejection::NameTaken { .. })), "hazard C13: this answer must be held");
+    let request =
+        cluster.request(Actor::Root(HostId(1)), HostId(1), Cluster::define("web1", 1, 64, RunStrategy::Manual));
+    assert!(matches!(applied.decide(&request, cluster.clock_ms), Decision::Batch { .. }));
+}
+
+#[test]
+fn a_running_vm_keeps_the_resources_that_it_was_started_with() {
+    let mut cluster = Cluster::of(1);
+    cluster.root(Cluster::define("web1", 1, 64, RunStrategy::Manual)).expect("defined");
+    cluster.start("web1").expect("room");
+    let vm = cluster.vm("web1");
+    let mut spec = (*cluster.fold.state.vms.get(&vm).expect("defined").spec).clone();
+    spec.memory_mib = 1024;
+    let change = statemachine::command::VmChange { spec: Some(spec), ..Default::default() };
+    cluster.root(Command::VmChange { vm, change }).expect("takes effect at the next start");
+    let host = cluster.host(0);
+    assert_eq!(cluster.fold.state.hosts.get(&host).expect("joined").usage.memory_mib, 64);
+    cluster.exit("web1", ExitReason::GuestPoweredOff);
+    assert_eq!(cluster.fold.state.hosts.get(&host).expect("joined").usage.memory_mib, 0, "R3: the books balance");
+    assert_eq!(cluster.fold.state.vms.get(&vm).expect("defined").desired, Desired::Stopped(StopMode::Shutdown));
+}
