@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh Debian machine with Rust:
+#
+#   make demo   three emulated hosts form a cluster, run a Linux guest, lose their leader
+#   make test   every test, the lab's included
+#
+# What they need they install themselves (`make setup`): Debian packages, and cargo-nextest.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+LAB := target/debug/lab
+STAMP := target/.setup-done
+
+.PHONY: help setup build demo test test-fast lint shows clean-lab
+
+help: ## What can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Install what this project needs (Debian packages, cargo-nextest)
+
+$(STAMP): lab/packages.txt
+	@lab/setup.sh "$(SUDO)"
+	@mkdir -p target && touch $@
+
+build: setup ## Build every program
+	cargo build --workspace --bins
+
+demo: build ## The main job, shown on three emulated hosts
+	$(SUDO) $(LAB) demo
+
+test: setup build ## Every test; the lab's run in emulated hosts
+	cargo nextest run --workspace
+
+test-fast: ## Tests that need no lab
+	cargo nextest run --workspace -E 'not binary(/^lab_/)'
+
+lint: ## Format, clippy
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+shows: build ## The long runs behind docs/operations/measured.md (about an hour)
+	$(SUDO) $(LAB) show all
+
+clean-lab: ## Stop the lab and forget its disks
+	-$(SUDO) $(LAB) down
+	rm -rf .lab
