@@ -32,9 +32,8 @@ pub fn create(config: &LabConfig) -> Result<()> {
 /// Removes the namespace and all in it; nothing to do when it is gone.
 pub fn remove(netns: &str) -> Result<()> {
     let list = Command::new("ip").args(["netns", "list"]).output().context("run ip netns list")?;
-    let exists = String::from_utf8_lossy(&list.stdout)
-        .lines()
-        .any(|line| line.split_whitespace().next() == Some(netns));
+    let exists =
+        String::from_utf8_lossy(&list.stdout).lines().any(|line| line.split_whitespace().next() == Some(netns));
     if exists { ip(&["netns", "del", netns]) } else { Ok(()) }
 }
 
@@ -91,10 +90,8 @@ pub fn apply_delay(netns: &str, host: &HostState) -> Result<bool> {
         let _ = inside(netns, "tc").args(["qdisc", "del", "dev", &tap, "root"]).output().context("run tc")?;
         return Ok(true);
     }
-    let output = inside(netns, "tc")
-        .args(netem_arguments("replace", &tap, host.link.delay_ms))
-        .output()
-        .context("run tc")?;
+    let output =
+        inside(netns, "tc").args(netem_arguments("replace", &tap, host.link.delay_ms)).output().context("run tc")?;
     let complaint = String::from_utf8_lossy(&output.stderr);
     if output.status.success() {
         Ok(true)
@@ -105,12 +102,13 @@ pub fn apply_delay(netns: &str, host: &HostState) -> Result<bool> {
     }
 }
 
-/// The same for the host's own side, run there: delays what it sends.
+/// The same for the host's own side, run there: delays what it sends. With its path, because
+/// busybox has a tc of its own that knows no netem.
 pub fn delay_inside_host(delay_ms: u32) -> Vec<String> {
     let command = if delay_ms == 0 {
-        "tc qdisc del dev eth0 root 2>/dev/null; true".to_owned()
+        "/usr/sbin/tc qdisc del dev eth0 root 2>/dev/null; true".to_owned()
     } else {
-        format!("tc {}", netem_arguments("replace", "eth0", delay_ms).join(" "))
+        format!("/usr/sbin/tc {}", netem_arguments("replace", "eth0", delay_ms).join(" "))
     };
     vec!["sh".to_owned(), "-c".to_owned(), command]
 }

@@ -99,8 +99,8 @@ impl LabDir {
 /// Replaces a file as a whole: a reader sees the old content or the new one.
 pub fn write_atomically(path: &Path, content: &[u8]) -> Result<()> {
     let parent = path.parent().context("a path without a directory")?;
-    let mut file = tempfile::NamedTempFile::new_in(parent)
-        .with_context(|| format!("make a file in {}", parent.display()))?;
+    let mut file =
+        tempfile::NamedTempFile::new_in(parent).with_context(|| format!("make a file in {}", parent.display()))?;
     file.write_all(content).with_context(|| format!("write {}", path.display()))?;
     file.persist(path).with_context(|| format!("write {}", path.display()))?;
     Ok(())

@@ -33,7 +33,8 @@ const MODULES: &[&str] = &[
 ];
 
 /// A watchdog that was armed stays armed (DESIGN §5); the hardware one comes first, as /dev/watchdog.
-const PARAMETERS: &[(&str, &str)] = &[("i6300esb", "nowayout=1 heartbeat=10"), ("softdog", "nowayout=1 soft_margin=10")];
+const PARAMETERS: &[(&str, &str)] =
+    &[("i6300esb", "nowayout=1 heartbeat=10"), ("softdog", "nowayout=1 soft_margin=10")];
 
 /// Our programs in a host. `lab` itself follows guests' consoles there.
 const BINARIES: &[&str] = &["hostd", "quorate", "vmm", "lab"];
@@ -131,7 +132,16 @@ fn stripped(dir: &LabDir, binary: &Path) -> Result<PathBuf> {
 /// Keeps what the current images are made of and the newest few of each kind; drops the rest.
 pub fn remove_old(dir: &LabDir, images: &Images) -> Result<()> {
     const KEEP: usize = 3;
-    for kind in ["guest-initrd.gz-", "host-base.lz4-", "host-product.lz4-", "host-initrd-", "bin-hostd-", "bin-quorate-", "bin-vmm-", "bin-lab-"] {
+    for kind in [
+        "guest-initrd.gz-",
+        "host-base.lz4-",
+        "host-product.lz4-",
+        "host-initrd-",
+        "bin-hostd-",
+        "bin-quorate-",
+        "bin-vmm-",
+        "bin-lab-",
+    ] {
         let mut files: Vec<_> = std::fs::read_dir(dir.images())?
             .filter_map(|entry| entry.ok())
             .filter(|entry| entry.file_name().to_string_lossy().starts_with(kind))

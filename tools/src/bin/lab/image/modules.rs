@@ -81,14 +81,11 @@ impl ModuleTree {
             let info = parse_modinfo(&content).with_context(|| format!("{} is no kernel module", path.display()))?;
             queue.extend(info.depends.iter().cloned());
             queue.extend(info.wants.iter().flat_map(|want| self.providers(want)));
-            bytes.insert(name.clone(), content);
+            bytes.insert(name.clone(), without_signature(content));
             infos.insert(name, info);
         }
         let order = load_order(&infos, wanted);
-        Ok(order
-            .into_iter()
-            .filter_map(|name| bytes.remove(&name).map(|bytes| Module { name, bytes }))
-            .collect())
+        Ok(order.into_iter().filter_map(|name| bytes.remove(&name).map(|bytes| Module { name, bytes })).collect())
     }
 
     /// Modules that may answer to a soft dependency: the name itself, or for `crypto-X` all whose
@@ -109,6 +106,23 @@ fn read_module(path: &Path) -> Result<Vec<u8>> {
         return Ok(output.stdout);
     }
     std::fs::read(path).with_context(|| format!("read {}", path.display()))
+}
+
+/// A module's signature stands at its end: the signature, twelve bytes about it (the last four are
+/// its length), a mark. Checking RSA costs an emulated processor a tenth of a second a module, and
+/// the kernel loads unsigned modules as well.
+fn without_signature(mut module: Vec<u8>) -> Vec<u8> {
+    const MARK: &[u8] = b"~Module signature appended~\n";
+    const ABOUT: usize = 12;
+    let content = module.strip_suffix(MARK).and_then(|signed| {
+        let (_, length) = signed.split_last_chunk::<4>()?;
+        let signature = usize::try_from(u32::from_be_bytes(*length)).ok()?;
+        signed.len().checked_sub(ABOUT)?.checked_sub(signature)
+    });
+    if let Some(length) = content {
+        module.truncate(length);
+    }
+    module
 }
 
 /// Depth-first order over what is known: every module after all that it needs.
@@ -214,10 +228,8 @@ mod tests {
 
     #[test]
     fn a_circle_of_modules_ends() {
-        let infos = BTreeMap::from([
-            ("a".to_owned(), module(&["b"], &[], &[])),
-            ("b".to_owned(), module(&["a"], &[], &[])),
-        ]);
+        let infos =
+            BTreeMap::from([("a".to_owned(), module(&["b"], &[], &[])), ("b".to_owned(), module(&["a"], &[], &[]))]);
         assert_eq!(load_order(&infos, &["a"]), ["b", "a"]);
     }
 
@@ -248,6 +260,16 @@ mod tests {
         let object = object(b"license=GPL\0alias=fs-ext4\0softdep=pre: crypto-crc32c post: x\0depends=jbd2,crc-16\0");
         let info = parse_modinfo(&object).expect("an object");
         assert_eq!(info, module(&["jbd2", "crc_16"], &["crypto-crc32c"], &["fs-ext4"]));
+    }
+
+    #[test]
+    fn signatures_are_taken_off_and_other_ends_stay() {
+        let mark = b"~Module signature appended~\n";
+        let signed = [&b"module"[..], b"sig", &[0; 8], &3u32.to_be_bytes(), mark].concat();
+        assert_eq!(without_signature(signed), b"module");
+        assert_eq!(without_signature(b"module".to_vec()), b"module");
+        let lying = [&b"module"[..], &[0; 8], &u32::MAX.to_be_bytes(), mark].concat();
+        assert_eq!(without_signature(lying.clone()), lying);
     }
 
     #[test]

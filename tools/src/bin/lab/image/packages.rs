@@ -49,11 +49,7 @@ fn kernel(dir: &LabDir, meta_package: &str, say: &mut dyn FnMut(&str)) -> Result
         .map(|path| path.join(&version))
         .find(|path| path.exists())
         .with_context(|| format!("{package} holds no modules for {version}"))?;
-    Ok(Kernel {
-        image: root.join(format!("boot/vmlinuz-{version}")),
-        modules: ModuleTree::open(&modules)?,
-        version,
-    })
+    Ok(Kernel { image: root.join(format!("boot/vmlinuz-{version}")), modules: ModuleTree::open(&modules)?, version })
 }
 
 fn newest_kernel(meta_package: &str) -> Result<String> {
