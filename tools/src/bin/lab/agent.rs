@@ -27,6 +27,7 @@ pub struct Finished {
 const MAX_ANSWER: u64 = 48 << 20;
 /// One question and answer. A loaded emulated host is slow, a stalled one never answers.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+const CONNECTION_ENDED: &str = "the agent's connection ended: did the host lose power? (`lab status`)";
 /// What one `guest-file-write` carries.
 const FILE_CHUNK: usize = 1 << 20;
 
@@ -149,7 +150,7 @@ impl Connection {
         bytes.push(b'\n');
         bytes.extend_from_slice(request.to_string().as_bytes());
         bytes.push(b'\n');
-        self.writer.write_all(&bytes).await?;
+        self.writer.write_all(&bytes).await.context(CONNECTION_ENDED)?;
         loop {
             let line = self.line().await?;
             // 0xff marks where the answer to a sync begins; what stands before it is old.
@@ -168,9 +169,10 @@ impl Connection {
 
     async fn line(&mut self) -> Result<Vec<u8>> {
         let mut line = Vec::new();
-        let length = (&mut self.reader).take(MAX_ANSWER).read_until(b'\n', &mut line).await?;
+        let length =
+            (&mut self.reader).take(MAX_ANSWER).read_until(b'\n', &mut line).await.context(CONNECTION_ENDED)?;
         if length == 0 || line.last() != Some(&b'\n') {
-            bail!("the agent's connection ended (did the host lose power?)");
+            bail!(CONNECTION_ENDED);
         }
         Ok(line)
     }

@@ -89,10 +89,11 @@ impl Hosts {
         match action {
             PowerAction::Off => {
                 let lost = self.blocks.lose_power(id);
+                // Before the emulator ends: its end is then no news.
+                self.set_power(id, Power::Off, None)?;
                 if let Some(qemu) = state.qemu {
                     tokio::task::spawn_blocking(move || qemu.end()).await??;
                 }
-                self.set_power(id, Power::Off, None)?;
                 host.agent.disconnect().await;
                 answer = json!({"unflushed_bytes_lost": lost});
             }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use super::cpio::Archive;
 use super::guest::GuestImage;
 use super::packages::{Packages, program};
-use super::{Images, packed, tree};
+use super::{Images, kernel, packed, tree};
 use crate::paths::LabDir;
 
 /// What a host needs of its kernel. Order matters where two modules could serve one device.
@@ -63,7 +63,7 @@ pub fn build(
     }
     say(&format!("host image: kernel {}, {}", packages.host_kernel.version, size_text(&initrd)));
     Ok(Images {
-        host_kernel: packages.host_kernel.image.clone(),
+        host_kernel: kernel::unpacked(dir, &packages.host_kernel.image)?,
         host_initrd: initrd,
         guest_kernel: guest.kernel.clone(),
         guest_initrd: guest.initrd.clone(),

@@ -5,6 +5,7 @@
 mod cpio;
 mod guest;
 mod host;
+mod kernel;
 mod modules;
 mod packages;
 mod tree;
