@@ -29,15 +29,8 @@ const MAX_RANGES: usize = 1024;
 pub enum BusError {
     #[error("the range {base:#x}+{len:#x} is empty or leaves the address space")]
     BadRange { base: u64, len: u64 },
-    #[error(
-        "the range {base:#x}+{len:#x} overlaps {other_base:#x}+{other_len:#x} without lying inside it"
-    )]
-    Overlap {
-        base: u64,
-        len: u64,
-        other_base: u64,
-        other_len: u64,
-    },
+    #[error("the range {base:#x}+{len:#x} overlaps {other_base:#x}+{other_len:#x} without lying inside it")]
+    Overlap { base: u64, len: u64, other_base: u64, other_len: u64 },
     #[error("the bus is full ({MAX_RANGES} ranges)")]
     Full,
 }
@@ -57,9 +50,7 @@ struct Range<D: ?Sized> {
 
 impl<D: ?Sized> Default for Bus<D> {
     fn default() -> Self {
-        Self {
-            ranges: RwLock::new(Vec::new()),
-        }
+        Self { ranges: RwLock::new(Vec::new()) }
     }
 }
 
@@ -85,12 +76,7 @@ impl<D: ?Sized> Bus<D> {
             let inside = base >= other.base && end <= other_end;
             let around = base <= other.base && end >= other_end;
             if !apart && (same || !(inside || around)) {
-                return Err(BusError::Overlap {
-                    base,
-                    len,
-                    other_base: other.base,
-                    other_len: other.len,
-                });
+                return Err(BusError::Overlap { base, len, other_base: other.base, other_len: other.len });
             }
         }
         let at = ranges.partition_point(|r| (r.base, u64::MAX - r.len) < (base, u64::MAX - len));
@@ -205,10 +191,7 @@ mod tests {
         bus.write(0xcf8, &[0, 0, 0, 0x80]);
         bus.write(0xcf9, &[6]);
         bus.write(0xcfa, &[1, 2]);
-        assert_eq!(
-            config.lock().unwrap().1,
-            [(0, vec![0, 0, 0, 0x80]), (2, vec![1, 2])]
-        );
+        assert_eq!(config.lock().unwrap().1, [(0, vec![0, 0, 0, 0x80]), (2, vec![1, 2])]);
         assert_eq!(reset.lock().unwrap().1, [(0, vec![6])]);
     }
 
@@ -227,18 +210,9 @@ mod tests {
     fn ranges_that_cross_or_repeat_are_refused() {
         let bus = PioBus::new();
         bus.insert(0x100, 0x10, named(1)).unwrap();
-        assert!(matches!(
-            bus.insert(0x108, 0x10, named(2)),
-            Err(BusError::Overlap { .. })
-        ));
-        assert!(matches!(
-            bus.insert(0x100, 0x10, named(2)),
-            Err(BusError::Overlap { .. })
-        ));
-        assert!(matches!(
-            bus.insert(u64::MAX, 2, named(2)),
-            Err(BusError::BadRange { .. })
-        ));
+        assert!(matches!(bus.insert(0x108, 0x10, named(2)), Err(BusError::Overlap { .. })));
+        assert!(matches!(bus.insert(0x100, 0x10, named(2)), Err(BusError::Overlap { .. })));
+        assert!(matches!(bus.insert(u64::MAX, 2, named(2)), Err(BusError::BadRange { .. })));
         bus.remove(0x100, 0x10).expect("it was there");
         bus.insert(0x108, 0x10, named(2)).unwrap();
     }

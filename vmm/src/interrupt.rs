@@ -10,11 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 #[derive(Debug, thiserror::Error)]
 pub enum InterruptError {
     #[error("no room for {wanted} more interrupt vectors ({used} of {limit} are in use)")]
-    NoVectors {
-        wanted: u16,
-        used: usize,
-        limit: usize,
-    },
+    NoVectors { wanted: u16, used: usize, limit: usize },
     #[error("vector {index} of a device that has {count}")]
     NoSuchVector { index: u16, count: u16 },
     #[error("cannot create an event descriptor for an interrupt")]
@@ -45,13 +41,7 @@ pub trait MsiSink: Send + Sync {
 pub trait MsiVectors: Send + Sync {
     /// What the guest wrote to the vector's entry of the MSI-X table. A masked vector delivers nothing; the
     /// pending bit is the caller's.
-    fn configure(
-        &self,
-        index: u16,
-        address: u64,
-        data: u32,
-        masked: bool,
-    ) -> Result<(), InterruptError>;
+    fn configure(&self, index: u16, address: u64, data: u32, masked: bool) -> Result<(), InterruptError>;
 
     /// Delivers the vector, if it is not masked.
     fn trigger(&self, index: u16) -> Result<(), InterruptError>;
@@ -130,23 +120,15 @@ pub mod fake {
 
         /// The vectors of the n-th function that asked.
         pub fn function(&self, nth: usize) -> Option<Arc<FakeVectors>> {
-            let allocated = self
-                .allocated
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
+            let allocated = self.allocated.lock().unwrap_or_else(PoisonError::into_inner);
             allocated.get(nth).cloned()
         }
     }
 
     impl MsiSink for FakeMsi {
         fn allocate(&self, vectors: u16) -> Result<Arc<dyn MsiVectors>, InterruptError> {
-            let new = Arc::new(FakeVectors {
-                vectors: Mutex::new(vec![FakeVector::default(); usize::from(vectors)]),
-            });
-            self.allocated
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(Arc::clone(&new));
+            let new = Arc::new(FakeVectors { vectors: Mutex::new(vec![FakeVector::default(); usize::from(vectors)]) });
+            self.allocated.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&new));
             Ok(new)
         }
     }
@@ -163,29 +145,17 @@ pub mod fake {
             vectors.get(usize::from(index)).cloned()
         }
 
-        fn change(
-            &self,
-            index: u16,
-            what: impl FnOnce(&mut FakeVector),
-        ) -> Result<(), InterruptError> {
+        fn change(&self, index: u16, what: impl FnOnce(&mut FakeVector)) -> Result<(), InterruptError> {
             let mut vectors = self.vectors.lock().unwrap_or_else(PoisonError::into_inner);
             let count = vectors.len() as u16;
-            let vector = vectors
-                .get_mut(usize::from(index))
-                .ok_or(InterruptError::NoSuchVector { index, count })?;
+            let vector = vectors.get_mut(usize::from(index)).ok_or(InterruptError::NoSuchVector { index, count })?;
             what(vector);
             Ok(())
         }
     }
 
     impl MsiVectors for FakeVectors {
-        fn configure(
-            &self,
-            index: u16,
-            address: u64,
-            data: u32,
-            masked: bool,
-        ) -> Result<(), InterruptError> {
+        fn configure(&self, index: u16, address: u64, data: u32, masked: bool) -> Result<(), InterruptError> {
             self.change(index, |v| {
                 v.address = address;
                 v.data = data;
@@ -214,19 +184,13 @@ pub mod fake {
         }
 
         pub fn doorbells(&self) -> Vec<(u64, Option<u16>, i32)> {
-            self.doorbells
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone()
+            self.doorbells.lock().unwrap_or_else(PoisonError::into_inner).clone()
         }
     }
 
     impl IoEvents for FakeIoEvents {
         fn register(&self, address: u64, datamatch: Option<u16>, fd: &EventFd) -> io::Result<()> {
-            let mut doorbells = self
-                .doorbells
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
+            let mut doorbells = self.doorbells.lock().unwrap_or_else(PoisonError::into_inner);
             let new = (address, datamatch, fd.as_raw_fd());
             if doorbells.contains(&new) {
                 return Err(io::Error::from_raw_os_error(libc::EEXIST));
@@ -236,10 +200,7 @@ pub mod fake {
         }
 
         fn unregister(&self, address: u64, datamatch: Option<u16>, fd: &EventFd) -> io::Result<()> {
-            let mut doorbells = self
-                .doorbells
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
+            let mut doorbells = self.doorbells.lock().unwrap_or_else(PoisonError::into_inner);
             let old = (address, datamatch, fd.as_raw_fd());
             match doorbells.iter().position(|d| *d == old) {
                 Some(at) => {

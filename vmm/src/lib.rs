@@ -9,11 +9,23 @@
 //! Start reading at [`bus`] and [`interrupt`]: they are the two borders between devices and KVM,
 //! and every device is tested with a fake on its side of them.
 
+pub mod acpi;
+pub mod bell;
+pub mod boot;
 pub mod bus;
 pub mod console_hub;
+pub mod control;
+pub mod cpu;
 pub mod devices;
 pub mod interrupt;
 pub mod lease;
+pub mod log;
+pub mod machine;
 pub mod memory;
+pub mod metrics;
 pub mod pci;
+pub mod process;
+pub mod smbios;
+pub mod start_once;
+pub mod sys;
 pub mod virtio;

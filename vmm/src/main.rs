@@ -1,3 +1,48 @@
-//! The `vmm` binary.
+//! The `vmm` binary: `vmm run` runs one guest for hostd, `vmm check` tells what this host's KVM can do.
 
-fn main() {}
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{Parser, Subcommand};
+use vmm::process::{self, RunOptions};
+
+/// Runs one guest of Quorate on KVM.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the guest that a configuration file describes, to its end
+    Run {
+        /// The configuration, as JSON
+        #[arg(long)]
+        config: PathBuf,
+        /// Where to listen for hostd
+        #[arg(long)]
+        control: PathBuf,
+        /// An open descriptor that holds the VM's lock; without it the run directory is locked
+        #[arg(long)]
+        lock_fd: Option<RawFd>,
+    },
+}
+
+fn main() -> ExitCode {
+    let process_start = Instant::now();
+    match Arguments::parse().command {
+        Command::Run { config, control, lock_fd } => {
+            // Before the first thread: all inherit the mask.
+            if let Err(error) = vmm::control::server::block_signals() {
+                eprintln!("vmm: cannot prepare for signals: {error}");
+                return ExitCode::FAILURE;
+            }
+            let options = RunOptions { config, control, lock_fd };
+            ExitCode::from(process::run(&options, process_start))
+        }
+    }
+}

@@ -1,1 +1,3 @@
 //! The devices of a guest, a folder each.
+
+pub mod legacy;

@@ -22,9 +22,7 @@ pub struct Drained {
 #[derive(Debug, thiserror::Error)]
 pub enum QuiesceError {
     /// Requests are still in the kernel. The caller must not report the guest as quiesced.
-    #[error(
-        "disk {disk}: {in_flight} requests are still in the kernel after the time given to drain them"
-    )]
+    #[error("disk {disk}: {in_flight} requests are still in the kernel after the time given to drain them")]
     StillInFlight { disk: String, in_flight: u64 },
     /// The thread that owns the disk's ring does not answer: it may itself hang in the kernel.
     #[error("disk {disk}: its I/O thread does not answer")]
@@ -39,11 +37,7 @@ pub enum QuiesceError {
     },
     /// The file at the path is no longer the disk that the guest had (other size, other kind).
     #[error("disk {disk}: {path} is not the disk that was closed: {what}")]
-    Changed {
-        disk: String,
-        path: String,
-        what: String,
-    },
+    Changed { disk: String, path: String, what: String },
 }
 
 /// A disk that can be made quiet. Called from the lease thread alone, never from a vCPU or the event loop, so it may wait

@@ -1,0 +1,318 @@
+//! The control thread: one poll loop over the socket, its clients, signals, and what is typed on the console.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use vmm_control::protocol::{MAX_CLIENTS, ProtocolError};
+use vmm_control::{ErrorCode, Message, Notice, Reply, Request};
+
+use super::client::{Client, ClientError};
+use super::{Answer, Control, lock};
+use crate::console_hub::{ConsoleSource, serve_client};
+
+/// What a console may wait for its peer to take the last words of the line protocol.
+const HAND_OVER: Duration = Duration::from_secs(2);
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error("cannot listen on the control socket {path}")]
+    Listen {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot receive signals")]
+    Signals(#[source] io::Error),
+    #[error("cannot start the control thread")]
+    Thread(#[source] io::Error),
+}
+
+/// SIGTERM and SIGINT are for the control thread. Called before any other thread starts, so that all inherit it.
+pub fn block_signals() -> io::Result<()> {
+    signals().thread_block()?;
+    Ok(())
+}
+
+fn signals() -> SigSet {
+    SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT])
+}
+
+/// The control thread.
+pub struct ControlServer {
+    control: Arc<Control>,
+    finish: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+    path: PathBuf,
+}
+
+impl ControlServer {
+    /// Listens at `path`, which only our own user may use.
+    pub fn start(path: &Path, control: Arc<Control>) -> Result<Self, ServerError> {
+        let listener = listen(path).map_err(|source| ServerError::Listen { path: path.to_owned(), source })?;
+        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+        let signals = SignalFd::with_flags(&signals(), flags).map_err(|e| ServerError::Signals(e.into()))?;
+        let finish = Arc::new(AtomicBool::new(false));
+        let mut server = Loop {
+            control: Arc::clone(&control),
+            finish: Arc::clone(&finish),
+            listener,
+            signals,
+            clients: Vec::new(),
+            consoles: Arc::new(AtomicUsize::new(0)),
+        };
+        let thread = std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || server.run())
+            .map_err(ServerError::Thread)?;
+        Ok(Self { control, finish, thread, path: path.to_owned() })
+    }
+
+    /// Sends the last notices, closes all connections, removes the socket.
+    pub fn finish(self) {
+        self.finish.store(true, Ordering::SeqCst);
+        self.control.bell.ring();
+        if self.thread.join().is_err() {
+            tracing::error!("the control thread ended by a panic");
+        }
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::debug!(%error, "cannot remove the control socket");
+        }
+    }
+}
+
+/// We hold the VM's lock, so a socket that is there belongs to a process that is gone.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    match fs::remove_file(path) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e),
+    }
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+struct Loop {
+    control: Arc<Control>,
+    finish: Arc<AtomicBool>,
+    listener: UnixListener,
+    signals: SignalFd,
+    clients: Vec<Client>,
+    /// Connections that became consoles, which have a thread each.
+    consoles: Arc<AtomicUsize>,
+}
+
+/// What the poll found.
+#[derive(Default)]
+struct Ready {
+    listener: bool,
+    signals: bool,
+    input: bool,
+    clients: Vec<PollFlags>,
+}
+
+impl Loop {
+    fn run(&mut self) {
+        loop {
+            // Read before the notices: what was queued before the order to finish is sent.
+            let finish = self.finish.load(Ordering::SeqCst);
+            self.send_notices();
+            if finish {
+                return;
+            }
+            let ready = match self.wait() {
+                Ok(ready) => ready,
+                Err(error) => {
+                    tracing::error!(%error, "the control thread cannot poll");
+                    return;
+                }
+            };
+            if ready.signals {
+                self.take_signals();
+            }
+            if ready.input
+                && let Some(machine) = self.control.machine()
+            {
+                lock(&machine.serial).take_input();
+            }
+            self.serve_clients(&ready.clients);
+            if ready.listener {
+                self.accept();
+            }
+        }
+    }
+
+    fn wait(&self) -> io::Result<Ready> {
+        let machine = self.control.machine();
+        let input = machine.as_ref().map(|m| lock(&m.serial).input_ready());
+        let mut fds = vec![
+            PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.control.bell.as_fd(), PollFlags::POLLIN),
+        ];
+        for client in &self.clients {
+            let mut wanted = PollFlags::POLLIN;
+            wanted.set(PollFlags::POLLOUT, client.has_unsent());
+            fds.push(PollFd::new(client.stream().as_fd(), wanted));
+        }
+        if let Some(console) = &input {
+            // SAFETY: `console` is held until this function returns.
+            let fd = unsafe { BorrowedFd::borrow_raw(console.ready().as_raw_fd()) };
+            fds.push(PollFd::new(fd, PollFlags::POLLIN));
+        }
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) => {}
+            Err(nix::errno::Errno::EINTR) => return Ok(Ready::default()),
+            Err(error) => return Err(error.into()),
+        }
+        let found = |at: usize| fds[at].revents().unwrap_or(PollFlags::empty());
+        let first_client = 3;
+        let after_clients = first_client + self.clients.len();
+        if !found(2).is_empty() {
+            self.control.bell.clear();
+        }
+        let input_ready = input.is_some() && !found(after_clients).is_empty();
+        if input_ready && let Some(console) = &input {
+            // Cleared before the bytes are taken: what comes later rings again.
+            let _ = console.ready().read();
+        }
+        Ok(Ready {
+            listener: !found(0).is_empty(),
+            signals: !found(1).is_empty(),
+            input: input_ready,
+            clients: (first_client..after_clients).map(found).collect(),
+        })
+    }
+
+    fn take_signals(&mut self) {
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            tracing::info!(signal = signal.ssi_signo, "a signal ends the guest");
+            self.control.terminate();
+        }
+    }
+
+    fn send_notices(&mut self) {
+        let notices: Vec<Notice> = lock(&self.control.notices).drain(..).collect();
+        for notice in notices {
+            let line = Message::Notice(notice).encode();
+            self.clients.retain_mut(|client| {
+                client.send(&line).inspect_err(|error| tracing::debug!(%error, "a control client is dropped")).is_ok()
+            });
+        }
+    }
+
+    fn accept(&mut self) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            let used = self.clients.len() + self.consoles.load(Ordering::SeqCst);
+            if used >= MAX_CLIENTS {
+                tracing::warn!(limit = MAX_CLIENTS, "a control client is refused");
+                continue;
+            }
+            match Client::new(stream) {
+                Ok(client) => self.clients.push(client),
+                Err(error) => tracing::warn!(%error, "a control client is lost"),
+            }
+        }
+    }
+
+    fn serve_clients(&mut self, ready: &[PollFlags]) {
+        let clients = std::mem::take(&mut self.clients);
+        for (at, mut client) in clients.into_iter().enumerate() {
+            let flags = ready.get(at).copied().unwrap_or(PollFlags::empty());
+            match self.serve(&mut client, flags) {
+                Ok(None) => self.clients.push(client),
+                Ok(Some(reply)) => self.become_console(client, reply),
+                Err(error) => tracing::debug!(%error, "a control client is gone"),
+            }
+        }
+    }
+
+    /// Reads and answers. A reply is returned when the connection becomes a console with it.
+    fn serve(&mut self, client: &mut Client, flags: PollFlags) -> Result<Option<Reply>, ClientError> {
+        if flags.contains(PollFlags::POLLOUT) {
+            client.flush()?;
+        }
+        if !flags.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
+            return Ok(None);
+        }
+        client.receive()?;
+        while let Some(line) = client.next_line()? {
+            let reply = match Request::decode(&line) {
+                Ok(request) => match self.control.answer(request) {
+                    Answer::Reply(reply) => reply,
+                    Answer::Console(reply) => return Ok(Some(reply)),
+                },
+                Err(error) => {
+                    let id = match &error {
+                        ProtocolError::NotARequest { id: Some(id), .. } => *id,
+                        _ => 0,
+                    };
+                    Reply::error(id, ErrorCode::BadRequest, error.to_string())
+                }
+            };
+            client.send(&Message::Reply(reply).encode())?;
+        }
+        Ok(None)
+    }
+
+    fn become_console(&mut self, mut client: Client, reply: Reply) {
+        let console = match self.control.console.attach() {
+            Ok(console) => console,
+            Err(error) => {
+                let refusal = Reply::error(reply.id, ErrorCode::Failed, error.to_string());
+                if client.send(&Message::Reply(refusal).encode()).is_ok() {
+                    self.clients.push(client);
+                }
+                return;
+            }
+        };
+        let consoles = Arc::clone(&self.consoles);
+        consoles.fetch_add(1, Ordering::SeqCst);
+        let counted = Counted(consoles);
+        let spawned = std::thread::Builder::new().name("console".into()).stack_size(256 << 10).spawn(move || {
+            let _counted = counted;
+            let (stream, typed, mut unsent) = client.into_stream();
+            unsent.extend(Message::Reply(reply).encode());
+            if let Err(error) = hand_over(&stream, &unsent) {
+                tracing::debug!(%error, "a console client is lost");
+                return;
+            }
+            console.send_input(&typed);
+            match serve_client(&console, stream) {
+                Ok(end) => tracing::debug!(?end, "a console client is gone"),
+                Err(error) => tracing::debug!(%error, "a console client is lost"),
+            }
+        });
+        if let Err(error) = spawned {
+            tracing::warn!(%error, "cannot start a console thread");
+        }
+    }
+}
+
+/// Sends what belongs to the line protocol, before the first raw byte.
+fn hand_over(mut stream: &UnixStream, unsent: &[u8]) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_write_timeout(Some(HAND_OVER))?;
+    io::Write::write_all(&mut stream, unsent)
+}
+
+/// Counts a console thread while it lives.
+struct Counted(Arc<AtomicUsize>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,184 @@
+//! The gate that every vCPU passes before it enters the guest. It is shut while at least one reason to stop holds.
+//!
+//! Open, it costs one atomic load. Shut, the vCPU parks on it. Who shuts it also kicks the vCPUs out of the guest; that a kick between
+//! the load and `KVM_RUN` is not lost is `sys::ImmediateExit`'s part.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crate::sys::ThreadId;
+
+/// Why vCPUs must not run. Independent of each other: all must be gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// Asked for over the control socket.
+    Requested,
+    /// The lease ended.
+    Lease,
+    /// The machine is being taken down, for a reset or for good: vCPU threads end.
+    End,
+}
+
+impl Stop {
+    fn bit(self) -> u32 {
+        match self {
+            Self::Requested => 1 << 0,
+            Self::Lease => 1 << 1,
+            Self::End => 1 << 2,
+        }
+    }
+}
+
+/// What a vCPU may do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Passage {
+    Enter,
+    End,
+}
+
+#[derive(Debug, Default)]
+pub struct RunGate {
+    reasons: AtomicU32,
+    threads: Mutex<Threads>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Threads {
+    running: Vec<ThreadId>,
+    parked: usize,
+}
+
+/// A vCPU thread's place at the gate; given back when it is dropped.
+#[derive(Debug)]
+pub struct Ticket<'a> {
+    gate: &'a RunGate,
+    thread: ThreadId,
+}
+
+impl RunGate {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self::default())
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Threads> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Announces the calling thread as one that will run a vCPU.
+    pub fn enlist(&self) -> Ticket<'_> {
+        let thread = ThreadId::current();
+        self.threads().running.push(thread);
+        Ticket { gate: self, thread }
+    }
+
+    /// Adds a reason to stop and interrupts the vCPUs. Does not wait.
+    pub fn shut(&self, reason: Stop) {
+        self.reasons.fetch_or(reason.bit(), Ordering::SeqCst);
+        let threads = self.threads();
+        for thread in &threads.running {
+            thread.kick();
+        }
+        self.changed.notify_all();
+    }
+
+    /// Takes a reason away.
+    pub fn open(&self, reason: Stop) {
+        self.reasons.fetch_and(!reason.bit(), Ordering::SeqCst);
+        // Under the lock, so that a vCPU that is about to park sees the change or the wake-up.
+        let _threads = self.threads();
+        self.changed.notify_all();
+    }
+
+    pub fn holds(&self, reason: Stop) -> bool {
+        self.reasons.load(Ordering::SeqCst) & reason.bit() != 0
+    }
+
+    pub fn is_open(&self) -> bool {
+        self.reasons.load(Ordering::SeqCst) == 0
+    }
+
+    /// Waits until no vCPU can be in the guest while the gate stays shut. False when that takes longer than `until`.
+    pub fn wait_parked(&self, until: Instant) -> bool {
+        let mut threads = self.threads();
+        while threads.parked < threads.running.len() {
+            let Some(left) = until.checked_duration_since(Instant::now()) else {
+                return false;
+            };
+            threads = self.changed.wait_timeout(threads, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+}
+
+impl Ticket<'_> {
+    /// Returns when the vCPU may enter the guest, or must end.
+    pub fn pass(&self) -> Passage {
+        if self.gate.is_open() {
+            return Passage::Enter;
+        }
+        let mut threads = self.gate.threads();
+        threads.parked += 1;
+        self.gate.changed.notify_all();
+        let passage = loop {
+            if self.gate.holds(Stop::End) {
+                break Passage::End;
+            }
+            if self.gate.is_open() {
+                break Passage::Enter;
+            }
+            threads = self.gate.changed.wait(threads).unwrap_or_else(PoisonError::into_inner);
+        };
+        threads.parked -= 1;
+        passage
+    }
+}
+
+impl Drop for Ticket<'_> {
+    fn drop(&mut self) {
+        let mut threads = self.gate.threads();
+        if let Some(at) = threads.running.iter().position(|t| *t == self.thread) {
+            threads.running.swap_remove(at);
+        }
+        self.gate.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_vcpu_passes_only_when_every_reason_is_gone() {
+        let gate = RunGate::new();
+        gate.shut(Stop::Lease);
+        gate.shut(Stop::Requested);
+        let (passed, has_passed) = std::sync::mpsc::channel();
+        let vcpu = std::thread::spawn({
+            let gate = gate.clone();
+            move || {
+                let ticket = gate.enlist();
+                passed.send(ticket.pass()).unwrap();
+                // Ends when the gate says so.
+                while ticket.pass() == Passage::Enter {
+                    std::thread::yield_now();
+                }
+            }
+        });
+        let soon = || Instant::now() + Duration::from_secs(20);
+        while gate.threads().running.is_empty() {
+            std::thread::yield_now();
+        }
+        assert!(gate.wait_parked(soon()));
+        gate.open(Stop::Requested);
+        assert!(has_passed.try_recv().is_err());
+        gate.open(Stop::Lease);
+        assert_eq!(has_passed.recv().unwrap(), Passage::Enter);
+        gate.shut(Stop::End);
+        vcpu.join().unwrap();
+        assert!(gate.wait_parked(soon()), "nobody is left");
+    }
+}

@@ -1,0 +1,8 @@
+//! The processors of a guest: what they are ([`cpuid`], [`msr`]), how they start ([`regs`]), and the threads that run them
+//! ([`vcpu`]), which all pass one gate ([`gate`]) before each entry into the guest.
+
+pub mod cpuid;
+pub mod gate;
+pub mod msr;
+pub mod regs;
+pub mod vcpu;

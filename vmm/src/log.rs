@@ -1,0 +1,90 @@
+//! The log of a vmm process: lines of JSON on stderr, written by a thread of their own. A reader that does not read, or a disk that
+//! hangs, costs lines and never the time of a vCPU.
+
+use std::io::{self, Write};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
+
+use tracing_subscriber::fmt::MakeWriter;
+use vmm_control::LogLevel;
+
+const QUEUE_LINES: usize = 1024;
+const FLUSH: Duration = Duration::from_millis(500);
+
+enum Item {
+    Line(Vec<u8>),
+    Flush(SyncSender<()>),
+}
+
+static LOST_LINES: AtomicU64 = AtomicU64::new(0);
+static QUEUE: OnceLock<SyncSender<Item>> = OnceLock::new();
+
+/// Starts logging. Called once.
+pub fn start(level: LogLevel) -> io::Result<()> {
+    let (sender, receiver) = sync_channel(QUEUE_LINES);
+    std::thread::Builder::new().name("log".into()).spawn(move || write_lines(&receiver))?;
+    let _ = QUEUE.set(sender);
+    let filter = tracing_subscriber::EnvFilter::new(level.as_str());
+    tracing_subscriber::fmt().json().with_env_filter(filter).with_writer(ToQueue).try_init().map_err(io::Error::other)
+}
+
+/// Lines that were dropped because the log did not keep up.
+pub fn lost_lines() -> u64 {
+    LOST_LINES.load(Ordering::Relaxed)
+}
+
+/// Waits until the lines so far are written, for a short time.
+pub fn flush() {
+    if let Some(queue) = QUEUE.get() {
+        let (done, is_done) = sync_channel(1);
+        if queue.try_send(Item::Flush(done)).is_ok() {
+            let _ = is_done.recv_timeout(FLUSH);
+        }
+    }
+}
+
+fn write_lines(queue: &Receiver<Item>) {
+    while let Ok(item) = queue.recv() {
+        match item {
+            // Nobody is left to tell that stderr cannot be written.
+            Item::Line(line) => drop(io::stderr().write_all(&line)),
+            Item::Flush(done) => drop(done.send(())),
+        }
+    }
+}
+
+struct ToQueue;
+
+/// One line on its way.
+struct Line(Vec<u8>);
+
+impl<'a> MakeWriter<'a> for ToQueue {
+    type Writer = Line;
+
+    fn make_writer(&'a self) -> Line {
+        Line(Vec::new())
+    }
+}
+
+impl Write for Line {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        let line = std::mem::take(&mut self.0);
+        let sent = QUEUE.get().map(|q| q.try_send(Item::Line(line)));
+        if !matches!(sent, Some(Ok(()))) {
+            LOST_LINES.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}

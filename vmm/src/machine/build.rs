@@ -1,0 +1,191 @@
+//! Puts a machine together, in the order in which its parts need each other.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use kvm_ioctls::Kvm;
+use vmm_control::{MachineType, VmmConfig};
+
+use super::kvm::{self, KvmError, KvmVm};
+use super::layout::{GSI_COM1, GSI_SCI, Layout, PORT_BOOT_TIMER, PORT_COM1, PORT_DEBUG, PORT_PM_BASE, PORT_RESET};
+use super::msi::KvmMsi;
+use super::{Endings, Machine};
+use crate::acpi::{self, AcpiError};
+use crate::boot::{self, BootError, BootFiles};
+use crate::bus::{BusError, MmioBus, PioBus, PioDevice};
+use crate::console_hub::{ConsoleError, ConsoleHub};
+use crate::cpu::gate::RunGate;
+use crate::cpu::regs::{self, RegsError};
+use crate::cpu::vcpu::{Shared, Vcpu};
+use crate::cpu::{cpuid, msr};
+use crate::devices::legacy::boot_timer::{BootTime, BootTimerPort};
+use crate::devices::legacy::debug_port::DebugPort;
+use crate::devices::legacy::pm::{self, PowerManagement};
+use crate::devices::legacy::reset::{KEYBOARD_COMMAND_PORT, KEYBOARD_DATA_PORT, KeyboardController, ResetPort};
+use crate::devices::legacy::rtc::{self, RealTimeClock};
+use crate::devices::legacy::serial::{self, SerialPort};
+use crate::interrupt::InterruptError;
+use crate::lease::Lease;
+use crate::lease::quiesce::DiskGate;
+use crate::memory::{self, GuestMemory, MemoryError};
+use crate::metrics::ExitCounters;
+use crate::smbios::{self, Board, SmbiosError};
+
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    #[error(transparent)]
+    Smbios(#[from] SmbiosError),
+    #[error(transparent)]
+    Registers(#[from] RegsError),
+    #[error(transparent)]
+    Interrupt(#[from] InterruptError),
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    #[error("two devices want the same addresses")]
+    Bus(#[from] BusError),
+    #[error("cannot connect an interrupt line")]
+    Line(#[source] io::Error),
+    #[error("cannot start a vCPU thread")]
+    Thread(#[source] io::Error),
+    #[error("cannot prepare the disk {id} at {path}: {why}")]
+    Disk { id: String, path: PathBuf, why: String },
+    #[error("this host's KVM runs at most {limit} vCPUs a guest, not {asked}")]
+    TooManyVcpus { asked: u16, limit: usize },
+}
+
+/// What outlives a machine and is shared by all machines of this process.
+pub struct Context {
+    pub config: VmmConfig,
+    pub kvm: Kvm,
+    pub files: BootFiles,
+    pub console: Arc<ConsoleHub>,
+    pub gate: Arc<RunGate>,
+    pub disk_gate: Arc<DiskGate>,
+    pub lease: Arc<Lease>,
+    pub endings: Arc<Endings>,
+    pub boot_time: Arc<BootTime>,
+    pub exits: Arc<ExitCounters>,
+}
+
+/// Builds a machine. Nothing of it runs yet.
+pub fn build(context: &Context) -> Result<Machine, MachineError> {
+    let config = &context.config;
+    let layout = Layout::new(config.memory_bytes, config.max_memory_bytes());
+    let memory = memory::allocate(&layout)?;
+    let vm = KvmVm::new(&context.kvm, &memory)?;
+    let msi = KvmMsi::new(Arc::clone(&vm))?;
+    let pio = PioBus::new();
+    let mmio = MmioBus::new();
+
+    let legacy = add_legacy_devices(context, &vm, &pio)?;
+    let entry = load_guest(context, &memory, &layout)?;
+
+    let shared = Arc::new(Shared {
+        pio,
+        mmio,
+        gate: Arc::clone(&context.gate),
+        lease: Arc::clone(&context.lease),
+        events: Arc::clone(&context.endings) as _,
+        exits: Arc::clone(&context.exits),
+    });
+    let vcpus = create_vcpus(context, &vm, &memory, entry, &shared)?;
+    Ok(Machine {
+        memory,
+        shared,
+        vcpus,
+        threads: Vec::new(),
+        pm: legacy.pm,
+        serial: legacy.serial,
+        disks: Vec::new(),
+        shared_disks: Vec::new(),
+        disk_gate: Arc::clone(&context.disk_gate),
+        _devices: Box::new(msi),
+    })
+}
+
+struct Legacy {
+    pm: Arc<Mutex<PowerManagement>>,
+    serial: Arc<Mutex<SerialPort>>,
+}
+
+fn add_legacy_devices(context: &Context, vm: &Arc<KvmVm>, pio: &PioBus) -> Result<Legacy, MachineError> {
+    let power = Arc::clone(&context.endings);
+    let insert = |port: u16, count: u64, device: Arc<Mutex<dyn PioDevice>>| pio.insert(u64::from(port), count, device);
+    let console = Arc::new(context.console.device()?);
+    let line = vm.edge_line(GSI_COM1).map_err(MachineError::Line)?;
+    let serial = Arc::new(Mutex::new(SerialPort::new(line, console)));
+    insert(PORT_COM1, serial::PORTS, serial.clone())?;
+
+    let pm = Arc::new(Mutex::new(PowerManagement::new(vm.level_line(GSI_SCI), power.clone())));
+    insert(PORT_PM_BASE, pm::PORTS, pm.clone())?;
+
+    let clock = Arc::new(Mutex::new(RealTimeClock::default()));
+    insert(rtc::PORT, rtc::PORTS, clock)?;
+    let reset = Arc::new(Mutex::new(ResetPort::new(power.clone())));
+    insert(PORT_RESET, 1, reset)?;
+    let keyboard = KeyboardController::command(power);
+    insert(KEYBOARD_COMMAND_PORT, 1, Arc::new(Mutex::new(keyboard)))?;
+    let keyboard = KeyboardController::data();
+    insert(KEYBOARD_DATA_PORT, 1, Arc::new(Mutex::new(keyboard)))?;
+    let timer = BootTimerPort(Arc::clone(&context.boot_time));
+    insert(PORT_BOOT_TIMER, 1, Arc::new(Mutex::new(timer)))?;
+    let debug = Arc::new(Mutex::new(DebugPort::default()));
+    insert(PORT_DEBUG, 1, debug)?;
+    Ok(Legacy { pm, serial })
+}
+
+fn machine_type_name(machine: MachineType) -> &'static str {
+    match machine {
+        MachineType::QDirect1 => "q-direct-1",
+    }
+}
+
+fn load_guest(context: &Context, memory: &GuestMemory, layout: &Layout) -> Result<boot::Entry, MachineError> {
+    let config = &context.config;
+    let rsdp = acpi::write(memory, layout, config.vcpus)?;
+    let board = Board {
+        product: machine_type_name(config.machine),
+        // Of the machine type, not of this program: a guest sees the same on every host and after every upgrade.
+        version: "1",
+        serial: &config.identity.serial,
+        uuid: config.identity.uuid,
+    };
+    smbios::write(memory, &board)?;
+    Ok(boot::load(memory, layout, &context.files, rsdp)?)
+}
+
+fn create_vcpus(
+    context: &Context,
+    vm: &Arc<KvmVm>,
+    memory: &GuestMemory,
+    entry: boot::Entry,
+    shared: &Arc<Shared>,
+) -> Result<Vec<Vcpu>, MachineError> {
+    let count = context.config.vcpus;
+    let limit = context.kvm.get_max_vcpus();
+    if usize::from(count) > limit {
+        return Err(MachineError::TooManyVcpus { asked: count, limit });
+    }
+    let supported = cpuid::supported(&context.kvm)?;
+    let mut vcpus = Vec::with_capacity(usize::from(count));
+    for index in 0..count {
+        let fd = vm.create_vcpu(index)?;
+        fd.set_cpuid2(&cpuid::for_vcpu(&supported, index, count)).map_err(kvm::refused("set CPUID"))?;
+        msr::set_boot_msrs(&fd)?;
+        regs::set_local_pins(&fd)?;
+        if index == 0 {
+            regs::set_entry(&fd, memory, entry)?;
+        }
+        vcpus.push(Vcpu::new(index, fd, Arc::clone(shared)));
+    }
+    Ok(vcpus)
+}
