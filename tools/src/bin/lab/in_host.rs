@@ -3,11 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 /// The lines' times are the witness of pauses of a second: 20 ms is short against that, and a
 /// look costs some system calls.
@@ -46,6 +47,27 @@ pub fn follow_consoles(root: &Path, port: &Path) -> Result<()> {
         std::thread::sleep(LOOK_EVERY);
     }
     Ok(())
+}
+
+/// CLOCK_BOOTTIME, the clock of leases.
+pub fn boottime_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+/// Asks a guest's vmm for its status, past hostd, which may be dead.
+pub fn vmm_status(vm: &str) -> Result<String> {
+    let path = Path::new("/run/quorate/vm").join(vm).join("control.sock");
+    let mut socket = UnixStream::connect(&path).with_context(|| format!("connect to {}", path.display()))?;
+    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+    socket.write_all(b"{\"id\":1,\"method\":\"status\"}\n")?;
+    for line in BufReader::new(socket.take(1 << 20)).lines() {
+        let message: serde_json::Value = serde_json::from_str(&line?).context("the vmm's answer is no JSON")?;
+        if message["id"] == 1 {
+            return Ok(message["result"].to_string());
+        }
+    }
+    bail!("the vmm of {vm} closed the connection without an answer")
 }
 
 struct Followed {

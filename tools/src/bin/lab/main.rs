@@ -24,6 +24,7 @@ mod paths;
 mod process;
 mod qmp;
 mod report;
+mod scenario;
 mod state;
 mod witness;
 
@@ -138,6 +139,21 @@ enum Verb {
         #[arg(long)]
         keep_disks: bool,
     },
+    /// The main job on a fresh lab: a cluster, a guest, the loss of the leader.
+    Demo {
+        #[command(flatten)]
+        options: scenario::StoryOptions,
+    },
+    /// Measure a promise on a fresh lab.
+    Show {
+        #[arg(value_enum)]
+        story: scenario::Story,
+        #[command(flatten)]
+        options: scenario::StoryOptions,
+    },
+    /// Writes through every host without pause, and prints when each commit was answered.
+    #[command(hide = true)]
+    Probe(scenario::probe::ProbeOptions),
     /// The daemon; `lab up` starts it.
     #[command(hide = true)]
     Serve,
@@ -172,6 +188,14 @@ enum DiskAction {
 
 #[derive(Subcommand)]
 enum InHostTask {
+    /// CLOCK_BOOTTIME of this host in nanoseconds.
+    Clock,
+    /// What a guest's vmm says of itself, as JSON.
+    VmmStatus {
+        /// Id of the VM.
+        #[arg(long)]
+        vm: String,
+    },
     /// Send the lines of guests' consoles to the lab.
     Consoles {
         #[arg(long)]
@@ -193,8 +217,12 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<ExitCode> {
-    if let Verb::InHost { task: InHostTask::Consoles { root, port } } = &cli.command {
-        in_host::follow_consoles(root, port)?;
+    if let Verb::InHost { task } = &cli.command {
+        match task {
+            InHostTask::Consoles { root, port } => in_host::follow_consoles(root, port)?,
+            InHostTask::Clock => println!("{}", in_host::boottime_ns()),
+            InHostTask::VmmStatus { vm } => println!("{}", in_host::vmm_status(vm)?),
+        }
         return Ok(ExitCode::SUCCESS);
     }
     if let Verb::Clock = cli.command {
@@ -280,6 +308,9 @@ async fn perform(dir: LabDir, verb: Verb) -> Result<ExitCode> {
             return Err(error).context("run ip netns exec");
         }
         Verb::Down { keep_disks } => lifecycle::down(&dir, keep_disks)?,
+        Verb::Demo { options } => scenario::tell(&dir, scenario::Story::Demo, &options).await?,
+        Verb::Show { story, options } => scenario::tell(&dir, story, &options).await?,
+        Verb::Probe(options) => scenario::probe::run(options).await?,
         Verb::Serve => {
             tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).init();
             daemon::serve(dir).await?;

@@ -1,0 +1,103 @@
+//! A guest as stories use it: a stock Debian kernel that counts on its console and on a shared disk.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use anyhow::Result;
+use serde_json::Value;
+
+use super::stage::ConsoleLine;
+use super::stage::Stage;
+use crate::state::HostId;
+
+pub const KERNEL: &str = "/usr/share/quorate/images/guest-vmlinuz";
+pub const INITRD: &str = "/usr/share/quorate/images/guest-initrd.gz";
+/// Emulated hosts that boot guests while others do are slow.
+pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
+
+/// A defined guest.
+pub struct Guest {
+    pub name: String,
+    /// Its id, which is also the name of its directory on its host.
+    pub id: String,
+}
+
+/// What a guest is made of, beside the images that all share.
+pub struct Shape<'a> {
+    pub vcpus: u32,
+    /// `shared1` to `shared4`: a small disk that all hosts see.
+    pub disk: Option<&'a str>,
+    /// Highly available: its permit is of class `lease`.
+    pub lease: bool,
+}
+
+impl Guest {
+    pub async fn define(stage: &Stage, asked: HostId, name: &str, shape: &Shape<'_>) -> Result<Guest> {
+        let vcpus = shape.vcpus.to_string();
+        let disk = shape.disk.map(|export| format!("root=/dev/disk/by-id/virtio-{export}"));
+        let mut words = vec!["vm", "create", name, "--vcpus", &vcpus, "--memory", "192"];
+        words.extend(["--kernel", KERNEL, "--initrd", INITRD, "--cmdline", "console=ttyS0 quiet"]);
+        if let Some(disk) = &disk {
+            words.extend(["--disk", disk]);
+        }
+        if shape.lease {
+            words.push("--ha");
+        }
+        stage.quorate(asked, &words).await?;
+        let shown = stage.query(asked, &["vm", "show", name]).await?;
+        let id = field(&shown, "id").and_then(Value::as_str).context("`vm show` names no id")?;
+        Ok(Guest { name: name.to_owned(), id: id.to_owned() })
+    }
+
+    /// Starts it on a host and waits for its userland. The line that says so.
+    pub async fn start(&self, stage: &Stage, asked: HostId, host: HostId) -> Result<ConsoleLine> {
+        let since_ns = stage.now_ns();
+        stage.quorate(asked, &["vm", "start", &self.name, "--host", &host.to_string()]).await?;
+        self.boots(stage, host, since_ns).await
+    }
+
+    /// Waits until it reaches userland on `host`.
+    pub async fn boots(&self, stage: &Stage, host: HostId, since_ns: u64) -> Result<ConsoleLine> {
+        let what = format!("{} reaches userland on {host}", self.name);
+        stage
+            .until(&what, BOOT_LIMIT, async || {
+                let lines = stage.console(host)?;
+                let up = |line: &ConsoleLine| {
+                    line.vm == self.id && line.t_ns >= since_ns && line.line.contains("quorate-guest up")
+                };
+                Ok(lines.into_iter().find(up))
+            })
+            .await
+    }
+
+    pub async fn show(&self, stage: &Stage, asked: HostId) -> Result<Value> {
+        stage.query(asked, &["vm", "show", &self.name]).await
+    }
+
+    pub async fn status(&self, stage: &Stage, asked: HostId) -> Result<String> {
+        let shown = self.show(stage, asked).await?;
+        Ok(field(&shown, "status").and_then(Value::as_str).unwrap_or_default().to_owned())
+    }
+
+    /// Epoch of its present permit.
+    pub async fn epoch(&self, stage: &Stage, asked: HostId) -> Result<u64> {
+        let shown = self.show(stage, asked).await?;
+        let permit = field(&shown, "permit").context("`vm show` names no permit")?;
+        permit["epoch"].as_u64().with_context(|| format!("{} has no permit", self.name))
+    }
+
+    pub async fn reaches(&self, stage: &Stage, asked: HostId, status: &str, limit: Duration) -> Result<()> {
+        let what = format!("{} is {status}", self.name);
+        stage.until(&what, limit, async || Ok((self.status(stage, asked).await? == status).then_some(()))).await
+    }
+
+    pub async fn stop(&self, stage: &Stage, asked: HostId) -> Result<()> {
+        stage.quorate(asked, &["vm", "stop", &self.name]).await?;
+        self.reaches(stage, asked, "Down", Duration::from_secs(90)).await
+    }
+}
+
+/// A field of an object that may be wrapped in a read's envelope.
+pub fn field<'a>(value: &'a Value, name: &str) -> Option<&'a Value> {
+    value.get(name).or_else(|| value.as_object()?.values().find_map(|inner| inner.get(name)))
+}

@@ -1,0 +1,71 @@
+//! Whole stories told by a lab: `lab demo`, and `lab show NAME`, which measure what the product promises.
+//!
+//! A story drives hosts as an operator would (the `quorate` program, through the host's guest agent), disturbs
+//! them as the world would (power, network, disks), and believes only witnesses outside the hosts: console lines
+//! and disk writes stamped by the lab's clock. Each ends with a table of what was measured and `NAME: ok`, or with
+//! the first promise that was broken.
+//!
+//! [`stage`] is what every story stands on; each other file is a story.
+
+mod demo;
+mod failover;
+mod first_guest;
+mod guest;
+mod lease;
+mod minority;
+pub mod probe;
+mod restart;
+mod stage;
+mod table;
+
+use anyhow::Result;
+
+use crate::machine::AcceleratorChoice;
+use crate::paths::LabDir;
+
+/// What `lab show` can show.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Story {
+    /// The main job: three hosts, a guest, the loss of the leader.
+    Demo,
+    /// A Linux guest: console, vCPUs, ACPI shutdown, disk.
+    Guest,
+    /// hostd dies or restarts under a guest, and during starts.
+    Restart,
+    /// The leader loses its power.
+    Failover,
+    /// A host is cut off: its lease guests pause in time and go on later.
+    Lease,
+    /// Two of three hosts are cut off for a minute.
+    Minority,
+}
+
+/// How a story is told.
+#[derive(Debug, Clone, clap::Args)]
+pub struct StoryOptions {
+    #[arg(long, value_enum, default_value = "auto")]
+    pub accel: AcceleratorChoice,
+    /// How often a story with repetitions repeats itself.
+    #[arg(long)]
+    pub runs: Option<u32>,
+    /// Leave the lab up afterwards, to look around.
+    #[arg(long)]
+    pub keep: bool,
+}
+
+/// Tells a story on a fresh lab, and takes the lab down after it.
+pub async fn tell(dir: &LabDir, story: Story, options: &StoryOptions) -> Result<()> {
+    let mut stage = stage::Stage::set(dir, options).await?;
+    let told = match story {
+        Story::Demo => demo::tell(&mut stage).await,
+        Story::Guest => first_guest::tell(&mut stage).await,
+        Story::Restart => restart::tell(&mut stage, options.runs.unwrap_or(50)).await,
+        Story::Failover => failover::tell(&mut stage, options.runs.unwrap_or(20)).await,
+        Story::Lease => lease::tell(&mut stage, options.runs.unwrap_or(20)).await,
+        Story::Minority => minority::tell(&mut stage).await,
+    };
+    if let (Ok(()), Some(name)) = (&told, clap::ValueEnum::to_possible_value(&story)) {
+        println!("\n{}: ok", name.get_name());
+    }
+    stage.leave(told, options.keep)
+}

@@ -1,0 +1,125 @@
+//! `lab show restart`: hostd dies and restarts under a running guest, and at random moments of a start.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::ensure;
+use rand::Rng;
+
+use super::guest::Guest;
+use super::guest::Shape;
+use super::stage::Counter;
+use super::stage::Stage;
+use super::stage::largest_gap;
+use super::table::Table;
+use crate::state::HostId;
+
+/// The promise for a guest whose hostd restarts (DESIGN §14): it does not notice.
+const GAP_MAX_S: f64 = 1.5;
+
+pub async fn tell(stage: &mut Stage, runs: u32) -> Result<()> {
+    let mut table = Table::default();
+    stage.form_cluster().await?;
+    let (asker, runner) = (HostId(1), HostId(2));
+    let guest = Guest::define(stage, asker, "web1", &Shape { vcpus: 1, disk: Some("shared1"), lease: true }).await?;
+    guest.start(stage, asker, runner).await?;
+    let epoch = guest.epoch(stage, asker).await?;
+
+    for (name, blow) in [
+        ("kill -9 of hostd", "kill -9 $(cat /run/service/hostd/pid)"),
+        ("service hostd restart", "service hostd restart"),
+    ] {
+        stage.say(&format!("{name}, under a running guest"));
+        let since_ns = stage.now_ns();
+        let before = hostd_pid(stage, runner).await?;
+        stage.sh(runner, blow).await?;
+        stage
+            .until("a new hostd", Duration::from_secs(30), async || {
+                Ok((hostd_pid(stage, runner).await? != before).then_some(()))
+            })
+            .await?;
+        stage.hostd_answers(runner).await?;
+        guest.reaches(stage, runner, "Up", Duration::from_secs(60)).await?;
+        // Long enough for a lease that nobody renews to end.
+        tokio::time::sleep(Duration::from_secs(16)).await;
+        let counters = stage.counters(runner, &guest.id, since_ns)?;
+        let (gap, from, to) = largest_gap(&counters).context("the guest fell silent")?;
+        ensure!(same_boot(&counters), "the guest booted anew: {counters:?}");
+        ensure!(guest.epoch(stage, asker).await? == epoch, "a new permit was granted");
+        table.row(&format!("{name}: largest gap"), format!("{gap:.2} s ({from} -> {to})"), "<= 1.5 s");
+        ensure!(gap <= GAP_MAX_S, "{name}: {gap:.2} s between the lines {from} and {to}");
+    }
+    guest.stop(stage, asker).await?;
+
+    stage.say(&format!("kill -9 of hostd at {runs} random moments of `vm start`"));
+    stage.echo = false;
+    let watcher = "setsid sh -c 'm=0; while [ ! -e /tmp/enough ]; do n=$(pgrep -f \"^[^ ]*vmm run\" | wc -l); \
+                   [ $n -gt $m ] && m=$n && echo $m >/tmp/most-vmm; usleep 20000; done' >/dev/null 2>&1 &";
+    stage.sh(runner, &format!("rm -f /tmp/enough; echo 0 >/tmp/most-vmm; {watcher}")).await?;
+    let mut adopted = 0;
+    let mut replaced = 0;
+    for run in 1..=runs {
+        let delay_ms = rand::rng().random_range(0..1500);
+        let since_ns = stage.now_ns();
+        stage.quorate(asker, &["vm", "start", &guest.name, "--host", &runner.to_string()]).await?;
+        let first = guest.epoch(stage, asker).await?;
+        tokio::time::sleep(Duration::from_millis(delay_ms)).await;
+        stage.sh(runner, "kill -9 $(cat /run/service/hostd/pid)").await?;
+        let what = format!("run {run}: the VM is up, or down with its reason");
+        let settled = stage
+            .until(&what, Duration::from_secs(120), async || {
+                let status = guest.status(stage, asker).await?;
+                Ok(["Up", "Down"].contains(&status.as_str()).then_some(status))
+            })
+            .await?;
+        if settled == "Up" {
+            ensure!(guest.epoch(stage, asker).await? >= first, "epochs never fall");
+            adopted += 1;
+            stage
+                .until("its disk is written", Duration::from_secs(90), async || {
+                    Ok(stage
+                        .writes("shared1")?
+                        .iter()
+                        .any(|it| it.t_ns > since_ns && it.stamp().is_some())
+                        .then_some(()))
+                })
+                .await?;
+        } else {
+            replaced += 1;
+        }
+        stage.quorate(asker, &["vm", "stop", &guest.name, "--force"]).await?;
+        guest.reaches(stage, asker, "Down", Duration::from_secs(90)).await?;
+    }
+    let most = stage.sh(runner, "touch /tmp/enough; cat /tmp/most-vmm").await?;
+    table.row(&format!("{runs} kills during start: VM up afterwards"), adopted.to_string(), "");
+    table.row("its epoch lost with the start, told as such", replaced.to_string(), "");
+    table.row("most vmm processes seen at once", most.trim(), "1");
+    ensure!(most.trim() == "1", "two vmm of one VM were seen at once");
+    one_boot_an_epoch(stage)?;
+    table.row("boots that wrote the disk under one epoch", "1", "1");
+    table.print();
+    Ok(())
+}
+
+async fn hostd_pid(stage: &Stage, host: HostId) -> Result<String> {
+    stage.sh(host, "cat /run/service/hostd/pid").await
+}
+
+fn same_boot(counters: &[Counter]) -> bool {
+    counters.windows(2).all(|pair| pair[0].boot == pair[1].boot)
+}
+
+/// R1 as the disk saw it: under one epoch, one boot of the guest wrote, and boots never interleave.
+pub fn one_boot_an_epoch(stage: &Stage) -> Result<()> {
+    let writes = stage.writes("shared1")?;
+    let stamps: Vec<(u64, &str)> =
+        writes.iter().filter_map(|it| it.stamp()).map(|(epoch, boot, _)| (epoch, boot)).collect();
+    let mut finished: Vec<(u64, &str)> = Vec::new();
+    for pair in stamps.windows(2).filter(|pair| pair[0] != pair[1]) {
+        finished.push(pair[0]);
+        ensure!(pair[1].0 > pair[0].0, "R2: {:?} wrote after {:?}", pair[1], pair[0]);
+        ensure!(!finished.contains(&pair[1]), "R1: {:?} wrote again after another boot did", pair[1]);
+    }
+    Ok(())
+}
