@@ -48,8 +48,9 @@ fn payload(image: &[u8]) -> Option<&[u8]> {
         count => count,
     };
     let from = word(0x248)?.checked_add((setup_sectors + 1) * 512)?;
-    let length = word(0x24c)?.checked_sub(4)?;
-    image.get(from..from.checked_add(length)?)
+    let packed = image.get(from..from.checked_add(word(0x24c)?)?)?;
+    let (packed, _size) = packed.split_last_chunk::<4>()?;
+    Some(packed)
 }
 
 #[cfg(test)]

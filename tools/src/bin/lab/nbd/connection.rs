@@ -168,3 +168,7 @@ fn perform(client: &Client, export: &Export, request: Request, data: &Bytes) -> 
         Command::Disconnect | Command::Other(_) => Err(ReplyError::Unsupported),
     }
 }
+
+#[cfg(test)]
+#[path = "connection_tests.rs"]
+mod tests;

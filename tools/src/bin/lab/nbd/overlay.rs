@@ -77,7 +77,9 @@ impl Overlay {
         let end = first + (length / SECTOR) as u64;
         let Some(dirty) = self.dirty.get_mut(&writer) else { return Vec::new() };
         let sectors: BTreeSet<u64> = dirty.range(first..end).copied().collect();
-        dirty.retain(|sector| !sectors.contains(sector));
+        for sector in &sectors {
+            dirty.remove(sector);
+        }
         self.settle(writer, sectors)
     }
 
