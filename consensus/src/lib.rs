@@ -7,9 +7,17 @@
 //! - [`types`]: what openraft is told about us. Nothing outside this crate names openraft.
 //! - [`platform`]: clock, disk, entropy and the way to end: everything that a simulation replaces.
 //! - [`store`]: what is durable when (README.md has the table).
+//! - [`pki`], [`transport`]: who a peer is, and how hosts talk. [`network`]: Raft's messages on it.
+//! - [`decider`]: commands become batches on the leader, and answers wait for their ground.
+//! - [`node`]: one host's member: the door for hostd. [`membership`]: who should vote. [`feed`]: members push, others pull.
 //!
-//! Start reading at [`store::Store::open`].
+//! Start reading at [`node::NodeOn::propose`], and at [`store::Store::open`] for what is on the disk.
 
+pub mod decider;
+pub mod feed;
+pub mod membership;
+pub mod network;
+pub mod node;
 pub mod pki;
 pub mod platform;
 pub mod store;

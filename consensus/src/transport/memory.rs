@@ -136,12 +136,11 @@ impl Switchboard {
 
     fn wire(&self, from: HostId, to: HostId) -> (WireSink, WireSource) {
         let (sender, receiver) = mpsc::channel(STREAM_RECORDS);
-        (WireSink { from, to, sender }, WireSource { from, to, receiver, switchboard: self.clone() })
+        (WireSink { to, sender }, WireSource { from, to, receiver, switchboard: self.clone() })
     }
 }
 
 struct WireSink {
-    from: HostId,
     to: HostId,
     sender: mpsc::Sender<(tokio::time::Instant, Bytes)>,
 }

@@ -1,0 +1,127 @@
+//! Membership: executes one step of the plan at a time.
+
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+
+use openraft::AsyncRuntime;
+use openraft::ChangeMembers;
+use openraft::async_runtime::WatchReceiver;
+use statemachine::HostId;
+use thiserror::Error;
+
+use super::Inner;
+use super::NodeOn;
+use crate::membership;
+use crate::membership::Current;
+use crate::membership::Step;
+use crate::types::PeerAddress;
+
+/// A learner this close to the leader's log, in entries, counts as caught up.
+const CAUGHT_UP_WITHIN: u64 = 500;
+
+#[derive(Debug, Error)]
+pub enum MemberError {
+    #[error("this host does not lead; membership is changed on the leader")]
+    NotLeader,
+    #[error("host {host} is not a voter, so it cannot lead")]
+    NotAVoter { host: HostId },
+    #[error("the membership change was not accepted: {why}")]
+    Refused { why: String },
+}
+
+impl<R: AsyncRuntime> NodeOn<R> {
+    /// Takes the next step of [`membership::plan`], if there is one and no other is under way. hostd calls this on the
+    /// leader every second or so; returning the step says that it is done.
+    pub async fn reconcile_membership(&self) -> Result<Option<Step>, MemberError> {
+        let inner = &self.inner;
+        let Ok(_turn) = inner.membership.try_lock() else {
+            return Ok(None);
+        };
+        let current = inner.current().ok_or(MemberError::NotLeader)?;
+        let fold = self.fold();
+        let Some(step) = membership::plan(&fold.state, &current) else {
+            return Ok(None);
+        };
+        tracing::info!(?step, "the membership changes");
+        inner.take_step(step.clone()).await?;
+        Ok(Some(step))
+    }
+
+    /// The membership as this leader knows it; `None` on a follower.
+    pub fn membership(&self) -> Option<Current> {
+        self.inner.current()
+    }
+
+    /// Hands the lead to another voter. Returns when the request is made; [`NodeOn::leadership`] tells the outcome.
+    pub async fn transfer_leader(&self, to: HostId) -> Result<(), MemberError> {
+        self.inner.transfer(to).await
+    }
+}
+
+impl<R: AsyncRuntime> Inner<R> {
+    fn current(&self) -> Option<Current> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        if !metrics.state.is_leader() {
+            return None;
+        }
+        let membership = metrics.membership_config.membership();
+        let last = metrics.last_log_index.unwrap_or(0);
+        let near = |matched: Option<u64>| matched.is_some_and(|index| index + CAUGHT_UP_WITHIN >= last);
+        let replication = metrics.replication.as_ref();
+        let caught_up = replication.into_iter().flatten();
+        Some(Current {
+            leader: HostId(metrics.id),
+            voters: membership.voter_ids().map(HostId).collect(),
+            addresses: membership.nodes().map(|(host, node)| (HostId(*host), node.address.clone())).collect(),
+            caught_up: caught_up
+                .filter(|(_, matched)| near(matched.as_ref().map(|log_id| log_id.index)))
+                .map(|(host, _)| HostId(*host))
+                .collect(),
+            is_joint: membership.get_joint_config().len() > 1
+                || metrics.membership_config != metrics.committed_membership_config,
+        })
+    }
+
+    async fn take_step(&self, step: Step) -> Result<(), MemberError> {
+        let change = match step {
+            Step::TransferLeader { to } => return self.transfer(to).await,
+            Step::AddLearner { host, address } => ChangeMembers::AddNodes(one(host, address)),
+            Step::SetAddress { host, address } => ChangeMembers::SetNodes(one(host, address)),
+            Step::SetVoters(voters) => {
+                ChangeMembers::ReplaceAllVoters(voters.iter().map(|host| host.0).collect::<BTreeSet<_>>())
+            }
+            Step::RemoveLearner { host } => ChangeMembers::RemoveNodes(BTreeSet::from([host.0])),
+        };
+        // `retain`: a voter that is left out stays as a learner until the plan removes it.
+        let changed = self.raft.change_membership(change, true).await;
+        changed.map_err(|error| MemberError::Refused { why: error.to_string() })?;
+        Ok(())
+    }
+
+    pub(super) async fn transfer(&self, to: HostId) -> Result<(), MemberError> {
+        let current = self.current().ok_or(MemberError::NotLeader)?;
+        if !current.voters.contains(&to) {
+            return Err(MemberError::NotAVoter { host: to });
+        }
+        let asked = self.raft.trigger().transfer_leader(to.0).await;
+        asked.map_err(|error| MemberError::Refused { why: error.to_string() })
+    }
+
+    /// The voter, other than this host, whose log is nearest to ours.
+    pub(super) fn best_heir(&self) -> Option<HostId> {
+        let current = self.current()?;
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let replication = metrics.replication.as_ref()?;
+        replication
+            .iter()
+            .filter(|(host, _)| **host != self.host.0 && current.voters.contains(&HostId(**host)))
+            .max_by_key(|(_, matched)| matched.as_ref().map(|log_id| log_id.index))
+            .map(|(host, _)| HostId(*host))
+    }
+}
+
+fn one(host: HostId, address: String) -> BTreeMap<u64, PeerAddress> {
+    BTreeMap::from([(host.0, PeerAddress { address })])
+}

@@ -1,0 +1,85 @@
+//! Commands on their way to the leader.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use openraft::AsyncRuntime;
+use statemachine::HostId;
+use statemachine::codec;
+use statemachine::command::Request;
+use statemachine::fold::Answer;
+
+use super::Inner;
+use super::NodeOn;
+use crate::decider::Leadership;
+use crate::decider::ProposeError;
+use crate::transport::Channel;
+use crate::transport::PeerKind;
+use crate::transport::TransportError;
+
+impl<R: AsyncRuntime> NodeOn<R> {
+    /// Has a command decided, by this host or by the leader that it knows, and waits until it is applied there.
+    ///
+    /// Nothing is retried here: [`ProposeError::Retry`] says that the outcome is unknown, and only the caller knows
+    /// whether its command carries an idempotency key.
+    pub async fn propose(&self, request: Request) -> Result<Answer, ProposeError> {
+        let inner = &self.inner;
+        let leadership = *inner.decider.leadership().borrow();
+        let leader = match leadership {
+            Leadership::Leading { .. } => match inner.decider.propose(request.clone()).await {
+                // It lost the lead between the look and the queue; nothing happened, so forwarding is no retry.
+                Err(ProposeError::NotLeader { leader }) => leader,
+                decided => return decided,
+            },
+            Leadership::Following { leader } => leader,
+        };
+        match leader {
+            Some(leader) => inner.forward(leader, request).await,
+            None => Err(ProposeError::NoLeader),
+        }
+    }
+
+    /// A request of the layer above to a host, this one included.
+    pub async fn peer_call(
+        &self,
+        to: HostId,
+        kind: PeerKind,
+        body: Bytes,
+        timeout: Duration,
+    ) -> Result<Bytes, TransportError> {
+        let inner = &self.inner;
+        if to == inner.host {
+            let call = inner.serve_peer(to, kind, body);
+            return match tokio::time::timeout(timeout, call).await {
+                Ok(served) => served.map_err(|refusal| TransportError::Refused { host: to, why: refusal.why }),
+                Err(_) => Err(TransportError::timeout(to, timeout)),
+            };
+        }
+        let peer = inner
+            .peer(to)
+            .ok_or_else(|| TransportError::Unreachable { host: to, why: "its address is not known here".to_owned() })?;
+        inner.transport.call(peer, Channel::Peer(kind), body, timeout).await
+    }
+}
+
+impl<R: AsyncRuntime> Inner<R> {
+    async fn forward(&self, leader: HostId, request: Request) -> Result<Answer, ProposeError> {
+        let Some(peer) = self.peer(leader) else {
+            return Err(ProposeError::NoLeader);
+        };
+        let body = Bytes::from(codec::encode(&request));
+        let answer = self.transport.call(peer, Channel::Propose, body, self.config.propose_timeout()).await;
+        let answer = answer.map_err(|error| ProposeError::retry(error.to_string()))?;
+        codec::decode::<Result<Answer, ProposeError>>(&answer)
+            .unwrap_or_else(|error| Err(ProposeError::retry(format!("the leader's answer does not decode: {error}"))))
+    }
+
+    /// A forwarded command: decided here or not at all. It is never forwarded twice, so it cannot circle.
+    pub(super) async fn propose_forwarded(&self, request: Request) -> Result<Answer, ProposeError> {
+        let leadership = *self.decider.leadership().borrow();
+        match leadership {
+            Leadership::Leading { .. } => self.decider.propose(request).await,
+            Leadership::Following { leader } => Err(ProposeError::NotLeader { leader }),
+        }
+    }
+}
