@@ -1,0 +1,148 @@
+//! Values as people type them: durations, sizes, disks, and the words of enums.
+
+use std::time::Duration;
+
+use clap::ValueEnum;
+use hostd_api::event::StartFrom;
+use hostd_api::vm::DiskBody;
+use jiff::Span;
+use jiff::SpanRelativeTo;
+use statemachine::state::ReleaseClass;
+use statemachine::state::RunStrategy;
+use statemachine::state::TokenPurpose;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Table,
+    Json,
+    Yaml,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Purpose {
+    /// One host may join with it, once
+    Join,
+    /// API: every right of an administrator
+    Admin,
+    /// API: look only
+    Viewer,
+}
+
+impl From<Purpose> for TokenPurpose {
+    fn from(purpose: Purpose) -> TokenPurpose {
+        match purpose {
+            Purpose::Join => TokenPurpose::Join,
+            Purpose::Admin => TokenPurpose::Admin,
+            Purpose::Viewer => TokenPurpose::Viewer,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Strategy {
+    /// Runs whenever a host can be found, started again after any exit
+    Always,
+    /// Started and stopped by command
+    Manual,
+    /// Never runs
+    Halted,
+}
+
+impl From<Strategy> for RunStrategy {
+    fn from(strategy: Strategy) -> RunStrategy {
+        match strategy {
+            Strategy::Always => RunStrategy::Always,
+            Strategy::Manual => RunStrategy::Manual,
+            Strategy::Halted => RunStrategy::Halted,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Release {
+    /// Its host's lease ran out (highly available VMs; the guest pauses when the host is cut off)
+    Lease,
+    /// Its host's power was cut
+    Power,
+    /// Its host's reservation of the storage was preempted
+    Storage,
+    /// A person says so (other VMs; the guest runs on when the host is cut off)
+    Operator,
+}
+
+impl From<Release> for ReleaseClass {
+    fn from(release: Release) -> ReleaseClass {
+        match release {
+            Release::Lease => ReleaseClass::Lease,
+            Release::Power => ReleaseClass::Power,
+            Release::Storage => ReleaseClass::Storage,
+            Release::Operator => ReleaseClass::Operator,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Begin {
+    /// The oldest event that is kept
+    Oldest,
+    /// What happens from now on
+    Now,
+    /// Everything as it is, then what changes
+    State,
+}
+
+impl From<Begin> for StartFrom {
+    fn from(begin: Begin) -> StartFrom {
+        match begin {
+            Begin::Oldest => StartFrom::Oldest,
+            Begin::Now => StartFrom::Now,
+            Begin::State => StartFrom::State,
+        }
+    }
+}
+
+/// `90s`, `3h`, `1d 12h`. A day has 24 hours here.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is not a duration; write 30s, 90m, 3h or 30d");
+    let span: Span = text.parse().map_err(|_| wrong())?;
+    let duration = span.to_duration(SpanRelativeTo::days_are_24_hours()).map_err(|_| wrong())?;
+    match Duration::try_from(duration) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err(format!("{text:?} is not a duration above zero")),
+    }
+}
+
+/// `512MiB`, `2GiB`, `1TiB`; short forms `512M`, `2G` mean the same powers of 1024, as in libvirt and QEMU.
+pub fn parse_memory_mib(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is not a size of memory; write 512MiB or 2GiB");
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic() || c == ' ');
+    let unit = text[digits.len()..].trim().to_ascii_lowercase();
+    let mib_in_unit = match unit.as_str() {
+        "m" | "mib" => 1,
+        "g" | "gib" => 1024,
+        "t" | "tib" => 1024 * 1024,
+        _ => return Err(wrong()),
+    };
+    let count: u64 = digits.parse().map_err(|_| wrong())?;
+    count.checked_mul(mib_in_unit).ok_or_else(wrong)
+}
+
+/// `id=root,path=/srv/vm/root.raw,ro,shareable`.
+pub fn parse_disk(text: &str) -> Result<DiskBody, String> {
+    let wrong = |why: String| format!("{why}; write id=NAME,path=PATH[,ro][,shareable]");
+    let mut id = None;
+    let mut path = None;
+    let mut disk = DiskBody { id: String::new(), path: String::new(), read_only: false, shareable: false };
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("id", value)) => id = Some(value),
+            Some(("path", value)) => path = Some(value),
+            None if part == "ro" => disk.read_only = true,
+            None if part == "shareable" => disk.shareable = true,
+            _ => return Err(wrong(format!("{part:?} is not understood"))),
+        }
+    }
+    disk.id = id.ok_or_else(|| wrong("the disk has no id".to_owned()))?.to_owned();
+    disk.path = path.ok_or_else(|| wrong("the disk has no path".to_owned()))?.to_owned();
+    Ok(disk)
+}

@@ -1,0 +1,161 @@
+//! `quorate vm ...`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use clap::Subcommand;
+use hostd_api::vm::DiskBody;
+use hostd_api::vm::VmSpecBody;
+
+use super::Release;
+use super::Strategy;
+use super::Wait;
+use super::parse_disk;
+use super::parse_duration;
+use super::parse_memory_mib;
+
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// Define a VM
+    #[command(after_help = "Examples:
+  quorate vm create web1 --kernel /srv/vm/vmlinuz --initrd /srv/vm/initrd.img --vcpus 2 --memory 1GiB \\
+      --disk id=root,path=/srv/vm/web1.raw --cmdline 'console=ttyS0 root=/dev/vda1' --start --wait
+  quorate vm create db1 --file db1.json        the body of POST /v1/vms, JSON or YAML")]
+    Create(Box<CreateArgs>),
+    /// Change a VM; a changed machine takes effect at its next start
+    #[command(after_help = "Example:\n  quorate vm change web1 --memory 2GiB --run-strategy always")]
+    Change(Box<ChangeArgs>),
+    /// List VMs
+    #[command(after_help = "Example:\n  quorate vm list")]
+    List,
+    /// Everything about a VM
+    #[command(after_help = "Example:\n  quorate vm show web1 -o yaml")]
+    Show { vm: String },
+    /// Start a VM; the scheduler chooses the host
+    #[command(after_help = "Example:\n  quorate vm start web1 --wait")]
+    Start {
+        vm: String,
+        /// It must run on this host
+        #[arg(long)]
+        host: Option<String>,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Shut a VM down by its power button, or pull the plug
+    #[command(after_help = "Examples:\n  quorate vm stop web1 --wait\n  quorate vm stop web1 --power-off")]
+    Stop {
+        vm: String,
+        /// As pulling the plug: the guest is not asked
+        #[arg(long)]
+        power_off: bool,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Reset a VM as its reset button does; it stays on its host
+    #[command(after_help = "Example:\n  quorate vm reset web1")]
+    Reset { vm: String },
+    /// Talk to a VM on its serial console; Ctrl-] leaves
+    #[command(after_help = "Examples:
+  quorate vm console web1
+  quorate vm console web1 --for 10s </dev/null | grep login:")]
+    Console {
+        vm: String,
+        /// Leave after this time
+        #[arg(long = "for", value_name = "DURATION", value_parser = parse_duration)]
+        for_duration: Option<std::time::Duration>,
+    },
+    /// Forget a VM that is down; its disks are left alone
+    #[command(after_help = "Example:\n  quorate vm stop web1 --wait && quorate vm delete web1")]
+    Delete { vm: String },
+}
+
+#[derive(Debug, Args)]
+pub struct CreateArgs {
+    /// Name, unique in the site: a-z, 0-9, - and .
+    #[arg(required_unless_present = "file")]
+    pub name: Option<String>,
+    /// Take the definition from a file (JSON or YAML), or - for standard input; options go over it
+    #[arg(long, short, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// When it runs [default: manual]
+    #[arg(long, value_enum)]
+    pub run_strategy: Option<Strategy>,
+    /// Id of the cluster; the `Default` one when left out
+    #[arg(long, value_name = "ID")]
+    pub cluster: Option<u64>,
+    #[command(flatten)]
+    pub machine: MachineArgs,
+    /// Start it at once
+    #[arg(long)]
+    pub start: bool,
+    /// With --start: wait until it runs
+    #[command(flatten)]
+    pub wait: Wait,
+}
+
+#[derive(Debug, Args)]
+pub struct ChangeArgs {
+    pub vm: String,
+    /// A new name
+    #[arg(long, value_name = "NAME")]
+    pub rename: Option<String>,
+    /// When it runs
+    #[arg(long, value_enum)]
+    pub run_strategy: Option<Strategy>,
+    #[command(flatten)]
+    pub machine: MachineArgs,
+    /// Boot without an initial RAM disk
+    #[arg(long, conflicts_with = "initrd")]
+    pub no_initrd: bool,
+    /// Take all disks away
+    #[arg(long, conflicts_with = "disk")]
+    pub no_disks: bool,
+}
+
+/// What a guest is made of; what is left out stays, or has its default.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+pub struct MachineArgs {
+    /// Linux kernel: bzImage, or ELF with a PVH note; a path on the hosts
+    #[arg(long, value_name = "PATH")]
+    pub kernel: Option<String>,
+    /// Initial RAM disk; a path on the hosts
+    #[arg(long, value_name = "PATH")]
+    pub initrd: Option<String>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT")]
+    pub cmdline: Option<String>,
+    /// Number of virtual CPUs
+    #[arg(long, value_name = "N")]
+    pub vcpus: Option<u32>,
+    /// Memory: 512MiB, 2GiB
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory_mib)]
+    pub memory: Option<u64>,
+    /// A disk: id=NAME,path=PATH[,ro][,shareable]; once for each, and all of them
+    #[arg(long, value_name = "DISK", value_parser = parse_disk)]
+    pub disk: Vec<DiskBody>,
+    /// Restart it elsewhere when its host is lost
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub ha: Option<bool>,
+    /// What may end its right to run without its host's word
+    #[arg(long, value_enum)]
+    pub release: Option<Release>,
+}
+
+impl MachineArgs {
+    /// Puts what was given over `spec`.
+    pub fn apply(self, spec: &mut VmSpecBody) {
+        fn over<T>(field: &mut Option<T>, given: Option<T>) {
+            if given.is_some() {
+                *field = given;
+            }
+        }
+        over(&mut spec.kernel, self.kernel);
+        over(&mut spec.initrd, self.initrd);
+        over(&mut spec.cmdline, self.cmdline);
+        over(&mut spec.vcpus, self.vcpus);
+        over(&mut spec.memory_mib, self.memory);
+        over(&mut spec.disks, (!self.disk.is_empty()).then_some(self.disk));
+        over(&mut spec.highly_available, self.ha);
+        over(&mut spec.release, self.release.map(Into::into));
+    }
+}

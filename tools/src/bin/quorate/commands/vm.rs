@@ -1,0 +1,206 @@
+//! `quorate vm ...`.
+
+use std::io::Read;
+use std::path::Path;
+
+use hostd_api::MAX_BODY_BYTES;
+use hostd_api::read::Item;
+use hostd_api::vm::DesiredView;
+use hostd_api::vm::VmCreate;
+use hostd_api::vm::VmPatch;
+use hostd_api::vm::VmSpecBody;
+use hostd_api::vm::VmStart;
+use hostd_api::vm::VmStop;
+use hostd_api::vm::VmView;
+use hostd_api::write::WriteAnswer;
+use statemachine::ClusterId;
+use statemachine::Seq;
+use statemachine::state::RunStrategy;
+use statemachine::state::StopMode;
+use statemachine::view::VmStatus;
+
+use super::Context;
+use super::console;
+use crate::args::ChangeArgs;
+use crate::args::CreateArgs;
+use crate::args::MachineArgs;
+use crate::args::VmCommand;
+use crate::args::Wait;
+use crate::exit::Failure;
+use crate::output;
+use crate::wait;
+use crate::wait::Look;
+
+pub async fn run(context: &Context, command: VmCommand) -> Result<(), Failure> {
+    let client = &context.client;
+    match command {
+        VmCommand::Create(create_args) => create(context, *create_args).await,
+        VmCommand::Change(change_args) => change(context, *change_args).await,
+        VmCommand::List => output::show(context.format, &client.vms().await?),
+        VmCommand::Show { vm } => output::show(context.format, &client.vm(&vm, None).await?),
+        VmCommand::Start { vm, host, wait } => start(context, &vm, host, wait).await,
+        VmCommand::Stop { vm, power_off, wait } => stop(context, &vm, power_off, wait).await,
+        VmCommand::Reset { vm } => {
+            let answer = client.vm_reset(&vm).await?;
+            output::done(context.format, &answer, &format!("vm {vm} is being reset (seq {})", answer.seq))
+        }
+        VmCommand::Console { vm, for_duration } => console::run(context, &vm, for_duration).await,
+        VmCommand::Delete { vm } => {
+            let answer = client.vm_delete(&vm).await?;
+            output::done(context.format, &answer, &format!("vm {vm} is deleted (seq {})", answer.seq))
+        }
+    }
+}
+
+async fn create(context: &Context, args: CreateArgs) -> Result<(), Failure> {
+    let (start_it, wait) = (args.start, args.wait);
+    let body = definition(args)?;
+    let answer = context.client.vm_create(&body).await?;
+    if start_it {
+        // The id rather than the name: it is the VM of this answer that is started.
+        let id = answer.id.clone().unwrap_or_else(|| body.name.clone());
+        return start(context, &id, None, wait).await;
+    }
+    let id = answer.id.as_deref().unwrap_or("-");
+    output::done(context.format, &answer, &format!("vm {} is defined (seq {}, id {id})", body.name, answer.seq))
+}
+
+fn definition(args: CreateArgs) -> Result<VmCreate, Failure> {
+    let mut body = match &args.file {
+        Some(path) => from_file(path)?,
+        None => VmCreate {
+            name: String::new(),
+            cluster: None,
+            run_strategy: RunStrategy::Manual,
+            spec: VmSpecBody::default(),
+        },
+    };
+    if let Some(name) = args.name {
+        body.name = name;
+    }
+    if let Some(strategy) = args.run_strategy {
+        body.run_strategy = strategy.into();
+    }
+    if let Some(cluster) = args.cluster {
+        body.cluster = Some(ClusterId(cluster));
+    }
+    args.machine.apply(&mut body.spec);
+    match body.spec.kernel {
+        Some(_) => Ok(body),
+        None => Err(Failure::Usage("a VM boots a kernel; name it with --kernel PATH".to_owned())),
+    }
+}
+
+fn from_file(path: &Path) -> Result<VmCreate, Failure> {
+    let failed = |why: String| Failure::Local(format!("cannot read a definition from {}: {why}", path.display()));
+    let mut text = String::new();
+    let limit = MAX_BODY_BYTES as u64 + 1;
+    let read = match path.to_str() {
+        Some("-") => std::io::stdin().lock().take(limit).read_to_string(&mut text),
+        _ => std::fs::File::open(path).and_then(|file| file.take(limit).read_to_string(&mut text)),
+    };
+    read.map_err(|error| failed(error.to_string()))?;
+    if text.len() > MAX_BODY_BYTES {
+        return Err(failed(format!("it is larger than {MAX_BODY_BYTES} bytes")));
+    }
+    // JSON is YAML.
+    serde_norway::from_str(&text).map_err(|error| failed(error.to_string()))
+}
+
+async fn change(context: &Context, args: ChangeArgs) -> Result<(), Failure> {
+    let patch = patch(&args);
+    if patch == VmPatch::default() {
+        return Err(Failure::Usage(format!(
+            "nothing to change was named; `quorate vm change --help` says what can be, `quorate vm show {}` what is",
+            args.vm
+        )));
+    }
+    let answer = context.client.vm_change(&args.vm, &patch).await?;
+    output::done(context.format, &answer, &format!("vm {} is changed (seq {})", args.vm, answer.seq))
+}
+
+fn patch(args: &ChangeArgs) -> VmPatch {
+    let mut spec = VmSpecBody::default();
+    args.machine.clone().apply(&mut spec);
+    if args.no_initrd {
+        spec.initrd = Some(String::new());
+    }
+    if args.no_disks {
+        spec.disks = Some(Vec::new());
+    }
+    let names_machine = args.no_initrd || args.no_disks || args.machine != MachineArgs::default();
+    VmPatch {
+        name: args.rename.clone(),
+        run_strategy: args.run_strategy.map(Into::into),
+        spec: names_machine.then_some(spec),
+    }
+}
+
+async fn start(context: &Context, vm: &str, host: Option<String>, wait: Wait) -> Result<(), Failure> {
+    let answer = context.client.vm_start(vm, &VmStart { host }).await?;
+    if !wait.wait {
+        return output::done(context.format, &answer, &format!("vm {vm} is being started (seq {})", answer.seq));
+    }
+    let running = wait_for(context, vm, &answer, wait, runs).await?;
+    let host = running.host_name.as_deref().unwrap_or("-");
+    output::done(context.format, &answer, &format!("vm {} is Up on host {host} (seq {})", running.name, answer.seq))
+}
+
+async fn stop(context: &Context, vm: &str, power_off: bool, wait: Wait) -> Result<(), Failure> {
+    let mode = if power_off { StopMode::PowerOff } else { StopMode::Shutdown };
+    let answer = context.client.vm_stop(vm, &VmStop { mode }).await?;
+    if !wait.wait {
+        return output::done(context.format, &answer, &format!("vm {vm} is being stopped (seq {})", answer.seq));
+    }
+    let stopped = wait_for(context, vm, &answer, wait, is_down).await?;
+    output::done(context.format, &answer, &format!("vm {} is Down (seq {})", stopped.name, answer.seq))
+}
+
+async fn wait_for(
+    context: &Context,
+    vm: &str,
+    answer: &WriteAnswer,
+    wait: Wait,
+    judge: fn(&VmView, Seq) -> Look<()>,
+) -> Result<VmView, Failure> {
+    let (client, seq) = (&context.client, answer.seq);
+    let look = || async move {
+        let Item { item, .. } = client.vm(vm, Some(seq)).await?;
+        Ok(match judge(&item, seq) {
+            Look::Done(()) => Look::Done(item),
+            Look::NotYet(doing) => Look::NotYet(doing),
+            Look::Never(why) => Look::Never(why),
+        })
+    };
+    wait::until(wait, &format!("vm {vm}"), look).await
+}
+
+/// Does it run, after it was asked to at `since`?
+fn runs(vm: &VmView, since: Seq) -> Look<()> {
+    let ended = vm.last_exit.as_ref().filter(|exit| exit.at > since);
+    match (vm.status, ended) {
+        (VmStatus::Up, _) => Look::Done(()),
+        (VmStatus::Down, Some(exit)) => Look::Never(format!("vm {} ended: {}", vm.name, output::exit_line(exit))),
+        (VmStatus::Down, None) if vm.desired != DesiredView::Running => {
+            Look::Never(format!("vm {} was stopped by another command", vm.name))
+        }
+        (status, Some(exit)) => {
+            Look::NotYet(format!("it is {status} again, after it ended: {}", output::exit_line(exit)))
+        }
+        (status, None) => Look::NotYet(format!("it is {status}")),
+    }
+}
+
+fn is_down(vm: &VmView, _since: Seq) -> Look<()> {
+    match vm.status {
+        VmStatus::Down => Look::Done(()),
+        status if vm.desired == DesiredView::Running => {
+            Look::Never(format!("vm {} was started by another command and is {status}", vm.name))
+        }
+        status => Look::NotYet(format!("it is {status}")),
+    }
+}
+
+#[cfg(test)]
+#[path = "vm_tests.rs"]
+mod tests;

@@ -1,0 +1,99 @@
+use std::io::Write;
+
+use clap::Parser;
+use hostd_api::vm::ExitView;
+use statemachine::Epoch;
+use statemachine::HostId;
+use statemachine::VmId;
+use statemachine::state::ExitReason;
+use statemachine::state::ReleaseClass;
+
+use super::*;
+use crate::args::Cli;
+use crate::args::Command;
+
+fn vm(status: VmStatus, desired: DesiredView) -> VmView {
+    VmView {
+        id: VmId::default(),
+        name: "web1".into(),
+        status,
+        cluster: ClusterId(1),
+        cluster_name: "Default".into(),
+        run_strategy: RunStrategy::Manual,
+        desired,
+        host: None,
+        host_name: None,
+        epoch: None,
+        release: ReleaseClass::Operator,
+        observed: None,
+        last_exit: None,
+        spec: std::sync::Arc::new(VmSpecBody::default().into_spec()),
+        spec_pending: false,
+    }
+}
+
+fn exit_at(seq: u64) -> Option<ExitView> {
+    let reason = ExitReason::StartFailed;
+    Some(ExitView { reason, detail: "no such kernel".into(), host: HostId(1), epoch: Epoch(8), at: Seq(seq) })
+}
+
+#[test]
+fn waiting_for_a_start_ends_when_the_guest_ended_and_says_how() {
+    let failed = VmView { last_exit: exit_at(12), ..vm(VmStatus::Down, DesiredView::PowerOff) };
+    let Look::Never(why) = runs(&failed, Seq(10)) else { panic!("it waits on") };
+    assert!(why.contains("start_failed") && why.contains("no such kernel"), "{why}");
+}
+
+#[test]
+fn an_exit_before_the_start_is_history() {
+    let starting = VmView { last_exit: exit_at(5), ..vm(VmStatus::PoweringUp, DesiredView::Running) };
+    assert!(matches!(runs(&starting, Seq(10)), Look::NotYet(_)));
+    assert!(matches!(runs(&VmView { status: VmStatus::Up, ..starting }, Seq(10)), Look::Done(())));
+}
+
+#[test]
+fn a_vm_that_is_started_again_while_it_stops_is_not_waited_for() {
+    assert!(matches!(is_down(&vm(VmStatus::PoweringDown, DesiredView::Shutdown), Seq(1)), Look::NotYet(_)));
+    assert!(matches!(is_down(&vm(VmStatus::Up, DesiredView::Running), Seq(1)), Look::Never(_)));
+    assert!(matches!(is_down(&vm(VmStatus::Down, DesiredView::Shutdown), Seq(1)), Look::Done(())));
+}
+
+fn create_args(line: &[&str]) -> CreateArgs {
+    let words = ["quorate", "vm", "create"].iter().chain(line);
+    match Cli::try_parse_from(words).unwrap().command {
+        Command::Vm(VmCommand::Create(args)) => *args,
+        _ => panic!("not vm create"),
+    }
+}
+
+#[test]
+fn a_definition_comes_from_a_file_in_json_or_yaml_with_options_over_it() {
+    for text in [
+        r#"{"name":"db1","run_strategy":"Always","spec":{"kernel":"/k","vcpus":4}}"#,
+        "name: db1\nrun_strategy: Always\nspec:\n  kernel: /k\n  vcpus: 4\n",
+    ] {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        let path = file.path().to_str().unwrap();
+        let body = definition(create_args(&["db2", "--file", path, "--vcpus", "2"])).unwrap();
+        assert_eq!((body.name.as_str(), body.run_strategy), ("db2", RunStrategy::Always));
+        assert_eq!((body.spec.kernel.as_deref(), body.spec.vcpus), (Some("/k"), Some(2)));
+    }
+}
+
+#[test]
+fn a_misspelt_definition_and_a_vm_without_a_kernel_are_refused_here() {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(b"name: db1\nspec: {kernel: /k, cpus: 2}\n").unwrap();
+    let refused = definition(create_args(&["--file", file.path().to_str().unwrap()])).unwrap_err();
+    assert!(refused.to_string().contains("cpus"), "{refused}");
+    assert_eq!(definition(create_args(&["db1"])).unwrap_err().code(), 2);
+}
+
+#[test]
+fn a_change_holds_what_was_named_and_nothing_else() {
+    let words = ["quorate", "vm", "change", "web1", "--memory", "2GiB", "--no-disks"];
+    let Command::Vm(VmCommand::Change(args)) = Cli::try_parse_from(words).unwrap().command else { panic!() };
+    let json = serde_json::to_value(patch(&args)).unwrap();
+    assert_eq!(json, serde_json::json!({"spec": {"memory_mib": 2048, "disks": []}}));
+}

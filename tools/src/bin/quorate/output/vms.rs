@@ -1,0 +1,77 @@
+//! Virtual machines.
+
+use hostd_api::read::Item;
+use hostd_api::read::List;
+use hostd_api::vm::ExitView;
+use hostd_api::vm::VmView;
+use statemachine::state::Disk;
+
+use super::Show;
+use super::Table;
+use super::table::memory;
+use super::table::or_dash;
+use super::table::yes_no;
+use super::word;
+
+impl Show for List<VmView> {
+    fn table(&self) -> String {
+        let mut table = Table::with_header(&["NAME", "STATUS", "HOST", "VCPUS", "MEMORY", "RUN", "HA", "ID"]);
+        for vm in &self.items {
+            table.row(vec![
+                vm.name.clone(),
+                vm.status.to_string(),
+                or_dash(vm.host_name.as_ref()),
+                vm.spec.vcpus.to_string(),
+                memory(vm.spec.memory_mib),
+                word(&vm.run_strategy),
+                yes_no(vm.spec.highly_available).to_owned(),
+                vm.id.to_string(),
+            ]);
+        }
+        table.render()
+    }
+}
+
+impl Show for Item<VmView> {
+    fn table(&self) -> String {
+        let vm = &self.item;
+        let spec = &vm.spec;
+        let mut table = Table::bare();
+        table.field("name", &vm.name);
+        table.field("id", vm.id);
+        table.field("status", vm.status);
+        table.field("wanted", format!("{} (run strategy {})", word(&vm.desired), word(&vm.run_strategy)));
+        table.field("host", or_dash(vm.host_name.as_ref()));
+        table.field("epoch", or_dash(vm.epoch));
+        table.field("seen", or_dash(vm.observed.map(|status| word(&status))));
+        table.field("released by", word(&vm.release));
+        table.field("highly available", yes_no(spec.highly_available));
+        table.field("cluster", &vm.cluster_name);
+        let pending = if vm.spec_pending { " (changed; it runs with the older ones until its next start)" } else { "" };
+        table.field("machine", format!("{}{pending}", word(&spec.machine)));
+        table.field("vcpus", spec.vcpus);
+        table.field("memory", memory(spec.memory_mib));
+        table.field("kernel", &spec.kernel);
+        table.field("initrd", or_dash(spec.initrd.as_ref()));
+        table.field("cmdline", &spec.cmdline);
+        for disk in &spec.disks {
+            table.field(&format!("disk {}", disk.id), disk_line(disk));
+        }
+        if let Some(exit) = &vm.last_exit {
+            table.field("last exit", exit_line(exit));
+        }
+        table.render()
+    }
+}
+
+fn disk_line(disk: &Disk) -> String {
+    let read_only = if disk.read_only { ", read only" } else { "" };
+    let shareable = if disk.shareable { ", shareable" } else { "" };
+    format!("{}{read_only}{shareable}", disk.path)
+}
+
+/// `guest_powered_off on host 3 at seq 41: detail`.
+pub fn exit_line(exit: &ExitView) -> String {
+    let detail = if exit.detail.is_empty() { String::new() } else { format!(": {}", exit.detail) };
+    format!("{} on host {} at seq {}{detail}", word(&exit.reason), exit.host, exit.at)
+}

@@ -1,0 +1,129 @@
+//! The API's resources as methods. Hosts and VMs are named by name or id.
+
+use hostd_api::digest::DigestQuery;
+use hostd_api::digest::StateDigest;
+use hostd_api::host::HostView;
+use hostd_api::host::SpmView;
+use hostd_api::read::Item;
+use hostd_api::read::List;
+use hostd_api::read::ReadQuery;
+use hostd_api::site::InitRequest;
+use hostd_api::site::JoinRequest;
+use hostd_api::site::LeaveRequest;
+use hostd_api::site::Membership;
+use hostd_api::status::Status;
+use hostd_api::token::TokenCreate;
+use hostd_api::token::TokenCreated;
+use hostd_api::token::TokenView;
+use hostd_api::vm::NoBody;
+use hostd_api::vm::VmCreate;
+use hostd_api::vm::VmPatch;
+use hostd_api::vm::VmStart;
+use hostd_api::vm::VmStop;
+use hostd_api::vm::VmView;
+use hostd_api::vm::WhyView;
+use hostd_api::write::WriteAnswer;
+use statemachine::Seq;
+use statemachine::TokenId;
+
+use super::Client;
+use super::ClientError;
+
+/// A read that sees the write that was answered with `seq`.
+fn at_least(seq: Option<Seq>) -> ReadQuery {
+    ReadQuery { min_seq: seq, consistency: None }
+}
+
+impl Client {
+    pub async fn status(&self) -> Result<Status, ClientError> {
+        self.get(&["v1", "status"], &()).await
+    }
+
+    pub async fn init(&self, request: &InitRequest) -> Result<Membership, ClientError> {
+        self.post(&["v1", "init"], request).await
+    }
+
+    pub async fn join(&self, request: &JoinRequest) -> Result<Membership, ClientError> {
+        self.post(&["v1", "join"], request).await
+    }
+
+    pub async fn leave(&self) -> Result<WriteAnswer, ClientError> {
+        self.post(&["v1", "leave"], &LeaveRequest {}).await
+    }
+
+    pub async fn token_create(&self, request: &TokenCreate) -> Result<TokenCreated, ClientError> {
+        self.post(&["v1", "tokens"], request).await
+    }
+
+    pub async fn tokens(&self) -> Result<List<TokenView>, ClientError> {
+        self.get(&["v1", "tokens"], &()).await
+    }
+
+    pub async fn token_revoke(&self, token: TokenId) -> Result<WriteAnswer, ClientError> {
+        self.delete(&["v1", "tokens", &token.to_string()]).await
+    }
+
+    pub async fn hosts(&self) -> Result<List<HostView>, ClientError> {
+        self.get(&["v1", "hosts"], &()).await
+    }
+
+    pub async fn host(&self, host: &str, min_seq: Option<Seq>) -> Result<Item<HostView>, ClientError> {
+        self.get(&["v1", "hosts", host], &at_least(min_seq)).await
+    }
+
+    pub async fn host_maintenance(&self, host: &str) -> Result<WriteAnswer, ClientError> {
+        self.post(&["v1", "hosts", host, "maintenance"], &NoBody {}).await
+    }
+
+    pub async fn host_activate(&self, host: &str) -> Result<WriteAnswer, ClientError> {
+        self.post(&["v1", "hosts", host, "activate"], &NoBody {}).await
+    }
+
+    pub async fn host_remove(&self, host: &str) -> Result<WriteAnswer, ClientError> {
+        self.delete(&["v1", "hosts", host]).await
+    }
+
+    pub async fn vm_create(&self, request: &VmCreate) -> Result<WriteAnswer, ClientError> {
+        self.post(&["v1", "vms"], request).await
+    }
+
+    pub async fn vms(&self) -> Result<List<VmView>, ClientError> {
+        self.get(&["v1", "vms"], &()).await
+    }
+
+    pub async fn vm(&self, vm: &str, min_seq: Option<Seq>) -> Result<Item<VmView>, ClientError> {
+        self.get(&["v1", "vms", vm], &at_least(min_seq)).await
+    }
+
+    pub async fn vm_change(&self, vm: &str, patch: &VmPatch) -> Result<WriteAnswer, ClientError> {
+        self.patch(&["v1", "vms", vm], patch).await
+    }
+
+    pub async fn vm_delete(&self, vm: &str) -> Result<WriteAnswer, ClientError> {
+        self.delete(&["v1", "vms", vm]).await
+    }
+
+    pub async fn vm_start(&self, vm: &str, request: &VmStart) -> Result<WriteAnswer, ClientError> {
+        self.post(&["v1", "vms", vm, "start"], request).await
+    }
+
+    pub async fn vm_stop(&self, vm: &str, request: &VmStop) -> Result<WriteAnswer, ClientError> {
+        self.post(&["v1", "vms", vm, "stop"], request).await
+    }
+
+    pub async fn vm_reset(&self, vm: &str) -> Result<WriteAnswer, ClientError> {
+        self.post(&["v1", "vms", vm, "reset"], &NoBody {}).await
+    }
+
+    pub async fn why(&self, vm: &str) -> Result<Item<WhyView>, ClientError> {
+        self.get(&["v1", "vms", vm, "why"], &()).await
+    }
+
+    pub async fn spm(&self) -> Result<List<SpmView>, ClientError> {
+        self.get(&["v1", "spm"], &()).await
+    }
+
+    pub async fn state_digest(&self) -> Result<StateDigest, ClientError> {
+        self.get(&["v1", "state", "digest"], &DigestQuery::default()).await
+    }
+}
