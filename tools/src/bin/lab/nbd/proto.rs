@@ -240,7 +240,7 @@ mod tests {
         assert_eq!(fits(0, SIZE - 512, 1024), Err(ReplyError::Invalid));
         assert_eq!(fits(1, SIZE, 512), Err(ReplyError::NoSpace));
         assert_eq!(fits(0, u64::MAX - 511, 512), Err(ReplyError::Invalid));
-        assert_eq!(fits(0, 0, u32::MAX & !511), Err(ReplyError::Invalid));
+        assert_eq!(fits(0, 0, !511), Err(ReplyError::Invalid));
         assert_eq!(fits(0, 1, 512), Err(ReplyError::Invalid));
         assert_eq!(fits(0, 0, 100), Err(ReplyError::Invalid));
         assert_eq!(fits(0, 0, 0), Err(ReplyError::Invalid));
