@@ -3,6 +3,7 @@
 //! Start at [`Disk`]. [`RealDisk`] is the machine's; [`crate::store::memory_disk::MemoryDisk`] loses on a power cut
 //! whatever was not synced.
 
+use std::any::Any;
 use std::fs::File;
 use std::fs::OpenOptions;
 use std::io;
@@ -55,7 +56,9 @@ pub trait Disk: Send + Sync + 'static {
     fn remove_dir_all(&self, dir: &Path) -> Result<(), DiskError>;
     /// Makes created, renamed and removed names in this folder durable.
     fn sync_dir(&self, dir: &Path) -> Result<(), DiskError>;
-    /// Where other libraries find these files: sled and redb need a real folder. `None` in a simulation.
+    /// Takes a lock on a file that lasts until the value is dropped; an error when another process holds it.
+    fn lock(&self, path: &Path) -> Result<Box<dyn Any + Send + Sync>, DiskError>;
+    /// The paths are the operating system's: sled, which opens files by itself, can use them.
     fn is_real(&self) -> bool;
 }
 
@@ -169,6 +172,15 @@ impl Disk for RealDisk {
     fn sync_dir(&self, dir: &Path) -> Result<(), DiskError> {
         let folder = File::open(dir).map_err(|e| DiskError::new("open folder", dir, e))?;
         folder.sync_all().map_err(|e| DiskError::new("sync folder", dir, e))
+    }
+
+    fn lock(&self, path: &Path) -> Result<Box<dyn Any + Send + Sync>, DiskError> {
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(path);
+        let file = file.map_err(|e| DiskError::new("open", path, e))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Box::new(file)),
+            Err(error) => Err(DiskError::new("lock", path, error.into())),
+        }
     }
 
     fn is_real(&self) -> bool {

@@ -1,0 +1,8 @@
+//! The stores, told as stories: openraft's own suite, restarts, power cuts at every change, damage, snapshots.
+
+mod durability;
+mod events;
+mod log;
+mod snapshots;
+mod suite;
+mod world;

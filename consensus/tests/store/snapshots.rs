@@ -1,0 +1,159 @@
+//! Snapshots: built, restarted from, sent in pieces, broken off, damaged on the way, installed across power cuts.
+
+use consensus::store::Store;
+use consensus::store::snapshot::SnapshotError;
+use openraft::storage::RaftStateMachine;
+use statemachine::Seq;
+
+use crate::world::*;
+
+/// A host that has applied entries 1 to 39 and holds a snapshot of them.
+async fn leader(world: &World) -> Store {
+    let mut store = world.open().await.expect("opens");
+    let entries = Chain::default().entries(1, 1..40);
+    append(&mut store, entries.clone()).await.expect("durable");
+    apply(&mut store, entries).await.expect("applied");
+    build_snapshot(&mut store).await.expect("built");
+    store
+}
+
+async fn install(store: &mut Store, snapshot: consensus::types::Snapshot) -> std::io::Result<()> {
+    RaftStateMachine::<C>::install_snapshot(&mut store.state_machine, &snapshot.meta, snapshot.snapshot).await
+}
+
+#[tokio::test]
+async fn a_restart_begins_at_the_snapshot_and_serves_the_whole_stream() {
+    let world = World::new();
+    let mut store = leader(&world).await;
+    purge(&mut store, log_id(1, 39)).await.expect("purged");
+    let fold = store.fold.borrow().clone();
+    close(store).await;
+    let store = world.open().await.expect("opens");
+    assert_eq!(*store.fold.borrow(), fold);
+    assert_eq!(all_seqs(&store).await, (1..=78).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn batches_sealed_after_the_snapshot_are_applied_again_and_not_stored_twice() {
+    let world = World::new();
+    let mut store = leader(&world).await;
+    let mut chain = Chain { head: store.fold.borrow().head };
+    let more = chain.entries(1, 40..80);
+    append(&mut store, more.clone()).await.expect("durable");
+    apply(&mut store, more.clone()).await.expect("applied");
+    close(store).await;
+    let mut store = world.open().await.expect("opens");
+    assert_eq!(store.events.head(), Seq(78), "applied is what the snapshot says until the log is applied again");
+    apply(&mut store, more).await.expect("applied");
+    assert_eq!(all_seqs(&store).await, (1..=158).collect::<Vec<_>>());
+    assert_eq!(world.fatal.reasons(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_newcomer_pulls_the_snapshot_in_pieces_and_goes_on_after_a_break() {
+    let (leader_world, newcomer_world) = (World::new(), World::new());
+    let from = leader(&leader_world).await;
+    let mut to = newcomer_world.open().await.expect("opens");
+    let offered = from.snapshots.current().expect("a snapshot");
+    let manifest = offered.manifest.encode();
+    let mut pieces = 0;
+    // The transfer breaks off after each piece and begins again.
+    let handle = loop {
+        let receiving = to.snapshots.receive(&manifest).expect("a valid manifest");
+        let Some((part, offset)) = receiving.wants().expect("readable") else {
+            break receiving.finish().expect("all here");
+        };
+        let piece = from.snapshots.chunk(&part, offset, 300).expect("readable").expect("held");
+        receiving.write(&part, offset, &piece).expect("fits");
+        pieces += 1;
+    };
+    assert!(pieces > 20, "small pieces, {pieces} of them");
+    install(&mut to, handle.snapshot()).await.expect("installed");
+    assert_eq!(to.fold.borrow().head, from.fold.borrow().head);
+    assert_eq!(to.fold.borrow().state.digest(), from.fold.borrow().state.digest());
+    assert_eq!(all_seqs(&to).await, (1..=78).collect::<Vec<_>>());
+    close(to).await;
+    let to = newcomer_world.open().await.expect("opens");
+    assert_eq!(all_seqs(&to).await, (1..=78).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_follower_pulls_only_the_segments_that_it_lacks() {
+    let (leader_world, follower_world) = (World::new(), World::new());
+    let from = leader(&leader_world).await;
+    let mut to = follower_world.open().await.expect("opens");
+    apply(&mut to, Chain::default().entries(1, 1..30)).await.expect("applied");
+    let offered = from.snapshots.current().expect("a snapshot");
+    let receiving = to.snapshots.receive(&offered.manifest.encode()).expect("a valid manifest");
+    let (first, _) = receiving.wants().expect("readable").expect("something is lacking");
+    let consensus::store::snapshot::Part::Segment(id) = first else { panic!("events come before the state") };
+    assert!(id.last > Seq(40), "what the follower has sealed is not asked for again, {first} was");
+    install(&mut to, offered.snapshot()).await.expect("installed");
+    assert_eq!(all_seqs(&to).await, (1..=78).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_part_that_was_damaged_on_the_way_is_fetched_again() {
+    let (leader_world, newcomer_world) = (World::new(), World::new());
+    let from = leader(&leader_world).await;
+    let to = newcomer_world.open().await.expect("opens");
+    let offered = from.snapshots.current().expect("a snapshot");
+    let receiving = to.snapshots.receive(&offered.manifest.encode()).expect("a valid manifest");
+    let (part, offset) = receiving.wants().expect("readable").expect("something is lacking");
+    let mut piece = from.snapshots.chunk(&part, offset, 1 << 20).expect("readable").expect("held");
+    piece[40] ^= 1;
+    let refused = receiving.write(&part, offset, &piece);
+    assert!(matches!(refused, Err(SnapshotError::PartDamaged { .. })));
+    assert_eq!(receiving.wants().expect("readable"), Some((part, 0)), "it begins again");
+    assert!(matches!(receiving.finish(), Err(SnapshotError::Incomplete(_))));
+}
+
+#[test]
+fn a_power_cut_at_any_change_of_an_install_leaves_the_old_state_or_the_new() {
+    let leader_world = World::new();
+    let home = runtime();
+    let from = home.block_on(leader(&leader_world));
+    let offered = from.snapshots.current().expect("a snapshot");
+    let mut interrupted = 0;
+    for at in 0.. {
+        let world = World::new();
+        let first = runtime();
+        let done = first.block_on(async {
+            let mut to = world.open().await.expect("opens");
+            let entries = Chain::default().entries(1, 1..10);
+            append(&mut to, entries.clone()).await.expect("durable");
+            apply(&mut to, entries).await.expect("applied");
+            build_snapshot(&mut to).await.expect("built");
+            world.disk.fail_after(at);
+            install(&mut to, offered.clone().snapshot()).await.is_ok()
+        });
+        drop(first);
+        world.disk.power_cut(at + 11);
+        runtime().block_on(async {
+            let store = world.open().await.unwrap_or_else(|error| panic!("change {at}: {error}"));
+            let head = store.events.head().0;
+            assert!(head == 78 || (head == 18 && !done), "change {at}: the state is at seq {head}");
+            assert_eq!(all_seqs(&store).await, (1..=head).collect::<Vec<_>>(), "change {at}");
+            close(store).await;
+        });
+        interrupted += u64::from(!done);
+        if done {
+            break;
+        }
+    }
+    assert!(interrupted > 20, "the install was interrupted at {interrupted} places");
+}
+
+#[tokio::test]
+async fn names_of_parts_from_other_hosts_cannot_be_paths() {
+    use consensus::store::snapshot::Part;
+    let world = World::new();
+    let store = leader(&world).await;
+    let manifest = store.snapshots.current().expect("a snapshot").manifest;
+    for part in manifest.segments.iter().map(|id| Part::Segment(*id)).chain([Part::State(manifest.state)]) {
+        assert_eq!(Part::from_name(&part.name()), Some(part));
+    }
+    for name in ["", "state", "../lock", "state-1-../../etc/passwd", "events-1-2-3-4", "state--0"] {
+        assert_eq!(Part::from_name(name), None, "{name}");
+    }
+}
