@@ -1,3 +1,4 @@
 //! The devices of a guest, a folder each.
 
+pub mod block;
 pub mod legacy;

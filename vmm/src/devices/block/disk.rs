@@ -1,0 +1,154 @@
+//! The file or block device under a disk: opened, measured, and tried out for O_DIRECT.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+
+use super::BlockError;
+use super::backend::Backend;
+use super::config::{BlockConfig, SECTOR_BYTES};
+use super::uring::Uring;
+use super::worker::Workers;
+
+/// Alignments that storage asks for, smallest first.
+const ALIGNMENTS: [usize; 2] = [512, 4096];
+
+/// What the file is. A disk that is opened again has to be the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileFacts {
+    pub bytes: u64,
+    pub is_device: bool,
+}
+
+/// An open disk.
+pub struct OpenDisk {
+    pub file: File,
+    pub facts: FileFacts,
+    /// O_DIRECT is in use, and buffers, offsets and lengths are multiples of this.
+    pub direct: Option<usize>,
+}
+
+impl OpenDisk {
+    /// Opens the disk's file, without the page cache where file and block size allow it: what the guest was told is
+    /// written must not lie in this host's memory when the host is fenced.
+    pub fn open(config: &BlockConfig) -> Result<Self, BlockError> {
+        let failed = |source| BlockError::Open { disk: config.name.clone(), path: config.path.clone(), source };
+        let mut options = OpenOptions::new();
+        options.read(true).write(!config.read_only);
+        let mut file = options.open(&config.path).map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        let is_device = metadata.file_type().is_block_device();
+        if !is_device && !metadata.is_file() {
+            return Err(BlockError::Kind { disk: config.name.clone(), path: config.path.clone() });
+        }
+        let bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        if bytes < SECTOR_BYTES {
+            return Err(BlockError::Empty { disk: config.name.clone(), path: config.path.clone(), bytes });
+        }
+        let limit = config.block_size.bytes() as usize;
+        let direct = options
+            .custom_flags(libc::O_DIRECT)
+            .open(&config.path)
+            .ok()
+            .and_then(|direct| Some((direct_alignment(&direct, limit)?, direct)));
+        let (file, direct) = match direct {
+            Some((alignment, direct)) => (direct, Some(alignment)),
+            None => (file, None),
+        };
+        Ok(Self { file, facts: FileFacts { bytes, is_device }, direct })
+    }
+
+    /// The best way to do I/O on it.
+    pub fn into_backend(self, disk: &str) -> Result<Box<dyn Backend>, BlockError> {
+        let (file, refusal) = match Uring::new(self.file) {
+            Ok(uring) => return Ok(Box::new(uring)),
+            Err(refused) => refused,
+        };
+        tracing::warn!(disk, error = %refusal, "io_uring is not available: this disk uses worker threads");
+        match Workers::new(file) {
+            Ok(workers) => Ok(Box::new(workers)),
+            Err(source) => Err(BlockError::Backend { disk: disk.to_owned(), source }),
+        }
+    }
+}
+
+/// The alignment with which a read works, if one up to `limit` does. Reading is the only question that every file
+/// system and device answers.
+fn direct_alignment(file: &File, limit: usize) -> Option<usize> {
+    let mut buffer = AlignedBuffer::new(ALIGNMENTS[1])?;
+    ALIGNMENTS.into_iter().filter(|alignment| *alignment <= limit).find(|alignment| {
+        // SAFETY: the buffer has at least `alignment` bytes.
+        let got = unsafe { libc::pread(file.as_raw_fd(), buffer.as_mut_ptr().cast(), *alignment, 0) };
+        got == *alignment as isize
+    })
+}
+
+/// Memory for requests whose own buffers storage cannot use.
+pub struct AlignedBuffer {
+    start: std::ptr::NonNull<u8>,
+    layout: std::alloc::Layout,
+}
+
+// SAFETY: the memory is owned, and reached through `&self` and `&mut self` only.
+unsafe impl Send for AlignedBuffer {}
+
+impl AlignedBuffer {
+    /// Zeroed memory on a page boundary. `None` for zero bytes, or when there is no memory.
+    pub fn new(len: usize) -> Option<Self> {
+        let layout = std::alloc::Layout::from_size_align(len, ALIGNMENTS[1]).ok()?;
+        if len == 0 {
+            return None;
+        }
+        // SAFETY: the layout is not of zero size.
+        let start = std::ptr::NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
+        Some(Self { start, layout })
+    }
+
+    pub fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    pub fn len(&self) -> usize {
+        self.layout.size()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: `len` bytes, initialised since `new`.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len()) }
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and `&mut self` is the only way here.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len()) }
+    }
+}
+
+impl Drop for AlignedBuffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { std::alloc::dealloc(self.start.as_ptr(), self.layout) };
+    }
+}
+
+/// Opens again what was closed, and refuses another disk in its place.
+pub fn reopen(config: &BlockConfig, expected: FileFacts) -> Result<OpenDisk, ReopenError> {
+    let disk = OpenDisk::open(config).map_err(|error| match error {
+        BlockError::Open { source, .. } => ReopenError::Open(source),
+        other => ReopenError::Changed(other.to_string()),
+    })?;
+    if disk.facts != expected {
+        return Err(ReopenError::Changed(format!("it was {expected:?} and is {:?}", disk.facts)));
+    }
+    Ok(disk)
+}
+
+#[derive(Debug)]
+pub enum ReopenError {
+    Open(io::Error),
+    Changed(String),
+}

@@ -1,0 +1,67 @@
+//! virtio-blk: a raw file or block device as the guest's disk.
+//!
+//! Path of a request: [`thread`] wakes on the doorbell and runs the [`engine`], which pops a chain, has it read by
+//! [`request`] (pure), gives it to the [`backend`] (io_uring in [`uring`], or the [`worker`] threads where io_uring is refused) straight
+//! from guest memory, and returns the chain when the kernel is done. One thread a disk, which never waits for the disk:
+//! it can always be asked to cancel.
+//!
+//! Self-fence (DESIGN §5, hazard C8): [`BlockHandle`] implements [`Quiesce`](crate::lease::quiesce::Quiesce). The gate is checked before each submission; what the
+//! kernel takes back stays with the engine and is submitted again after `reopen`; written data that only the page cache
+//! has is synced as part of the drain, for dirty pages reach a shared disk long after their writer was fenced.
+//!
+//! ```ignore
+//! let gate = DiskGate::new();                                             // one a guest
+//! let (disk, handle) = Block::open(config, gate.clone())?;                // Arc<Block>, Arc<BlockHandle>
+//! let function = VirtioPci::new(disk, memory, &*msi, io_events)?;         // Arc<VirtioPci>
+//! topology.add_root_port_device(slot, function)?;
+//! ```
+
+use std::path::PathBuf;
+
+pub mod backend;
+pub mod config;
+pub mod device;
+pub mod disk;
+pub mod engine;
+pub mod metrics;
+pub mod request;
+pub mod state;
+pub mod thread;
+pub mod uring;
+pub mod worker;
+
+#[cfg(test)]
+mod tests;
+
+pub use config::{BlockConfig, BlockSize};
+pub use device::Block;
+pub use metrics::BlockMetrics;
+pub use thread::BlockHandle;
+
+/// Why a disk cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    #[error("disk {disk}: cannot open {path}")]
+    Open {
+        disk: String,
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("disk {disk}: {path} is neither a regular file nor a block device")]
+    Kind { disk: String, path: PathBuf },
+    #[error("disk {disk}: {path} has {bytes} bytes, less than one sector")]
+    Empty { disk: String, path: PathBuf, bytes: u64 },
+    #[error("disk {disk}: cannot start its I/O thread")]
+    Thread {
+        disk: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("disk {disk}: neither io_uring nor worker threads can be set up")]
+    Backend {
+        disk: String,
+        #[source]
+        source: std::io::Error,
+    },
+}

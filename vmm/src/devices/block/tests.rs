@@ -1,0 +1,613 @@
+//! The disk under a driver: real files with io_uring and with worker threads, and a backend that hangs when told to.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::backend::{Backend, Completion, Io, Token};
+use super::disk::FileFacts;
+use super::uring::Uring;
+use super::worker::Workers;
+use super::*;
+use crate::lease::quiesce::{DiskGate, Quiesce, QuiesceError};
+use crate::pci::PciFunction;
+use crate::virtio::locked;
+use crate::virtio::testing::{Buffer, Descriptor, FakeDriver, NEXT, PATIENCE, WRITE, attach};
+
+const DISK_BYTES: u64 = 1 << 20;
+const OK: u8 = 0;
+const IO_ERROR: u8 = 1;
+const UNSUPPORTED: u8 = 2;
+
+/// A driver with a disk.
+struct Guest {
+    driver: FakeDriver,
+    handle: Arc<BlockHandle>,
+    gate: Arc<DiskGate>,
+    path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+fn config(path: &std::path::Path) -> BlockConfig {
+    BlockConfig {
+        name: "vda".into(),
+        path: path.to_owned(),
+        read_only: false,
+        serial: "disk-0001".into(),
+        block_size: BlockSize::B512,
+    }
+}
+
+fn disk_file() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.raw");
+    File::create(&path).unwrap().set_len(DISK_BYTES).unwrap();
+    (dir, path)
+}
+
+fn guest_with(change: impl FnOnce(&mut BlockConfig)) -> Guest {
+    let (dir, path) = disk_file();
+    let mut config = config(&path);
+    change(&mut config);
+    let gate = DiskGate::new();
+    let (block, handle) = Block::open(config, gate.clone()).unwrap();
+    Guest { driver: attach(block), handle, gate, path, _dir: dir }
+}
+
+fn guest_on(backend: Box<dyn Backend>) -> Guest {
+    let (dir, path) = disk_file();
+    let gate = DiskGate::new();
+    let facts = FileFacts { bytes: DISK_BYTES, is_device: false };
+    let (block, handle) = Block::on_backend(config(&path), facts, gate.clone(), backend);
+    Guest { driver: attach(block), handle, gate, path, _dir: dir }
+}
+
+/// A request that was submitted, and where its answer will be.
+#[derive(Debug, Clone, Copy)]
+struct Asked {
+    head: u16,
+    status_at: u64,
+}
+
+const NO_ANSWER: u8 = 0xee;
+
+impl Guest {
+    fn started(change: impl FnOnce(&mut BlockConfig)) -> Self {
+        let mut guest = guest_with(change);
+        guest.driver.start();
+        guest
+    }
+
+    fn ask(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> Asked {
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        let header_at = self.driver.buffer(&header);
+        let status_at = self.driver.buffer(&[NO_ANSWER]);
+        let mut chain = vec![Buffer::Out(header_at, 16)];
+        chain.extend_from_slice(data);
+        chain.push(Buffer::In(status_at, 1));
+        let head = self.driver.submit(0, &chain);
+        Asked { head, status_at }
+    }
+
+    fn status(&self, asked: Asked) -> u8 {
+        self.driver.bytes(asked.status_at, 1)[0]
+    }
+
+    /// Submits and waits. Returns (status, used length).
+    fn carry_out(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
+        let asked = self.ask(kind, sector, data);
+        let (head, len) = self.driver.used(0);
+        assert_eq!(head, asked.head);
+        (self.status(asked), len)
+    }
+
+    fn write_disk(&mut self, sector: u64, bytes: &[u8]) -> u8 {
+        let at = self.driver.buffer(bytes);
+        self.carry_out(VIRTIO_BLK_T_OUT, sector, &[Buffer::Out(at, bytes.len() as u32)]).0
+    }
+
+    fn read_disk(&mut self, sector: u64, len: u32) -> (u8, Vec<u8>) {
+        let at = self.driver.buffer(&vec![0; len as usize]);
+        let (status, used) = self.carry_out(VIRTIO_BLK_T_IN, sector, &[Buffer::In(at, len)]);
+        if status == OK {
+            assert_eq!(used, len + 1);
+        }
+        (status, self.driver.bytes(at, len as usize))
+    }
+
+    fn soon(&self) -> Instant {
+        Instant::now() + PATIENCE
+    }
+}
+
+fn pattern(len: usize, seed: u8) -> Vec<u8> {
+    (0..len).map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed)).collect()
+}
+
+#[test]
+fn what_is_written_is_read_again_and_is_in_the_file() {
+    let mut guest = Guest::started(|_| {});
+    let bytes = pattern(8192, 1);
+    assert_eq!(guest.write_disk(16, &bytes), OK);
+    assert_eq!(guest.carry_out(VIRTIO_BLK_T_FLUSH, 0, &[]).0, OK);
+    assert_eq!(guest.read_disk(16, 8192), (OK, bytes.clone()));
+    let mut in_file = vec![0; 8192];
+    File::open(&guest.path).unwrap().read_exact_at(&mut in_file, 16 * 512).unwrap();
+    assert_eq!(in_file, bytes);
+    let counters = guest.handle.metrics().counters();
+    assert_eq!((counters.reads, counters.writes, counters.flushes, counters.bytes_written), (1, 1, 1, 8192));
+    assert!(guest.driver.interrupts(0) >= 3);
+}
+
+#[test]
+fn worker_threads_do_the_same_as_io_uring() {
+    let (dir, path) = disk_file();
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let mut guest = guest_on(Box::new(Workers::new(file).unwrap()));
+    guest.driver.start();
+    let bytes = pattern(4096, 2);
+    assert_eq!(guest.write_disk(0, &bytes), OK);
+    assert_eq!(guest.carry_out(VIRTIO_BLK_T_FLUSH, 0, &[]).0, OK);
+    assert_eq!(guest.read_disk(0, 4096), (OK, bytes));
+    drop(dir);
+}
+
+#[test]
+fn scattered_and_unaligned_buffers_arrive_in_order() {
+    let mut guest = Guest::started(|_| {});
+    let bytes = pattern(2048, 3);
+    // Pieces of odd lengths at odd addresses, which O_DIRECT cannot use as they are.
+    let area = guest.driver.buffer(&[0; 8192]);
+    let pieces = [(3u64, 701usize), (1001, 11), (1503, 1336)];
+    let mut done = 0;
+    for (offset, len) in pieces {
+        use vm_memory::Bytes;
+        let at = vm_memory::GuestAddress(area + offset);
+        guest.driver.memory.write_slice(&bytes[done..done + len], at).unwrap();
+        done += len;
+    }
+    let buffers = pieces.map(|(offset, len)| Buffer::Out(area + offset, len as u32));
+    assert_eq!(guest.carry_out(VIRTIO_BLK_T_OUT, 4, &buffers).0, OK);
+    let back = guest.driver.buffer(&[0; 4096]);
+    let into = [Buffer::In(back + 1, 2000), Buffer::In(back + 2501, 48)];
+    assert_eq!(guest.carry_out(VIRTIO_BLK_T_IN, 4, &into), (OK, 2049));
+    let mut read = guest.driver.bytes(back + 1, 2000);
+    read.extend(guest.driver.bytes(back + 2501, 48));
+    assert_eq!(read, bytes);
+}
+
+#[test]
+fn pages_that_the_disk_wrote_are_dirty() {
+    use vm_memory::bitmap::Bitmap;
+    use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+    let mut guest = Guest::started(|_| {});
+    // A page that the driver has not written.
+    let at = crate::virtio::testing::MEMORY_BYTES as u64 - 4096;
+    let region = guest.driver.memory.find_region(GuestAddress(at)).unwrap();
+    assert!(!region.bitmap().dirty_at(at as usize));
+    let (status, _) = guest.carry_out(VIRTIO_BLK_T_IN, 0, &[Buffer::In(at, 4096)]);
+    assert_eq!(status, OK);
+    let region = guest.driver.memory.find_region(GuestAddress(at)).unwrap();
+    assert!(region.bitmap().dirty_at(at as usize));
+}
+
+#[test]
+fn a_read_only_disk_is_read_but_never_written() {
+    let mut guest = Guest::started(|config| config.read_only = true);
+    assert_ne!(guest.driver.offered() & 1 << 5, 0, "the driver is told");
+    assert_eq!(guest.write_disk(0, &[7; 512]), IO_ERROR);
+    assert_eq!(guest.read_disk(0, 512), (OK, vec![0; 512]));
+}
+
+#[test]
+fn the_end_of_the_disk_is_the_end() {
+    let mut guest = Guest::started(|_| {});
+    let last = DISK_BYTES / 512 - 1;
+    assert_eq!(guest.write_disk(last, &[5; 512]), OK);
+    assert_eq!(guest.write_disk(last, &[5; 1024]), IO_ERROR);
+    assert_eq!(guest.write_disk(u64::MAX, &[5; 512]), IO_ERROR);
+    assert_eq!(guest.handle.metrics().counters().errors, 2);
+    assert_eq!(std::fs::metadata(&guest.path).unwrap().len(), DISK_BYTES);
+}
+
+#[test]
+fn a_file_that_somebody_cut_gives_errors_and_no_zeros() {
+    let mut guest = Guest::started(|_| {});
+    File::options().write(true).open(&guest.path).unwrap().set_len(4096).unwrap();
+    assert_eq!(guest.read_disk(64, 512).0, IO_ERROR);
+    assert_eq!(guest.read_disk(0, 512).0, OK);
+}
+
+#[test]
+fn the_serial_is_twenty_bytes() {
+    let mut guest = Guest::started(|_| {});
+    let at = guest.driver.buffer(&[0xff; 20]);
+    let (status, used) = guest.carry_out(VIRTIO_BLK_T_GET_ID, 0, &[Buffer::In(at, 20)]);
+    assert_eq!((status, used), (OK, 21));
+    assert_eq!(&guest.driver.bytes(at, 20), b"disk-0001\0\0\0\0\0\0\0\0\0\0\0");
+}
+
+#[test]
+fn discard_and_zeros_leave_zeros() {
+    let mut guest = Guest::started(|_| {});
+    guest.write_disk(0, &[9; 16384]);
+    for (kind, sector) in [(VIRTIO_BLK_T_DISCARD, 0u64), (VIRTIO_BLK_T_WRITE_ZEROES, 16)] {
+        let mut range = [0; 16];
+        range[..8].copy_from_slice(&sector.to_le_bytes());
+        range[8..12].copy_from_slice(&8u32.to_le_bytes());
+        let at = guest.driver.buffer(&range);
+        let (status, _) = guest.carry_out(kind, 0, &[Buffer::Out(at, 16)]);
+        // A file system without the operation says so, and the guest writes zeros itself.
+        if status == UNSUPPORTED {
+            continue;
+        }
+        assert_eq!(status, OK);
+        assert_eq!(guest.read_disk(sector, 4096), (OK, vec![0; 4096]));
+    }
+    assert_eq!(guest.read_disk(8, 512), (OK, vec![9; 512]));
+}
+
+#[test]
+fn a_ring_full_of_requests_is_answered_completely() {
+    let mut guest = Guest::started(|_| {});
+    let at = guest.driver.buffer(&pattern(512, 4));
+    let mut heads: Vec<u16> = (0..80).map(|i| guest.ask(VIRTIO_BLK_T_OUT, i, &[Buffer::Out(at, 512)]).head).collect();
+    let mut answered: Vec<u16> = (0..80).map(|_| guest.driver.used(0).0).collect();
+    heads.sort_unstable();
+    answered.sort_unstable();
+    assert_eq!(answered, heads);
+}
+
+#[test]
+fn a_hostile_chain_stops_the_disk_until_the_reset() {
+    let mut guest = Guest::started(|_| {});
+    // A header that points out of memory.
+    guest.driver.descriptor(0, 0, Descriptor { address: u64::MAX - 8, len: 16, flags: NEXT, next: 1 });
+    guest.driver.offer(0, 0);
+    guest.driver.wait("NEEDS_RESET", FakeDriver::needs_reset);
+    guest.driver.reset();
+    guest.driver.start();
+    assert_eq!(guest.write_disk(0, &[1; 512]), OK);
+}
+
+#[test]
+fn a_chain_without_a_status_byte_stops_the_disk() {
+    let mut guest = Guest::started(|_| {});
+    let header = guest.driver.buffer(&[0; 16]);
+    guest.driver.descriptor(0, 0, Descriptor { address: header, len: 16, flags: 0, next: 0 });
+    guest.driver.offer(0, 0);
+    guest.driver.wait("NEEDS_RESET", FakeDriver::needs_reset);
+}
+
+#[test]
+fn a_status_byte_of_length_zero_stops_the_disk() {
+    let mut guest = Guest::started(|_| {});
+    let header = guest.driver.buffer(&[0; 16]);
+    for (i, (len, flags)) in [(16, NEXT), (0, WRITE)].into_iter().enumerate() {
+        guest.driver.descriptor(0, i as u16, Descriptor { address: header, len, flags, next: 1 });
+    }
+    guest.driver.offer(0, 0);
+    guest.driver.wait("NEEDS_RESET", FakeDriver::needs_reset);
+}
+
+// -- a disk that hangs
+
+/// A backend that ends requests when the test says so.
+struct Hanging {
+    shared: Arc<Mutex<Held>>,
+    completions: EventFd,
+}
+
+#[derive(Default)]
+struct Held {
+    /// (token, bytes it would transfer, durable, is a flush)
+    requests: Vec<(Token, i64, bool, bool)>,
+    ended: VecDeque<Completion>,
+    /// Requests that the kernel would give back when asked.
+    cancellable: bool,
+    closed: bool,
+}
+
+struct Remote {
+    shared: Arc<Mutex<Held>>,
+    completions: EventFd,
+}
+
+fn hanging() -> (Box<Hanging>, Remote) {
+    let shared = Arc::new(Mutex::new(Held::default()));
+    let completions = EventFd::new(EFD_NONBLOCK).unwrap();
+    let remote = Remote { shared: shared.clone(), completions: completions.try_clone().unwrap() };
+    (Box::new(Hanging { shared, completions }), remote)
+}
+
+impl Backend for Hanging {
+    fn name(&self) -> &'static str {
+        "hanging"
+    }
+    fn completions(&self) -> &EventFd {
+        &self.completions
+    }
+    unsafe fn start(&mut self, token: Token, io: Io<'_>) -> io::Result<()> {
+        let (bytes, durable, flush) = match io {
+            Io::Read { buffers, .. } => (buffers.iter().map(|b| b.iov_len as i64).sum(), false, false),
+            Io::Write { buffers, durable, .. } => (buffers.iter().map(|b| b.iov_len as i64).sum(), durable, false),
+            Io::Flush => (0, false, true),
+            _ => (0, false, false),
+        };
+        locked(&self.shared).requests.push((token, bytes, durable, flush));
+        Ok(())
+    }
+    fn submit(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn cancel(&mut self, tokens: &[Token]) -> io::Result<()> {
+        let mut held = locked(&self.shared);
+        if held.cancellable {
+            held.requests.retain(|(token, ..)| !tokens.contains(token));
+            held.ended
+                .extend(tokens.iter().map(|token| Completion { token: *token, result: -i64::from(libc::ECANCELED) }));
+            self.completions.write(1).unwrap();
+        }
+        Ok(())
+    }
+    fn reap(&mut self, ended: &mut Vec<Completion>) {
+        let _ = self.completions.read();
+        ended.extend(locked(&self.shared).ended.drain(..));
+    }
+}
+
+impl Drop for Hanging {
+    fn drop(&mut self) {
+        locked(&self.shared).closed = true;
+    }
+}
+
+impl Remote {
+    fn held(&self) -> usize {
+        locked(&self.shared).requests.len()
+    }
+
+    /// Ends everything that is held, with full success.
+    fn finish(&self) {
+        let mut held = locked(&self.shared);
+        let all = std::mem::take(&mut held.requests);
+        held.ended.extend(all.into_iter().map(|(token, result, ..)| Completion { token, result }));
+        self.completions.write(1).unwrap();
+    }
+
+    fn wait_held(&self, count: usize) {
+        let until = Instant::now() + PATIENCE;
+        while self.held() != count {
+            assert!(Instant::now() < until, "{} held, {count} wanted", self.held());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Remote {
+    /// Waits until the only request is a flush.
+    fn wait_flush(&self) {
+        let until = Instant::now() + PATIENCE;
+        while !matches!(locked(&self.shared).requests[..], [(_, _, _, true)]) {
+            assert!(Instant::now() < until, "no flush");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn hung_guest() -> (Guest, Remote) {
+    let (backend, remote) = hanging();
+    let mut guest = guest_on(backend);
+    guest.driver.start();
+    (guest, remote)
+}
+
+#[test]
+fn a_disk_that_gives_nothing_back_is_not_drained_at_the_deadline() {
+    let (mut guest, remote) = hung_guest();
+    let at = guest.driver.buffer(&[1; 512]);
+    for sector in 0..3 {
+        guest.ask(VIRTIO_BLK_T_OUT, sector, &[Buffer::Out(at, 512)]);
+    }
+    remote.wait_held(3);
+    guest.gate.close();
+    let error = guest.handle.cancel_and_drain(Instant::now() + Duration::from_millis(100)).unwrap_err();
+    assert!(matches!(error, QuiesceError::StillInFlight { in_flight: 3, .. }), "{error}");
+
+    // The thread still answers: asked again when the storage is back, it drains. The writes may lie in the page
+    // cache, so the drain syncs them first.
+    let handle = guest.handle.clone();
+    let until = guest.soon();
+    let again = std::thread::spawn(move || handle.cancel_and_drain(until));
+    remote.finish();
+    remote.wait_flush();
+    remote.finish();
+    again.join().unwrap().unwrap();
+    guest.handle.close();
+    assert!(locked(&remote.shared).closed);
+}
+
+#[test]
+fn cancelled_writes_are_carried_out_after_reopen_and_the_guest_never_knows() {
+    let (mut guest, remote) = hung_guest();
+    locked(&remote.shared).cancellable = true;
+    let bytes = pattern(1024, 6);
+    let at = guest.driver.buffer(&bytes);
+    let asked = guest.ask(VIRTIO_BLK_T_OUT, 8, &[Buffer::Out(at, 1024)]);
+    remote.wait_held(1);
+
+    guest.gate.close();
+    let handle = guest.handle.clone();
+    let until = guest.soon();
+    let draining = std::thread::spawn(move || handle.cancel_and_drain(until));
+    // The cancelled write went through a page cache for all that the engine knows: it syncs.
+    remote.wait_flush();
+    remote.finish();
+    let drained = draining.join().unwrap().unwrap();
+    assert_eq!((drained.completed, drained.cancelled), (0, 1));
+    guest.handle.close();
+    assert!(locked(&remote.shared).closed);
+
+    // What the guest asks for meanwhile waits, too.
+    let later = guest.ask(VIRTIO_BLK_T_OUT, 16, &[Buffer::Out(at, 1024)]);
+    assert_eq!(guest.status(asked), NO_ANSWER);
+    guest.handle.reopen().unwrap();
+    assert!(guest.driver.try_used(0).is_none(), "the gate is still closed");
+    guest.gate.open();
+    guest.handle.kick();
+    guest.driver.used(0);
+    guest.driver.used(0);
+    assert_eq!((guest.status(asked), guest.status(later)), (OK, OK));
+    let mut in_file = vec![0; 1024];
+    let file = File::open(&guest.path).unwrap();
+    for offset in [8 * 512, 16 * 512] {
+        file.read_exact_at(&mut in_file, offset).unwrap();
+        assert_eq!(in_file, bytes);
+    }
+}
+
+#[test]
+fn a_closed_gate_lets_nothing_through() {
+    let (mut guest, remote) = hung_guest();
+    guest.gate.close();
+    let at = guest.driver.buffer(&[1; 512]);
+    guest.ask(VIRTIO_BLK_T_OUT, 0, &[Buffer::Out(at, 512)]);
+    let drained = guest.handle.cancel_and_drain(guest.soon()).unwrap();
+    assert_eq!((drained.completed, drained.cancelled), (0, 0));
+    assert_eq!(remote.held(), 0);
+    guest.gate.open();
+    remote.wait_held(1);
+    remote.finish();
+    guest.driver.used(0);
+}
+
+#[test]
+fn another_disk_in_the_place_of_the_closed_one_is_refused() {
+    let guest = Guest::started(|_| {});
+    guest.gate.close();
+    guest.handle.cancel_and_drain(guest.soon()).unwrap();
+    guest.handle.close();
+    File::options().write(true).open(&guest.path).unwrap().set_len(DISK_BYTES * 2).unwrap();
+    assert!(matches!(guest.handle.reopen(), Err(QuiesceError::Changed { .. })));
+    std::fs::remove_file(&guest.path).unwrap();
+    assert!(matches!(guest.handle.reopen(), Err(QuiesceError::Reopen { .. })));
+}
+
+#[test]
+fn a_reset_in_mid_flight_ends_when_the_disk_has_let_go() {
+    let (mut guest, remote) = hung_guest();
+    let at = guest.driver.buffer(&[0; 512]);
+    let asked = guest.ask(VIRTIO_BLK_T_IN, 0, &[Buffer::In(at, 512)]);
+    remote.wait_held(1);
+    guest.driver.write(20, 1, 0);
+    assert_ne!(guest.driver.status(), 0, "the kernel still has the buffer");
+    remote.finish();
+    guest.driver.wait("the reset", |d| d.status() == 0);
+    assert_eq!(guest.status(asked), NO_ANSWER, "nobody is answered after a reset");
+    guest.driver.start();
+    guest.ask(VIRTIO_BLK_T_IN, 0, &[Buffer::In(at, 512)]);
+    remote.wait_held(1);
+    remote.finish();
+    guest.driver.used(0);
+}
+
+#[test]
+fn a_driver_without_flush_gets_durable_writes() {
+    let (backend, remote) = hanging();
+    let mut guest = guest_on(backend);
+    guest.driver.start_with(!(1 << VIRTIO_BLK_F_FLUSH));
+    let at = guest.driver.buffer(&[1; 512]);
+    guest.ask(VIRTIO_BLK_T_OUT, 0, &[Buffer::Out(at, 512)]);
+    remote.wait_held(1);
+    assert!(locked(&remote.shared).requests[0].2);
+    remote.finish();
+    guest.driver.used(0);
+}
+
+#[test]
+fn a_short_transfer_goes_on_where_it_stopped() {
+    let (mut guest, remote) = hung_guest();
+    let at = guest.driver.buffer(&[0; 1024]);
+    let asked = guest.ask(VIRTIO_BLK_T_IN, 0, &[Buffer::In(at, 1024)]);
+    remote.wait_held(1);
+    {
+        let mut held = locked(&remote.shared);
+        let (token, ..) = held.requests.remove(0);
+        held.ended.push_back(Completion { token, result: 300 });
+        remote.completions.write(1).unwrap();
+    }
+    remote.wait_held(1);
+    assert_eq!(locked(&remote.shared).requests[0].1, 724);
+    remote.finish();
+    assert_eq!(guest.driver.used(0).1, 1025);
+    assert_eq!(guest.status(asked), OK);
+}
+
+#[test]
+fn io_uring_takes_back_a_read_that_never_ends() {
+    // A pipe that nobody writes to stands for storage that does not answer.
+    let (silent, writer) = nix::unistd::pipe().unwrap();
+    let backend = match Uring::new(File::from(OwnedFd::from(silent))) {
+        Ok(backend) => backend,
+        Err((_, error)) => {
+            eprintln!("skipped: this kernel has no io_uring ({error})");
+            return;
+        }
+    };
+    let mut guest = guest_on(Box::new(backend));
+    guest.driver.start();
+    let at = guest.driver.buffer(&[0; 512]);
+    guest.ask(VIRTIO_BLK_T_IN, 0, &[Buffer::In(at, 512)]);
+    let metrics = guest.handle.metrics();
+    guest.driver.wait("the read to be in the kernel", |_| metrics.in_flight.load(Ordering::SeqCst) == 1);
+    guest.gate.close();
+    let drained = guest.handle.cancel_and_drain(guest.soon()).unwrap();
+    assert_eq!((drained.completed, drained.cancelled), (0, 1));
+    drop(writer);
+}
+
+#[test]
+fn a_disk_is_saved_only_when_quiet_and_resumed_only_on_the_same_disk() {
+    let mut guest = Guest::started(|_| {});
+    assert_eq!(guest.write_disk(0, &[1; 512]), OK);
+    let saved = guest.driver.function.save().unwrap();
+    assert_eq!(saved["positions"][0]["next_avail"], 1);
+
+    let (mut busy, remote) = hung_guest();
+    let at = busy.driver.buffer(&[0; 512]);
+    busy.ask(VIRTIO_BLK_T_IN, 0, &[Buffer::In(at, 512)]);
+    remote.wait_held(1);
+    assert!(busy.driver.function.save().is_err());
+    remote.finish();
+
+    let other = guest_with(|config| config.serial = "another".into());
+    let error = other.driver.function.restore(saved).unwrap_err();
+    assert!(error.to_string().contains("does not fit"), "{error}");
+}
+
+#[test]
+fn a_missing_small_or_wrong_file_is_refused_in_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let gate = DiskGate::new();
+    let missing = Block::open(config(&dir.path().join("none")), gate.clone());
+    assert!(matches!(missing.err(), Some(BlockError::Open { .. })));
+    let small = dir.path().join("small");
+    std::fs::write(&small, b"tiny").unwrap();
+    assert!(matches!(Block::open(config(&small), gate.clone()).err(), Some(BlockError::Empty { bytes: 4, .. })));
+    let mut null = config("/dev/null".as_ref());
+    null.read_only = true;
+    assert!(matches!(Block::open(null, gate).err(), Some(BlockError::Kind { .. })));
+}

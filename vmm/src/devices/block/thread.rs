@@ -1,0 +1,361 @@
+//! The thread of a disk, and the handle by which others reach it.
+//!
+//! The thread waits for four things at once: a command, a doorbell, a completion, and the gate. It never waits for the
+//! disk itself, so a disk that hangs leaves it able to answer; opening a file, which can hang, happens in the caller.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::BlockError;
+use super::backend::Backend;
+use super::config::{BlockConfig, Geometry};
+use super::disk::{self, FileFacts, ReopenError};
+use super::engine::{Engine, Served};
+use super::metrics::BlockMetrics;
+use crate::lease::quiesce::{DiskGate, Drained, Quiesce, QuiesceError};
+use crate::virtio::device::{DeviceError, QueuePosition};
+use crate::virtio::{DeviceQueue, QueueError, VirtioInterrupt, locked};
+
+/// How often requests that wait look at the gate. The gate has no bell of its own: vCPU threads close and open it.
+const GATE_LOOK: Duration = Duration::from_millis(10);
+/// How long a caller waits for an answer that needs no disk.
+const ANSWER: Duration = Duration::from_secs(2);
+/// How long the thread stays for requests in the kernel when the machine ends.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+pub(super) enum Command {
+    Activate {
+        queue: DeviceQueue,
+        kick: EventFd,
+        interrupt: Arc<dyn VirtioInterrupt>,
+        write_through: bool,
+    },
+    /// The reset with this number.
+    Reset(u64),
+    Drain(Sender<Drained>),
+    Close(Sender<bool>),
+    Open {
+        backend: Box<dyn Backend>,
+        direct: Option<usize>,
+        done: Sender<()>,
+    },
+    Position(Sender<Option<QueuePosition>>),
+    Look,
+    Stop,
+}
+
+/// Reaches the thread.
+pub(super) struct Link {
+    commands: Mutex<Sender<Command>>,
+    wake: EventFd,
+    metrics: Arc<BlockMetrics>,
+    resets_asked: AtomicU64,
+    resets_done: AtomicU64,
+}
+
+impl Link {
+    pub(super) fn send(&self, command: Command) -> Result<(), DeviceError> {
+        // Bounded by its senders: the transport waits for a reset before it activates again, and every other command
+        // is answered before its sender goes on.
+        let sent = locked(&self.commands).send(command);
+        let _ = self.wake.write(1);
+        sent.map_err(|_| DeviceError::ThreadGone { device: "block" })
+    }
+
+    pub(super) fn begin_reset(&self) {
+        let number = self.resets_asked.fetch_add(1, Ordering::SeqCst) + 1;
+        if self.send(Command::Reset(number)).is_err() {
+            // A thread that has ended has nothing in the kernel.
+            self.resets_done.store(number, Ordering::SeqCst);
+        }
+    }
+
+    pub(super) fn is_reset(&self) -> bool {
+        self.resets_done.load(Ordering::SeqCst) >= self.resets_asked.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn position(&self) -> Result<Option<QueuePosition>, DeviceError> {
+        let (answer, position) = channel();
+        self.send(Command::Position(answer))?;
+        position.recv_timeout(ANSWER).map_err(|_| DeviceError::NoAnswer { device: "block" })
+    }
+
+    pub(super) fn metrics(&self) -> &Arc<BlockMetrics> {
+        &self.metrics
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        let _ = self.send(Command::Stop);
+    }
+}
+
+/// Starts the thread of a disk.
+pub(super) fn start(
+    name: &str,
+    geometry: Geometry,
+    gate: Arc<DiskGate>,
+    backend: Box<dyn Backend>,
+    direct: Option<usize>,
+) -> Result<Arc<Link>, BlockError> {
+    let failed = |source| BlockError::Thread { disk: name.to_owned(), source };
+    let metrics = Arc::new(BlockMetrics::default());
+    let mut engine = Engine::new(geometry, gate, Arc::clone(&metrics));
+    engine.open(backend, direct);
+    let (commands, received) = channel();
+    let wake = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
+    let thread_wake = wake.try_clone().map_err(failed)?;
+    let link = Arc::new(Link {
+        commands: Mutex::new(commands),
+        wake,
+        metrics,
+        resets_asked: AtomicU64::new(0),
+        resets_done: AtomicU64::new(0),
+    });
+    let thread = DiskThread {
+        name: name.to_owned(),
+        engine,
+        received,
+        wake: thread_wake,
+        link: Arc::downgrade(&link),
+        active: None,
+        drain: None,
+        reset: None,
+    };
+    std::thread::Builder::new()
+        .name(format!("disk-{name}").chars().take(15).collect())
+        .spawn(move || thread.run())
+        .map_err(failed)?;
+    Ok(link)
+}
+
+struct Active {
+    kick: EventFd,
+    interrupt: Arc<dyn VirtioInterrupt>,
+}
+
+struct DiskThread {
+    name: String,
+    engine: Engine,
+    received: Receiver<Command>,
+    wake: EventFd,
+    link: std::sync::Weak<Link>,
+    active: Option<Active>,
+    drain: Option<Sender<Drained>>,
+    /// A reset that waits for the kernel.
+    reset: Option<u64>,
+}
+
+impl DiskThread {
+    fn run(mut self) {
+        let mut stalled = false;
+        loop {
+            self.wait(stalled);
+            if !self.obey() {
+                break;
+            }
+            let reaped = self.engine.reap();
+            self.judge(reaped);
+            let served = self.engine.serve();
+            stalled = matches!(served, Ok(Served::Stalled));
+            self.judge(served.map(|_| ()));
+            self.answer_those_who_wait();
+        }
+        self.farewell();
+    }
+
+    /// Sleeps until there is something to do.
+    fn wait(&self, stalled: bool) {
+        let timeout =
+            if stalled { PollTimeout::try_from(GATE_LOOK).unwrap_or(PollTimeout::ZERO) } else { PollTimeout::NONE };
+        let mut fds = vec![readable(&self.wake)];
+        if let Some(active) = &self.active {
+            fds.push(readable(&active.kick));
+        }
+        if let Some(backend) = self.engine.backend() {
+            fds.push(readable(backend.completions()));
+        }
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => {
+                // Only a broken descriptor table gets here. Slow, but the disk goes on.
+                tracing::error!(disk = %self.name, %error, "the disk's thread cannot wait");
+                std::thread::sleep(GATE_LOOK);
+            }
+        }
+        let _ = self.wake.read();
+        if let Some(active) = &self.active {
+            let _ = active.kick.read();
+        }
+    }
+
+    /// Carries out what was asked. False at the end.
+    fn obey(&mut self) -> bool {
+        loop {
+            match self.received.try_recv() {
+                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
+                Err(TryRecvError::Empty) => return true,
+                Ok(command) => self.carry_out(command),
+            }
+        }
+    }
+
+    fn carry_out(&mut self, command: Command) {
+        match command {
+            Command::Activate { queue, kick, interrupt, write_through } => {
+                self.engine.activate(queue, write_through);
+                self.active = Some(Active { kick, interrupt });
+            }
+            Command::Reset(number) => {
+                self.active = None;
+                self.engine.reset();
+                self.reset = Some(number);
+            }
+            Command::Drain(answer) => {
+                self.engine.begin_drain();
+                self.drain = Some(answer);
+            }
+            Command::Close(answer) => {
+                let closed = self.engine.close();
+                // Nobody there: the caller has given up waiting.
+                let _ = answer.send(closed);
+            }
+            Command::Open { backend, direct, done } => {
+                self.engine.open(backend, direct);
+                let _ = done.send(());
+            }
+            Command::Position(answer) => {
+                let quiet = self.engine.in_flight() == 0 && self.engine.parked() == 0;
+                let position = self.engine.queue().filter(|_| quiet);
+                let _ = answer.send(position.map(DeviceQueue::position));
+            }
+            Command::Look | Command::Stop => {}
+        }
+    }
+
+    /// A driver's error stops the device until the driver resets it.
+    fn judge(&mut self, result: Result<(), QueueError>) {
+        let Err(error) = result else {
+            return;
+        };
+        let cause = std::error::Error::source(&error).map(ToString::to_string);
+        tracing::warn!(disk = %self.name, %error, cause, "the guest's driver broke the protocol; the disk waits for its reset");
+        self.engine.stop_serving();
+        if let Some(active) = self.active.take() {
+            active.interrupt.needs_reset();
+        }
+    }
+
+    fn answer_those_who_wait(&mut self) {
+        if let Some(drain) = self.engine.drained()
+            && let Some(answer) = self.drain.take()
+        {
+            let _ = answer.send(Drained { completed: drain.completed, cancelled: drain.cancelled });
+        }
+        if self.engine.in_flight() == 0
+            && let Some(number) = self.reset.take()
+            && let Some(link) = self.link.upgrade()
+        {
+            link.resets_done.fetch_max(number, Ordering::SeqCst);
+        }
+    }
+
+    /// The machine ends: gives requests in the kernel a moment.
+    fn farewell(mut self) {
+        let until = Instant::now() + FAREWELL;
+        self.engine.stop_serving();
+        while self.engine.in_flight() > 0 && Instant::now() < until {
+            self.wait(true);
+            let reaped = self.engine.reap();
+            self.judge(reaped);
+        }
+        self.engine.abandon();
+    }
+}
+
+fn readable(event: &EventFd) -> PollFd<'_> {
+    // SAFETY: the descriptor lives as long as the borrow of `event`.
+    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    PollFd::new(fd, PollFlags::POLLIN)
+}
+
+/// A disk from the outside: quiesce, metrics. The machine keeps one for each disk.
+pub struct BlockHandle {
+    pub(super) config: BlockConfig,
+    pub(super) facts: FileFacts,
+    pub(super) link: Arc<Link>,
+}
+
+impl BlockHandle {
+    pub fn name(&self) -> &str {
+        &self.config.name
+    }
+
+    pub fn metrics(&self) -> &BlockMetrics {
+        self.link.metrics()
+    }
+
+    /// Has the thread look at gate and ring now, instead of in a few milliseconds.
+    pub fn kick(&self) {
+        let _ = self.link.send(Command::Look);
+    }
+
+    fn no_answer(&self) -> QuiesceError {
+        QuiesceError::NoAnswer { disk: self.config.name.clone() }
+    }
+}
+
+impl Quiesce for BlockHandle {
+    fn cancel_and_drain(&self, until: Instant) -> Result<Drained, QuiesceError> {
+        let (answer, drained) = channel();
+        self.link.send(Command::Drain(answer)).map_err(|_| self.no_answer())?;
+        match drained.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(drained) => Ok(drained),
+            Err(RecvTimeoutError::Disconnected) => Err(self.no_answer()),
+            Err(RecvTimeoutError::Timeout) => match self.metrics().in_flight.load(Ordering::SeqCst) {
+                0 => Err(self.no_answer()),
+                in_flight => Err(QuiesceError::StillInFlight { disk: self.config.name.clone(), in_flight }),
+            },
+        }
+    }
+
+    fn close(&self) {
+        let (answer, closed) = channel();
+        if self.link.send(Command::Close(answer)).is_err() {
+            return;
+        }
+        match closed.recv_timeout(ANSWER) {
+            Ok(true) => {}
+            Ok(false) => {
+                tracing::error!(disk = %self.config.name, "the disk was not closed: it has requests in the kernel");
+            }
+            Err(_) => {
+                tracing::error!(disk = %self.config.name, "the disk was not closed in time: its file system hangs");
+            }
+        }
+    }
+
+    fn reopen(&self) -> Result<(), QuiesceError> {
+        let path = || self.config.path.display().to_string();
+        let disk = disk::reopen(&self.config, self.facts).map_err(|error| match error {
+            ReopenError::Open(source) => QuiesceError::Reopen { disk: self.config.name.clone(), path: path(), source },
+            ReopenError::Changed(what) => QuiesceError::Changed { disk: self.config.name.clone(), path: path(), what },
+        })?;
+        let direct = disk.direct;
+        let backend = disk.into_backend(&self.config.name).map_err(|error| QuiesceError::Reopen {
+            disk: self.config.name.clone(),
+            path: path(),
+            source: std::io::Error::other(error),
+        })?;
+        let (done, opened) = channel();
+        self.link.send(Command::Open { backend, direct, done }).map_err(|_| self.no_answer())?;
+        opened.recv_timeout(ANSWER).map_err(|_| self.no_answer())
+    }
+}
