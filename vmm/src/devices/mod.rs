@@ -1,4 +1,5 @@
 //! The devices of a guest, a folder each.
 
 pub mod block;
+pub mod console;
 pub mod legacy;
