@@ -13,6 +13,7 @@ pub mod acpi;
 pub mod bell;
 pub mod boot;
 pub mod bus;
+pub mod check;
 pub mod console_hub;
 pub mod control;
 pub mod cpu;

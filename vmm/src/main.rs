@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
+use vmm::check;
 use vmm::process::{self, RunOptions};
 
 /// Runs one guest of Quorate on KVM.
@@ -30,6 +31,8 @@ enum Command {
         #[arg(long)]
         lock_fd: Option<RawFd>,
     },
+    /// Run tiny test guests and tell what this host's KVM can do
+    Check,
 }
 
 fn main() -> ExitCode {
@@ -43,6 +46,12 @@ fn main() -> ExitCode {
             }
             let options = RunOptions { config, control, lock_fd };
             ExitCode::from(process::run(&options, process_start))
+        }
+        Command::Check => {
+            let report = check::run();
+            println!("{report}");
+            // 0: any guest; 1: small guests only; 2: none.
+            ExitCode::from(if report.runs_linux() { 0 } else { 2 - u8::from(report.runs_flat_guests()) })
         }
     }
 }

@@ -15,20 +15,20 @@ const OSC_PCI_UUID: &str = "33db4d5b-1ff7-401c-9657-7441c03dd766";
 /// "Unrecognized UUID" in the first word of its answer.
 const OSC_UNRECOGNIZED: u8 = 4;
 
-pub(super) fn build(layout: &Layout) -> Vec<u8> {
+pub(super) fn build(layout: &Layout, last_bus: u8) -> Vec<u8> {
     let mut table = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    table.append_slice(&system_bus(layout));
+    table.append_slice(&system_bus(layout, last_bus));
     table.append_slice(&soft_off());
     table.as_slice().to_vec()
 }
 
-fn system_bus(layout: &Layout) -> Vec<u8> {
+fn system_bus(layout: &Layout, last_bus: u8) -> Vec<u8> {
     let low = layout.mmio32();
     let high = layout.mmio64();
     let hid = |id: &str| EISAName::new(id);
 
     let windows = bytes_of(&ResourceTemplate::new(vec![
-        &AddressSpace::<u16>::new_bus_number(0, 255),
+        &AddressSpace::<u16>::new_bus_number(0, u16::from(last_bus)),
         &IO::new(0xcf8, 0xcf8, 1, 8),
         &AddressSpace::<u16>::new_io(0, 0xcf7, None),
         &AddressSpace::<u16>::new_io(0xd00, 0xffff, None),

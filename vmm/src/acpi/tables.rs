@@ -100,8 +100,8 @@ pub(super) fn madt(vcpus: u16) -> Vec<u8> {
     table.as_slice().to_vec()
 }
 
-pub(super) fn mcfg() -> Vec<u8> {
+pub(super) fn mcfg(last_bus: u8) -> Vec<u8> {
     let mut table = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    table.add_ecam(ECAM_BASE, 0, 0, 255);
+    table.add_ecam(ECAM_BASE, 0, 0, last_bus);
     bytes_of(&table)
 }

@@ -1,14 +1,15 @@
 //! Puts a machine together, in the order in which its parts need each other.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::Kvm;
 use vmm_control::{MachineType, VmmConfig};
 
 use super::kvm::{self, KvmError, KvmVm};
-use super::layout::{GSI_COM1, GSI_SCI, Layout, PORT_BOOT_TIMER, PORT_COM1, PORT_DEBUG, PORT_PM_BASE, PORT_RESET};
+use super::layout::{
+    ECAM_BASE, ECAM_BUSES, GSI_COM1, GSI_SCI, Layout, PORT_BOOT_TIMER, PORT_COM1, PORT_DEBUG, PORT_PM_BASE, PORT_RESET,
+};
 use super::msi::KvmMsi;
 use super::{Endings, Machine};
 use crate::acpi::{self, AcpiError};
@@ -19,6 +20,7 @@ use crate::cpu::gate::RunGate;
 use crate::cpu::regs::{self, RegsError};
 use crate::cpu::vcpu::{Shared, Vcpu};
 use crate::cpu::{cpuid, msr};
+use crate::devices::block::{Block, BlockConfig, BlockError, BlockHandle, BlockSize};
 use crate::devices::legacy::boot_timer::{BootTime, BootTimerPort};
 use crate::devices::legacy::debug_port::DebugPort;
 use crate::devices::legacy::pm::{self, PowerManagement};
@@ -27,10 +29,13 @@ use crate::devices::legacy::rtc::{self, RealTimeClock};
 use crate::devices::legacy::serial::{self, SerialPort};
 use crate::interrupt::InterruptError;
 use crate::lease::Lease;
-use crate::lease::quiesce::DiskGate;
+use crate::lease::quiesce::{DiskGate, Quiesce};
 use crate::memory::{self, GuestMemory, MemoryError};
 use crate::metrics::ExitCounters;
+use crate::pci::{PciError, PciMap, Topology};
 use crate::smbios::{self, Board, SmbiosError};
+use crate::virtio::pci::TransportError;
+use crate::virtio::pci::VirtioPci;
 
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
@@ -56,8 +61,12 @@ pub enum MachineError {
     Line(#[source] io::Error),
     #[error("cannot start a vCPU thread")]
     Thread(#[source] io::Error),
-    #[error("cannot prepare the disk {id} at {path}: {why}")]
-    Disk { id: String, path: PathBuf, why: String },
+    #[error(transparent)]
+    Pci(#[from] PciError),
+    #[error(transparent)]
+    Virtio(#[from] TransportError),
+    #[error(transparent)]
+    Disk(#[from] BlockError),
     #[error("this host's KVM runs at most {limit} vCPUs a guest, not {asked}")]
     TooManyVcpus { asked: u16, limit: usize },
 }
@@ -87,6 +96,7 @@ pub fn build(context: &Context) -> Result<Machine, MachineError> {
     let mmio = MmioBus::new();
 
     let legacy = add_legacy_devices(context, &vm, &pio)?;
+    let disks = add_pci(context, &layout, &vm, &memory, msi, (&pio, &mmio))?;
     let entry = load_guest(context, &memory, &layout)?;
 
     let shared = Arc::new(Shared {
@@ -105,11 +115,56 @@ pub fn build(context: &Context) -> Result<Machine, MachineError> {
         threads: Vec::new(),
         pm: legacy.pm,
         serial: legacy.serial,
-        disks: Vec::new(),
-        shared_disks: Vec::new(),
+        disks: disks.all,
+        shared_disks: disks.shared,
         disk_gate: Arc::clone(&context.disk_gate),
-        _devices: Box::new(msi),
     })
+}
+
+/// The disks of a machine, as those who stop them see them.
+struct Disks {
+    all: Vec<Arc<BlockHandle>>,
+    shared: Vec<Arc<dyn Quiesce>>,
+}
+
+/// The PCI hierarchy: the fixed functions, a root port for each disk and one for the console.
+fn add_pci(
+    context: &Context,
+    layout: &Layout,
+    vm: &Arc<KvmVm>,
+    memory: &GuestMemory,
+    msi: Arc<KvmMsi>,
+    (pio, mmio): (&PioBus, &MmioBus),
+) -> Result<Disks, MachineError> {
+    let map = PciMap {
+        ecam_base: ECAM_BASE,
+        ecam_buses: ECAM_BUSES,
+        mmio32: layout.mmio32().base..layout.mmio32().end(),
+        mmio64: layout.mmio64().base..layout.mmio64().end(),
+    };
+    let mut topology = Topology::new(map, msi.clone())?;
+    let connect = |device| VirtioPci::new(device, memory.clone(), &*msi, vm.clone());
+    let mut disks = Disks { all: Vec::new(), shared: Vec::new() };
+    // The place in the configuration is the slot: hostd writes disks in the order of the VM's definition.
+    for (slot, disk) in context.config.disks.iter().enumerate() {
+        let config = BlockConfig {
+            name: disk.id.clone(),
+            path: disk.path.clone(),
+            read_only: disk.read_only,
+            serial: disk.serial.clone(),
+            block_size: BlockSize::default(),
+        };
+        let (device, handle) = Block::open(config, Arc::clone(&context.disk_gate))?;
+        topology.add_root_port_device(slot as u8, connect(device)?)?;
+        if disk.shared {
+            disks.shared.push(handle.clone());
+        }
+        disks.all.push(handle);
+    }
+    let bus = topology.build();
+    bus.program()?;
+    bus.insert_into(pio, mmio)?;
+    Ok(disks)
 }
 
 struct Legacy {
@@ -151,7 +206,7 @@ fn machine_type_name(machine: MachineType) -> &'static str {
 
 fn load_guest(context: &Context, memory: &GuestMemory, layout: &Layout) -> Result<boot::Entry, MachineError> {
     let config = &context.config;
-    let rsdp = acpi::write(memory, layout, config.vcpus)?;
+    let rsdp = acpi::write(memory, layout, acpi::Machine { vcpus: config.vcpus, last_bus: config.disks.len() as u8 })?;
     let board = Board {
         product: machine_type_name(config.machine),
         // Of the machine type, not of this program: a guest sees the same on every host and after every upgrade.

@@ -22,8 +22,9 @@ pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 pub const RAM_BELOW_4G_MAX: u64 = 0x8000_0000;
 
 pub const ECAM_BASE: u64 = 0xb000_0000;
-/// 256 buses of 1 MiB.
-pub const ECAM_SIZE: u64 = 0x1000_0000;
+pub const ECAM_BUSES: u16 = 256;
+/// 1 MiB a bus.
+pub const ECAM_SIZE: u64 = (ECAM_BUSES as u64) << 20;
 pub const MMIO32_BASE: u64 = 0xc000_0000;
 pub const MMIO32_SIZE: u64 = IOAPIC_BASE - MMIO32_BASE;
 pub const IOAPIC_BASE: u64 = 0xfec0_0000;

@@ -17,6 +17,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::cpu::gate::{RunGate, Stop};
 use crate::cpu::vcpu::{Shared, Vcpu, VcpuEvent, VcpuEvents};
+use crate::devices::block::BlockHandle;
 use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
 use crate::devices::legacy::{PowerControl, PowerRequest};
@@ -109,11 +110,9 @@ pub struct Machine {
     threads: Vec<JoinHandle<()>>,
     pm: Arc<Mutex<PowerManagement>>,
     serial: Arc<Mutex<SerialPort>>,
-    disks: Vec<Arc<dyn Quiesce>>,
+    disks: Vec<Arc<BlockHandle>>,
     shared_disks: Vec<Arc<dyn Quiesce>>,
     disk_gate: Arc<DiskGate>,
-    /// Devices that live by being kept.
-    _devices: Box<dyn std::any::Any + Send>,
 }
 
 impl Machine {

@@ -1,0 +1,185 @@
+//! A small guest, and a vmm process that runs it, for the tests of the whole program.
+
+pub mod guest;
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use vmm_control::{Call, ExitReport, Message, Notice, Reply, Request, Status};
+
+/// Ends a test that waits for something that does not come. Nothing is measured with it.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Whether the tests of this file can run, which is said when not.
+pub fn flat_guests_run() -> bool {
+    let report = vmm::check::run();
+    if !report.runs_flat_guests() {
+        eprintln!("skipped: {report}");
+    }
+    report.runs_flat_guests()
+}
+
+pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < until, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A VM's directory, and the process that runs it now.
+pub struct TestVm {
+    dir: TempDir,
+    child: Option<Child>,
+    config: Value,
+}
+
+impl TestVm {
+    /// A VM whose guest does what the first letter of its command line says (see [`guest`]).
+    pub fn new(behaviour: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("kernel"), guest::elf()).unwrap();
+        let config = json!({
+            "vm": "6f2d1a34-5b1c-4f0e-9d3a-0a4f5e7b8c9d",
+            "name": "flat",
+            "epoch": 41,
+            "machine": "q-direct-1",
+            "vcpus": 1,
+            "memory_bytes": 32u64 << 20,
+            "kernel": path("kernel"),
+            "cmdline": behaviour,
+            "identity": {"uuid": "6f2d1a34-5b1c-4f0e-9d3a-0a4f5e7b8c9d"},
+            "release": "operator",
+            "started_marker": path("started-41"),
+            "run_dir": dir.path(),
+        });
+        Self { dir, child: None, config }
+    }
+
+    pub fn set(&mut self, field: &str, value: Value) -> &mut Self {
+        self.config[field] = value;
+        self
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().unwrap().id()
+    }
+
+    /// Starts a process with the configuration of now.
+    pub fn start(&mut self) -> &mut Self {
+        std::fs::write(self.path("config.json"), self.config.to_string()).unwrap();
+        let log = std::fs::File::create(self.path("log")).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_vmm"))
+            .args(["run", "--config"])
+            .arg(self.path("config.json"))
+            .arg("--control")
+            .arg(self.path("control"))
+            .stdin(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.child = Some(child);
+        self
+    }
+
+    pub fn wait_exit(&mut self) -> ExitStatus {
+        let mut child = self.child.take().unwrap();
+        wait_for("the process to end", || child.try_wait().unwrap())
+    }
+
+    pub fn report(&self) -> Option<ExitReport> {
+        ExitReport::read(self.dir.path()).unwrap()
+    }
+
+    pub fn console(&self) -> String {
+        let bytes = std::fs::read(self.path("console.log")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    pub fn wait_console(&self, text: &str) {
+        wait_for(text, || self.console().contains(text).then_some(()));
+    }
+
+    pub fn client(&self) -> TestClient {
+        let stream = wait_for("the control socket", || UnixStream::connect(self.path("control")).ok());
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        TestClient { reader: BufReader::new(stream), next_id: 1, notices: Vec::new() }
+    }
+}
+
+impl Drop for TestVm {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// hostd's end of the control socket.
+pub struct TestClient {
+    pub reader: BufReader<UnixStream>,
+    next_id: u64,
+    notices: Vec<Notice>,
+}
+
+impl TestClient {
+    pub fn send_line(&mut self, line: &[u8]) {
+        self.reader.get_mut().write_all(line).unwrap();
+    }
+
+    fn next_message(&mut self) -> Message {
+        let mut line = String::new();
+        let count = self.reader.read_line(&mut line).unwrap();
+        assert!(count > 0, "the vmm closed the connection");
+        Message::decode(line.as_bytes()).unwrap()
+    }
+
+    pub fn next_reply(&mut self) -> Reply {
+        loop {
+            match self.next_message() {
+                Message::Reply(reply) => return reply,
+                Message::Notice(notice) => self.notices.push(notice),
+            }
+        }
+    }
+
+    pub fn ask(&mut self, call: Call) -> Reply {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.send_line(&Request { id, call }.encode());
+        let reply = self.next_reply();
+        assert_eq!(reply.id, id);
+        reply
+    }
+
+    pub fn status(&mut self) -> Status {
+        serde_json::from_value(self.ask(Call::Status).result.unwrap()).unwrap()
+    }
+
+    /// The next notice that fits, of those that came or will come.
+    pub fn wait_notice(&mut self, fits: impl Fn(&Notice) -> bool) -> Notice {
+        loop {
+            if let Some(at) = self.notices.iter().position(&fits) {
+                return self.notices.remove(at);
+            }
+            match self.next_message() {
+                Message::Notice(notice) => self.notices.push(notice),
+                Message::Reply(reply) => panic!("an answer that nobody waits for: {reply:?}"),
+            }
+        }
+    }
+}
