@@ -48,9 +48,7 @@ pub trait ConsoleSource: Send + Sync {
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConsoleError {
-    #[error(
-        "{MAX_CLIENTS} clients watch this console already; detach one (quorate vm console ends with ctrl-])"
-    )]
+    #[error("{MAX_CLIENTS} clients watch this console already; detach one (quorate vm console ends with ctrl-])")]
     TooManyClients,
     #[error("cannot create an event descriptor for the console")]
     EventFd(#[source] io::Error),
@@ -148,10 +146,7 @@ fn pop_into(queue: &mut VecDeque<u8>, buffer: &mut [u8]) -> usize {
 impl ConsoleHub {
     /// A console that only clients read.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self {
-            shared: Arc::new(Shared::default()),
-            log: None,
-        })
+        Arc::new(Self { shared: Arc::new(Shared::default()), log: None })
     }
 
     /// A console that is written to `path` too, by a thread of its own: a log disk that hangs costs
@@ -160,23 +155,14 @@ impl ConsoleHub {
         let shared = Arc::new(Shared::default());
         locked(&shared.log).enabled = true;
         let log = LogThread::start(path, Arc::clone(&shared))?;
-        Ok(Arc::new(Self {
-            shared,
-            log: Some(log),
-        }))
+        Ok(Arc::new(Self { shared, log: Some(log) }))
     }
 
     /// The guest's side, for one device.
     pub fn device(&self) -> Result<ConsoleDevice, ConsoleError> {
-        let input = Arc::new(InputQueue {
-            bytes: Mutex::default(),
-            ready: bell()?,
-        });
+        let input = Arc::new(InputQueue { bytes: Mutex::default(), ready: bell()? });
         locked(&self.shared.state).devices.push(Arc::clone(&input));
-        Ok(ConsoleDevice {
-            shared: Arc::clone(&self.shared),
-            input,
-        })
+        Ok(ConsoleDevice { shared: Arc::clone(&self.shared), input })
     }
 
     /// The reader's side. The scrollback is the first that it reads.
@@ -190,26 +176,16 @@ impl ConsoleHub {
             ring(&ready);
         }
         let buffer = Arc::new(ClientBuffer {
-            state: Mutex::new(ClientState {
-                bytes: state.scrollback.clone(),
-                dropped: false,
-            }),
+            state: Mutex::new(ClientState { bytes: state.scrollback.clone(), dropped: false }),
             ready,
         });
         state.clients.push(Arc::clone(&buffer));
-        Ok(ConsoleClient {
-            shared: Arc::clone(&self.shared),
-            buffer,
-        })
+        Ok(ConsoleClient { shared: Arc::clone(&self.shared), buffer })
     }
 
     /// The last output, at most [`SCROLLBACK_BYTES`].
     pub fn scrollback(&self) -> Vec<u8> {
-        locked(&self.shared.state)
-            .scrollback
-            .iter()
-            .copied()
-            .collect()
+        locked(&self.shared.state).scrollback.iter().copied().collect()
     }
 
     /// Bytes that the guest printed, and clients that were dropped because they did not read them.
@@ -304,9 +280,7 @@ impl ConsoleSource for ConsoleDevice {
 
 impl Drop for ConsoleDevice {
     fn drop(&mut self) {
-        locked(&self.shared.state)
-            .devices
-            .retain(|queue| !Arc::ptr_eq(queue, &self.input));
+        locked(&self.shared.state).devices.retain(|queue| !Arc::ptr_eq(queue, &self.input));
     }
 }
 
@@ -351,9 +325,7 @@ impl ConsoleClient {
 
 impl Drop for ConsoleClient {
     fn drop(&mut self) {
-        locked(&self.shared.state)
-            .clients
-            .retain(|client| !Arc::ptr_eq(client, &self.buffer));
+        locked(&self.shared.state).clients.retain(|client| !Arc::ptr_eq(client, &self.buffer));
     }
 }
 
@@ -390,11 +362,7 @@ pub fn serve_client(client: &ConsoleClient, mut stream: UnixStream) -> io::Resul
                 Err(e) => return Err(e),
             }
         }
-        let wanted = if unsent.is_empty() {
-            PollFlags::POLLIN
-        } else {
-            PollFlags::POLLIN | PollFlags::POLLOUT
-        };
+        let wanted = if unsent.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLIN | PollFlags::POLLOUT };
         if !wait_for(client.ready(), &stream, wanted)? {
             continue;
         }
@@ -415,16 +383,9 @@ pub fn serve_client(client: &ConsoleClient, mut stream: UnixStream) -> io::Resul
 fn wait_for(output: &EventFd, stream: &UnixStream, wanted: PollFlags) -> io::Result<bool> {
     // SAFETY: the descriptor outlives the call, `output` owns it.
     let output = unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(output)) };
-    let mut fds = [
-        PollFd::new(stream.as_fd(), wanted),
-        PollFd::new(output, PollFlags::POLLIN),
-    ];
+    let mut fds = [PollFd::new(stream.as_fd(), wanted), PollFd::new(output, PollFlags::POLLIN)];
     // While output waits for the socket, more output must not wake us: only the socket counts.
-    let watched = if wanted.contains(PollFlags::POLLOUT) {
-        &mut fds[..1]
-    } else {
-        &mut fds[..]
-    };
+    let watched = if wanted.contains(PollFlags::POLLOUT) { &mut fds[..1] } else { &mut fds[..] };
     match poll(watched, PollTimeout::NONE) {
         Ok(_) | Err(nix::errno::Errno::EINTR) => {}
         Err(e) => return Err(e.into()),
@@ -439,10 +400,7 @@ struct LogThread {
 
 impl LogThread {
     fn start(path: &Path, shared: Arc<Shared>) -> Result<Self, ConsoleError> {
-        let mut file = LogFile::open(path).map_err(|source| ConsoleError::OpenLog {
-            path: path.to_owned(),
-            source,
-        })?;
+        let mut file = LogFile::open(path).map_err(|source| ConsoleError::OpenLog { path: path.to_owned(), source })?;
         let thread = std::thread::Builder::new()
             .name("console-log".into())
             .spawn(move || {
@@ -471,18 +429,12 @@ fn next_log_batch(shared: &Shared) -> Option<(VecDeque<u8>, u64)> {
     let mut log = locked(&shared.log);
     loop {
         if !log.bytes.is_empty() || log.lost > 0 {
-            return Some((
-                std::mem::take(&mut log.bytes),
-                std::mem::take(&mut log.lost),
-            ));
+            return Some((std::mem::take(&mut log.bytes), std::mem::take(&mut log.lost)));
         }
         if log.closing {
             return None;
         }
-        log = shared
-            .log_wake
-            .wait(log)
-            .unwrap_or_else(PoisonError::into_inner);
+        log = shared.log_wake.wait(log).unwrap_or_else(PoisonError::into_inner);
     }
 }
 
@@ -496,18 +448,12 @@ impl LogFile {
     fn open(path: &Path) -> io::Result<Self> {
         let file = OpenOptions::new().create(true).append(true).open(path)?;
         let len = file.metadata()?.len();
-        Ok(Self {
-            path: path.to_owned(),
-            file,
-            len,
-        })
+        Ok(Self { path: path.to_owned(), file, len })
     }
 
     fn append(&mut self, bytes: &VecDeque<u8>, lost: u64) -> io::Result<()> {
         if lost > 0 {
-            self.write(
-                format!("\r\n[{lost} bytes of console output lost: slow log]\r\n").as_bytes(),
-            )?;
+            self.write(format!("\r\n[{lost} bytes of console output lost: slow log]\r\n").as_bytes())?;
         }
         let (first, second) = bytes.as_slices();
         self.write(first)?;
@@ -586,10 +532,7 @@ mod tests {
         assert_eq!(virtio.read(&mut buffer), 3);
         assert_eq!(virtio.ready().read().unwrap(), 1);
 
-        assert_eq!(
-            client.send_input(&vec![b'y'; 2 * INPUT_QUEUE_BYTES]),
-            INPUT_QUEUE_BYTES
-        );
+        assert_eq!(client.send_input(&vec![b'y'; 2 * INPUT_QUEUE_BYTES]), INPUT_QUEUE_BYTES);
         assert_eq!(client.send_input(b"z"), 0);
     }
 

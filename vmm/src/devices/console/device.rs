@@ -17,7 +17,9 @@ use super::port::{Pass, Port, PortQueues};
 use super::state::SavedConsole;
 use crate::console_hub::{ConsoleSink, ConsoleSource};
 use crate::virtio::device::{DeviceError, QueuePosition};
-use crate::virtio::{Activation, ActiveQueue, DeviceKind, DeviceQueue, QueueError, VirtioDevice, VirtioInterrupt, locked};
+use crate::virtio::{
+    Activation, ActiveQueue, DeviceKind, DeviceQueue, QueueError, VirtioDevice, VirtioInterrupt, locked,
+};
 
 const NAME: &str = "console";
 /// Pause after an error of `poll`, which only a broken descriptor table gives.
