@@ -70,6 +70,29 @@ pub fn vmm_status(vm: &str) -> Result<String> {
     bail!("the vmm of {vm} closed the connection without an answer")
 }
 
+/// Counts the vmm processes of this host again and again until `enough` exists; the most that were there at once.
+/// A process counts while its command line is `... vmm run ...`: a start that is refused in time never gets there twice.
+pub fn most_vmm_at_once(enough: &Path) -> Result<usize> {
+    let mut most = 0;
+    while !enough.exists() {
+        most = most.max(vmm_processes()?);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(most)
+}
+
+fn vmm_processes() -> Result<usize> {
+    let mut count = 0;
+    for entry in std::fs::read_dir("/proc").context("read /proc")? {
+        let path = entry?.path();
+        let is_process = path.file_name().is_some_and(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit));
+        let command = if is_process { std::fs::read(path.join("cmdline")).unwrap_or_default() } else { Vec::new() };
+        let mut words = command.split(|byte| *byte == 0);
+        count += usize::from(words.next().is_some_and(|it| it.ends_with(b"/vmm")) && words.next() == Some(b"run"));
+    }
+    Ok(count)
+}
+
 struct Followed {
     vm: String,
     file: File,

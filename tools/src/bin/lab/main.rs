@@ -196,6 +196,11 @@ enum InHostTask {
         #[arg(long)]
         vm: String,
     },
+    /// The most vmm processes that were there at once, until the file `enough` appears.
+    MostVmm {
+        #[arg(long)]
+        enough: PathBuf,
+    },
     /// Send the lines of guests' consoles to the lab.
     Consoles {
         #[arg(long)]
@@ -221,6 +226,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         match task {
             InHostTask::Consoles { root, port } => in_host::follow_consoles(root, port)?,
             InHostTask::Clock => println!("{}", in_host::boottime_ns()),
+            InHostTask::MostVmm { enough } => println!("{}", in_host::most_vmm_at_once(enough)?),
             InHostTask::VmmStatus { vm } => println!("{}", in_host::vmm_status(vm)?),
         }
         return Ok(ExitCode::SUCCESS);

@@ -147,8 +147,8 @@ async fn cut_off(stage: &Stage, leases: &Guest, plain: &Guest, blow: Blow) -> Re
 /// Seconds from the send time of the last grant to the guest's last write that reached the storage.
 fn last_write(stage: &Stage, epoch: u64, since_ns: u64, clocks: &Clocks, deadline_ns: u64) -> Result<f64> {
     let writes = stage.writes(DISK)?;
-    let mine = writes.iter().filter(|it| it.t_ns >= since_ns && it.host == RUNNER.0);
-    let last = mine.filter(|it| it.stamp().is_some_and(|(by, ..)| by == epoch)).next_back();
+    let mut mine = writes.iter().filter(|it| it.t_ns >= since_ns && it.host == RUNNER.0);
+    let last = mine.rfind(|it| it.stamp().is_some_and(|(by, ..)| by == epoch));
     let last = last.context("the guest never wrote in this run")?;
     let deadline_lab_s = deadline_ns as f64 / 1e9 + clocks.host_to_lab_s;
     Ok(last.t_ns as f64 / 1e9 - (deadline_lab_s - LEASE_S))

@@ -54,9 +54,8 @@ pub async fn tell(stage: &mut Stage, runs: u32) -> Result<()> {
 
     stage.say(&format!("kill -9 of hostd at {runs} random moments of `vm start`"));
     stage.echo = false;
-    let watcher = "setsid sh -c 'm=0; while [ ! -e /tmp/enough ]; do n=$(pgrep -f \"^[^ ]*vmm run\" | wc -l); \
-                   [ $n -gt $m ] && m=$n && echo $m >/tmp/most-vmm; usleep 20000; done' >/dev/null 2>&1 &";
-    stage.sh(runner, &format!("rm -f /tmp/enough; echo 0 >/tmp/most-vmm; {watcher}")).await?;
+    let watcher = "setsid lab in-host most-vmm --enough /tmp/enough >/tmp/most-vmm 2>&1 </dev/null &";
+    stage.sh(runner, &format!("rm -f /tmp/enough; {watcher}")).await?;
     let mut adopted = 0;
     let mut replaced = 0;
     for run in 1..=runs {
@@ -91,7 +90,7 @@ pub async fn tell(stage: &mut Stage, runs: u32) -> Result<()> {
         stage.quorate(asker, &["vm", "stop", &guest.name, "--force"]).await?;
         guest.reaches(stage, asker, "Down", Duration::from_secs(90)).await?;
     }
-    let most = stage.sh(runner, "touch /tmp/enough; cat /tmp/most-vmm").await?;
+    let most = stage.sh(runner, "touch /tmp/enough; sleep 1; cat /tmp/most-vmm").await?;
     table.row(&format!("{runs} kills during start: VM up afterwards"), adopted.to_string(), "");
     table.row("its epoch lost with the start, told as such", replaced.to_string(), "");
     table.row("most vmm processes seen at once", most.trim(), "1");
