@@ -120,3 +120,159 @@ fn joining(state: &State, current: &Current) -> Option<Step> {
 fn is_alive(host: &Host) -> bool {
     matches!(host.liveness, Liveness::Alive | Liveness::New)
 }
+
+#[cfg(test)]
+mod tests {
+    use statemachine::BootId;
+    use statemachine::ClusterId;
+    use statemachine::Seq;
+    use statemachine::command::HostFacts;
+    use statemachine::state::Administrative;
+    use statemachine::state::Capacity;
+    use statemachine::state::Fingerprint;
+    use statemachine::state::HostUsage;
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn address(host: u64) -> String {
+        format!("192.0.2.{host}:7443")
+    }
+
+    fn state(hosts: &[(u64, Liveness)]) -> State {
+        let mut state = State::default();
+        for (id, liveness) in hosts {
+            let host = Host {
+                name: format!("host{id}"),
+                address: address(*id),
+                cluster: ClusterId(1),
+                public_key: Fingerprint([0; 32]),
+                certificate: None,
+                facts: HostFacts {
+                    boot: BootId(Uuid::from_u128(1)),
+                    capacity: Capacity::default(),
+                    feature_level: 1,
+                    version: String::new(),
+                    clock_runs_while_stopped: true,
+                    watchdog_timeout_ms: None,
+                },
+                previous_boots: Default::default(),
+                report_counter: 0,
+                administrative: Administrative::Active,
+                liveness: *liveness,
+                spm_priority: 5,
+                usage: HostUsage::default(),
+            };
+            state.hosts.insert(HostId(*id), host);
+        }
+        state
+    }
+
+    fn alive(hosts: &[u64]) -> State {
+        state(&hosts.iter().map(|host| (*host, Liveness::Alive)).collect::<Vec<_>>())
+    }
+
+    fn ids(hosts: &[u64]) -> BTreeSet<HostId> {
+        hosts.iter().copied().map(HostId).collect()
+    }
+
+    /// Host 1 leads, every learner has caught up.
+    fn members(voters: &[u64], learners: &[u64]) -> Current {
+        let all = voters.iter().chain(learners);
+        Current {
+            leader: HostId(1),
+            voters: ids(voters),
+            addresses: all.map(|host| (HostId(*host), address(*host))).collect(),
+            caught_up: ids(learners),
+            is_joint: false,
+        }
+    }
+
+    /// Takes steps until there is none, as the controller does.
+    fn converge(state: &State, mut current: Current) -> Current {
+        for _ in 0..50 {
+            let Some(step) = plan(state, &current) else {
+                return current;
+            };
+            match step {
+                Step::AddLearner { host, address } | Step::SetAddress { host, address } => {
+                    current.addresses.insert(host, address);
+                    current.caught_up.insert(host);
+                }
+                Step::SetVoters(voters) => current.voters = voters,
+                Step::RemoveLearner { host } => drop(current.addresses.remove(&host)),
+                Step::TransferLeader { to } => current.leader = to,
+            }
+        }
+        panic!("the plan never ends: {current:?}");
+    }
+
+    #[test]
+    fn one_host_votes_alone_and_two_are_no_better() {
+        assert_eq!(plan(&alive(&[1]), &members(&[1], &[])), None);
+        let two = converge(&alive(&[1, 2]), members(&[1], &[]));
+        assert_eq!((two.voters.clone(), two.learners().collect::<Vec<_>>()), (ids(&[1]), vec![HostId(2)]));
+    }
+
+    #[test]
+    fn from_the_third_host_on_three_vote_and_four_stand_by() {
+        let nine = converge(&alive(&[1, 2, 3, 4, 5, 6, 7, 8, 9]), members(&[1], &[]));
+        assert_eq!(nine.voters, ids(&[1, 2, 3]));
+        assert_eq!(nine.learners().count(), STANDBY_LEARNERS);
+    }
+
+    #[test]
+    fn one_becomes_three_at_once_and_only_when_both_others_have_the_log() {
+        let mut current = members(&[1], &[2, 3]);
+        current.caught_up = ids(&[2]);
+        assert_eq!(plan(&alive(&[1, 2, 3]), &current), None, "two voters would be worse than one");
+        current.caught_up = ids(&[2, 3]);
+        assert_eq!(plan(&alive(&[1, 2, 3]), &current), Some(Step::SetVoters(ids(&[1, 2, 3]))));
+    }
+
+    #[test]
+    fn an_unreachable_voter_keeps_its_vote() {
+        let site =
+            state(&[(1, Liveness::Alive), (2, Liveness::Alive), (3, Liveness::Unreachable), (4, Liveness::Alive)]);
+        assert_eq!(plan(&site, &members(&[1, 2, 3], &[4])), None);
+    }
+
+    #[test]
+    fn a_removed_voter_is_replaced_and_then_leaves() {
+        let current = members(&[1, 2, 3], &[4]);
+        assert_eq!(plan(&alive(&[1, 2, 4]), &current), Some(Step::SetVoters(ids(&[1, 2, 4]))));
+        let after = converge(&alive(&[1, 2, 4]), current);
+        assert_eq!(after.addresses.keys().copied().collect::<BTreeSet<_>>(), ids(&[1, 2, 4]));
+    }
+
+    #[test]
+    fn a_removed_leader_hands_over_first() {
+        let current = members(&[1, 2, 3], &[4]);
+        assert_eq!(plan(&alive(&[2, 3, 4]), &current), Some(Step::TransferLeader { to: HostId(2) }));
+        let after = converge(&alive(&[2, 3, 4]), current);
+        assert_eq!(after.voters, ids(&[2, 3, 4]));
+    }
+
+    #[test]
+    fn a_site_that_shrinks_to_two_hosts_votes_alone_again() {
+        let after = converge(&alive(&[1, 2]), members(&[1, 2, 3], &[]));
+        assert_eq!((after.voters.clone(), after.learners().collect::<Vec<_>>()), (ids(&[1]), vec![HostId(2)]));
+    }
+
+    #[test]
+    fn a_member_that_moved_is_found_at_its_new_address() {
+        let mut current = members(&[1, 2, 3], &[]);
+        current.addresses.insert(HostId(3), "192.0.2.99:7443".to_owned());
+        let step = Step::SetAddress { host: HostId(3), address: address(3) };
+        assert_eq!(plan(&alive(&[1, 2, 3]), &current), Some(step));
+    }
+
+    #[test]
+    fn nothing_begins_while_a_change_is_under_way() {
+        let current = Current { is_joint: true, ..members(&[1], &[2, 3]) };
+        assert_eq!(plan(&alive(&[1, 2, 3]), &current), None);
+        let mut removed = alive(&[1, 2]);
+        removed.removed_hosts.insert(HostId(3), Seq(9));
+        assert_eq!(plan(&removed, &current), None);
+    }
+}

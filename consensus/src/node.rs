@@ -16,12 +16,16 @@ mod members;
 mod proposals;
 mod reads;
 mod status;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::RwLock;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use openraft::AsyncRuntime;
@@ -125,6 +129,8 @@ pub(crate) struct Inner<R: AsyncRuntime> {
     service: RaftService<R, StateMachine>,
     addresses: Arc<Addresses>,
     peer_handler: RwLock<Option<Arc<dyn PeerHandler>>>,
+    /// When a leader's append or heartbeat last arrived: milliseconds of boottime.
+    heard_ms: AtomicU64,
     /// One membership change at a time.
     membership: tokio::sync::Mutex<()>,
     guard: Mutex<GuardReport>,
@@ -206,6 +212,7 @@ impl<R: AsyncRuntime> NodeOn<R> {
             fold,
             addresses,
             peer_handler: RwLock::default(),
+            heard_ms: AtomicU64::new(0),
             membership: tokio::sync::Mutex::default(),
             guard: Mutex::default(),
             stop: CancellationToken::new(),
@@ -288,6 +295,27 @@ impl<R: AsyncRuntime> Inner<R> {
     fn peer(&self, host: HostId) -> Option<Peer> {
         self.note_members();
         self.addresses.address(host).map(|address| Peer { host, address })
+    }
+
+    fn boottime_ms(&self) -> u64 {
+        self.platform.clock.boottime_ns() / 1_000_000
+    }
+
+    fn hear(&self) {
+        self.heard_ms.store(self.boottime_ms(), Ordering::Relaxed);
+    }
+
+    /// Leads, or follows whom. A leader that was not heard for two election timeouts is unknown: openraft goes on
+    /// naming it, since a campaign that gets no pre-vote changes nothing.
+    fn leadership_now(&self) -> Leadership {
+        let leadership = *self.decider.leadership().borrow();
+        let silence_ms = self.boottime_ms().saturating_sub(self.heard_ms.load(Ordering::Relaxed));
+        match leadership {
+            Leadership::Following { .. } if silence_ms > 2 * self.config.timers.election_max_ms => {
+                Leadership::Following { leader: None }
+            }
+            known => known,
+        }
     }
 
     /// Remembers the addresses of the membership entry, for hosts that the fold does not name yet.

@@ -154,3 +154,6 @@ fn too_large(sealed: &SealedBatch) -> Rejection {
         why: format!("its events take {} bytes, one command may take {MAX_BATCH_LEN}", sealed.as_bytes().len()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -100,21 +100,15 @@ where
         answer(self.raft.install_full_snapshot(offer.vote, handle.snapshot()).await)
     }
 
-    /// Serves a stream of appends or heartbeats until it ends.
-    pub async fn appends(&self, stream: PeerStream, admitted: impl Fn() -> bool + Send + 'static) {
+    /// Serves a stream of appends or heartbeats until it ends. `admits` is asked about each record that arrives.
+    pub async fn appends(&self, stream: PeerStream, admits: impl Fn() -> bool + Send + Sync + 'static) {
         let PeerStream { mut sink, source } = stream;
-        let requests = futures::stream::unfold(source, move |mut source| {
-            let admitted = admitted();
-            async move {
-                if !admitted {
-                    return None;
-                }
-                // The end of the stream, a lost connection and a damaged record all end the session; the leader opens
-                // another one.
-                let record = source.next().await.ok()??;
-                let request: AppendEntriesRequest<TypeConfig<R>> = codec::decode(&record).ok()?;
-                Some((request, source))
-            }
+        let requests = futures::stream::unfold((source, admits), |(mut source, admits)| async move {
+            // The end of the stream, a lost connection and a damaged record all end the session; the leader opens
+            // another one.
+            let record = source.next().await.ok()??;
+            let request: AppendEntriesRequest<TypeConfig<R>> = codec::decode(&record).ok()?;
+            admits().then_some((request, (source, admits)))
         });
         let mut answers = Box::pin(self.raft.stream_append(requests));
         while let Some(Ok(result)) = answers.next().await {

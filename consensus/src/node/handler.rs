@@ -66,8 +66,13 @@ impl<R: AsyncRuntime> Handler for NodeHandler<R> {
                 return;
             };
             let stop = inner.stop.clone();
-            let admitted = move || weak.upgrade().is_some_and(|inner| inner.admits(from));
-            stop.run_until_cancelled(inner.service.appends(stream, admitted)).await;
+            let admits = move || {
+                weak.upgrade().is_some_and(|inner| {
+                    inner.hear();
+                    inner.admits(from)
+                })
+            };
+            stop.run_until_cancelled(inner.service.appends(stream, admits)).await;
         }
         .boxed()
     }

@@ -24,8 +24,7 @@ impl<R: AsyncRuntime> NodeOn<R> {
     /// whether its command carries an idempotency key.
     pub async fn propose(&self, request: Request) -> Result<Answer, ProposeError> {
         let inner = &self.inner;
-        let leadership = *inner.decider.leadership().borrow();
-        let leader = match leadership {
+        let leader = match inner.leadership_now() {
             Leadership::Leading { .. } => match inner.decider.propose(request.clone()).await {
                 // It lost the lead between the look and the queue; nothing happened, so forwarding is no retry.
                 Err(ProposeError::NotLeader { leader }) => leader,
@@ -76,8 +75,7 @@ impl<R: AsyncRuntime> Inner<R> {
 
     /// A forwarded command: decided here or not at all. It is never forwarded twice, so it cannot circle.
     pub(super) async fn propose_forwarded(&self, request: Request) -> Result<Answer, ProposeError> {
-        let leadership = *self.decider.leadership().borrow();
-        match leadership {
+        match self.leadership_now() {
             Leadership::Leading { .. } => self.decider.propose(request).await,
             Leadership::Following { leader } => Err(ProposeError::NotLeader { leader }),
         }

@@ -51,8 +51,7 @@ impl<R: AsyncRuntime> NodeOn<R> {
     pub async fn read_index(&self) -> Result<Seq, ReadError> {
         let inner = &self.inner;
         let timeout = inner.config.read_timeout();
-        let leadership = *inner.decider.leadership().borrow();
-        let seq = match leadership {
+        let seq = match inner.leadership_now() {
             Leadership::Leading { .. } => inner.confirm_lead().await?,
             Leadership::Following { leader: Some(leader) } => inner.ask_leader(leader, timeout).await?,
             Leadership::Following { leader: None } => return Err(ReadError::NoLeader),

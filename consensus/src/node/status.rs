@@ -25,6 +25,7 @@ pub enum Role {
 pub struct NodeStatus {
     pub host: HostId,
     pub role: Role,
+    /// `None` as well when it was not heard for two election timeouts.
     pub leader: Option<HostId>,
     pub voters: Vec<HostId>,
     pub learners: Vec<HostId>,
@@ -72,14 +73,18 @@ impl<R: AsyncRuntime> NodeOn<R> {
         let metrics = inner.raft.metrics();
         let metrics = metrics.borrow_watched();
         let membership = metrics.membership_config.membership();
+        let leadership = inner.leadership_now();
         NodeStatus {
             host: inner.host,
             role: role(metrics.state),
-            leader: metrics.current_leader.map(HostId),
+            leader: match leadership {
+                Leadership::Leading { .. } => Some(inner.host),
+                Leadership::Following { leader } => leader,
+            },
             voters: membership.voter_ids().map(HostId).collect(),
             learners: membership.learner_ids().map(HostId).collect(),
             applied: inner.fold.borrow().head.seq,
-            leadership: *inner.decider.leadership().borrow(),
+            leadership,
         }
     }
 
@@ -103,7 +108,7 @@ impl<R: AsyncRuntime> NodeOn<R> {
         });
         NodeMetrics {
             is_leader: metrics.state.is_leader(),
-            has_leader: metrics.current_leader.is_some(),
+            has_leader: !matches!(inner.leadership_now(), Leadership::Following { leader: None }),
             term: metrics.current_term,
             last_log_index,
             committed_index: metrics.local_committed.map_or(0, |log_id| log_id.index),

@@ -100,7 +100,8 @@ impl Identity {
         write_private(&directory.join(CERTIFICATE_FILE), self.certificate_pem.as_bytes())
     }
 
-    /// TLS 1.3 for servers, without early data.
+    /// TLS 1.3 for servers, without early data. The chain ends with the authority itself: a joining host has only the
+    /// fingerprint of its key, and must see the certificate.
     pub fn server_config(&self, clients: Clients, alpn: &[&[u8]]) -> Result<ServerConfig, PkiError> {
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(self.roots()?), provider());
         let verifier = match clients {
@@ -112,7 +113,7 @@ impl Identity {
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(PkiError::Tls)?
             .with_client_cert_verifier(verifier)
-            .with_single_cert(vec![self.certificate()?], self.key()?)
+            .with_single_cert(vec![self.certificate()?, self.authority()?], self.key()?)
             .map_err(PkiError::Tls)?;
         config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
         config.max_early_data_size = 0;
@@ -133,11 +134,14 @@ impl Identity {
     }
 
     fn roots(&self) -> Result<RootCertStore, PkiError> {
-        let authority = CertificateDer::from_pem_slice(self.ca_pem.as_bytes())
-            .map_err(|error| PkiError::BadCertificate { why: error.to_string() })?;
         let mut roots = RootCertStore::empty();
-        roots.add(authority).map_err(PkiError::Tls)?;
+        roots.add(self.authority()?).map_err(PkiError::Tls)?;
         Ok(roots)
+    }
+
+    fn authority(&self) -> Result<CertificateDer<'static>, PkiError> {
+        CertificateDer::from_pem_slice(self.ca_pem.as_bytes())
+            .map_err(|error| PkiError::BadCertificate { why: error.to_string() })
     }
 
     fn certificate(&self) -> Result<CertificateDer<'static>, PkiError> {

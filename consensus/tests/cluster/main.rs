@@ -1,0 +1,7 @@
+//! Whole members in one process, told as stories: over memory, where links are cut, and over real QUIC on loopback.
+
+mod faults;
+mod members;
+mod quic;
+mod replication;
+mod world;

@@ -1,0 +1,95 @@
+//! The same over real QUIC on loopback: certificates, restarts, removals.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use consensus::pki::ClusterCa;
+use consensus::platform::RealEntropy;
+use consensus::transport::Channel;
+use consensus::transport::Peer;
+use consensus::transport::PeerKind;
+use consensus::transport::Transport;
+use consensus::transport::TransportError;
+use consensus::transport::quic::QuicTransport;
+use consensus::transport::quic::keys::TransportKeys;
+use statemachine::HostId;
+use statemachine::SiteId;
+use statemachine::command::Command;
+use uuid::Uuid;
+
+use crate::world::FIRST;
+use crate::world::Site;
+use crate::world::identity;
+use crate::world::keyed;
+use crate::world::now_ms;
+use crate::world::root;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_hosts_commit_over_quic_through_the_loss_and_return_of_each() {
+    let mut site = Site::over_quic().await.of_three().await;
+    for host in site.hosts() {
+        site.accept(keyed(&format!("before{host}"))).await;
+        site.stop(host).await;
+        site.accept(keyed(&format!("without{host}"))).await;
+        site.start(host).await;
+        site.accept(keyed(&format!("with{host}"))).await;
+        site.agree().await;
+    }
+    let proposals = (0..200).map(|index| {
+        let node = site.node(site.hosts()[index % 3]);
+        async move { node.propose(keyed(&format!("vm{index}"))).await }
+    });
+    let accepted = futures::future::join_all(proposals).await.into_iter().filter(Result::is_ok).count();
+    assert_eq!(accepted, 200);
+    site.agree().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_of_another_site_is_nobody_here() {
+    let site = Site::over_quic().await;
+    let target =
+        Peer { host: FIRST, address: site.node(FIRST).fold().state.hosts.get(&FIRST).unwrap().address.clone() };
+    let foreign_ca = ClusterCa::create(site.ca().site(), now_ms()).unwrap();
+    let stranger = listen(&foreign_ca, HostId(2));
+    let call = stranger.call(target.clone(), Channel::Ping, Bytes::new(), Duration::from_secs(5)).await;
+    assert!(matches!(call, Err(TransportError::Unreachable { .. })), "{call:?}");
+
+    // Its own authority, another site in the name: the chain verifies, the name does not.
+    let ca = site.ca();
+    let twin =
+        ClusterCa::from_pem(SiteId(Uuid::from_u128(8)), ca.certificate_pem().to_owned(), ca.key_pem().to_owned())
+            .unwrap();
+    let call = listen(&twin, HostId(2)).call(target.clone(), Channel::Ping, Bytes::new(), Duration::from_secs(5)).await;
+    assert!(call.is_err(), "{call:?}");
+
+    // An unknown newer host of this site is served: it may have joined while we were away (H22).
+    let newer = listen(ca, HostId(77));
+    newer.call(target.clone(), Channel::Ping, Bytes::new(), Duration::from_secs(5)).await.unwrap();
+    // And a dialler that expects another host at this address does not get this one.
+    let elsewhere = Peer { host: HostId(5), ..target };
+    let call = newer.call(elsewhere, Channel::Ping, Bytes::new(), Duration::from_secs(5)).await;
+    assert!(matches!(call, Err(TransportError::Unreachable { .. })), "{call:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removed_host_is_cut_off_while_it_is_connected() {
+    let site = Site::over_quic().await.of_three().await;
+    let leader = site.leader().await;
+    let gone = site.hosts().into_iter().find(|host| *host != leader && *host != FIRST).unwrap();
+    let limit = Duration::from_secs(5);
+    let served = site.node(gone).peer_call(leader, PeerKind(1), Bytes::new(), limit).await.unwrap_err();
+    assert_eq!(served, TransportError::Refused { host: leader, why: "this host is starting".to_owned() });
+    site.accept(root(Command::HostMaintenance { host: gone })).await;
+    site.accept(root(Command::HostRemove { host: gone })).await;
+    site.until("the leader has closed the door", async || {
+        let call = site.node(gone).peer_call(leader, PeerKind(1), Bytes::new(), limit).await;
+        matches!(call, Err(TransportError::Closed { .. } | TransportError::Unreachable { .. }))
+    })
+    .await;
+}
+
+fn listen(ca: &ClusterCa, host: HostId) -> Arc<QuicTransport> {
+    let keys = TransportKeys::generate(&RealEntropy);
+    QuicTransport::listen(identity(ca, host), "127.0.0.1:0".parse().unwrap(), &keys).unwrap()
+}
