@@ -187,3 +187,44 @@ async fn a_follower_that_lags_reads_old_entries_from_disk_in_pieces() {
         next += some.len() as u64;
     }
 }
+
+#[tokio::test]
+async fn a_cut_tail_that_held_a_committed_entry_is_refused() {
+    let world = World::new();
+    let mut store = world.open().await.expect("opens");
+    let entries = Chain::default().entries(1, 1..4);
+    append(&mut store, entries).await.expect("durable");
+    let committed = Some(log_id(1, 3));
+    openraft::storage::RaftLogStorage::<C>::save_committed(&mut store.log, committed).await.expect("noted");
+    let end = store.health.counters().wal_bytes;
+    close(store).await;
+    let path = world.dir.join("wal/0000000000000001.wal");
+    let last_byte = record_end(&world, &path) + end - 1;
+    assert!(world.disk.flip_bit(&path, last_byte * 8));
+    let refused = world.open().await;
+    assert!(matches!(refused, Err(StoreError::CommittedLost { last: 2, committed: 3 })));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn appends_that_wait_together_share_a_sync_and_survive_a_restart() {
+    let dir = tempfile::tempdir().expect("a test folder");
+    let config =
+        consensus::store::StoreConfig { wal_segment_bytes: 64 << 10, log_cache_bytes: 8 << 10, ..Default::default() };
+    let open = || consensus::store::Store::open_with(consensus::platform::Platform::real(), dir.path(), config.clone());
+    let mut store = open().await.expect("opens");
+    let entries = Chain::default().entries(1, 1..2001);
+    let mut waiting = Vec::new();
+    for entry in &entries {
+        waiting.push(begin_append(&mut store, vec![entry.clone()]).await.expect("queued"));
+    }
+    for is_durable in waiting {
+        is_durable.await.expect("durable");
+    }
+    let counters = store.health.counters();
+    assert_eq!(counters.wal_entries, 2000);
+    assert!(counters.wal_syncs < 1000, "{} syncs for 2000 appends", counters.wal_syncs);
+    assert!(counters.wal_disk_bytes > 4 * config.wal_segment_bytes, "the story crossed segments");
+    close(store).await;
+    let store = open().await.expect("opens");
+    assert_eq!(all_entries(&store).await, entries);
+}

@@ -137,12 +137,20 @@ impl Chain {
     }
 }
 
-/// Appends and waits until the entries are durable.
-pub async fn append(store: &mut Store, entries: Vec<Entry>) -> std::io::Result<()> {
+/// Hands entries to the log; the future that is returned ends when they are durable.
+pub async fn begin_append(
+    store: &mut Store,
+    entries: Vec<Entry>,
+) -> std::io::Result<impl Future<Output = std::io::Result<()>> + use<>> {
     let (done, is_done) = C::oneshot();
     let callback: IOFlushed<C> = IOFlushed::signal(done);
     RaftLogStorage::<C>::append(&mut store.log, entries, callback).await?;
-    is_done.await.map_err(|_| std::io::Error::other("the writer has stopped"))?
+    Ok(async move { is_done.await.map_err(|_| std::io::Error::other("the writer has stopped"))? })
+}
+
+/// Appends and waits until the entries are durable.
+pub async fn append(store: &mut Store, entries: Vec<Entry>) -> std::io::Result<()> {
+    begin_append(store, entries).await?.await
 }
 
 pub async fn save_vote(store: &mut Store, term: u64) -> std::io::Result<()> {

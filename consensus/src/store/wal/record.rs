@@ -8,7 +8,6 @@ use serde::Deserialize;
 use serde::Serialize;
 use statemachine::codec;
 use statemachine::codec::CodecError;
-use statemachine::codec::HEADER_LEN;
 use statemachine::codec::MAX_PAYLOAD;
 use statemachine::codec::RecordKind;
 
@@ -103,9 +102,4 @@ pub fn group_start_of(bytes: &[u8]) -> Option<u32> {
     let (payload, _) = codec::open_prefix(RecordKind::RaftEntry, bytes, MAX_PAYLOAD).ok()?;
     let prefix = payload.first_chunk::<4>()?;
     Some(u32::from_le_bytes(*prefix))
-}
-
-/// Length of the record that a header announces, without its payload being there.
-pub fn announced_len(header: &[u8; HEADER_LEN]) -> usize {
-    HEADER_LEN + u32::from_le_bytes([header[4], header[5], header[6], header[7]]) as usize
 }
