@@ -264,10 +264,8 @@ fn run_machine(
     endings: &EndingsReceiver,
     ran: &mut bool,
 ) -> Result<Ending, String> {
-    // The last machine's drain closed it; while the lease is over it stays closed.
-    if context.lease.phase() == lease::Phase::Valid {
-        context.disk_gate.open();
-    }
+    // The last machine's end closed the gate.
+    context.lease.open_disks_if_valid();
     if let Some(ending) = endings.drain() {
         return Ok(ending);
     }

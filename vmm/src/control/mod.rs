@@ -21,6 +21,7 @@ use vmm_control::{
 use crate::bell::Bell;
 use crate::console_hub::ConsoleHub;
 use crate::cpu::gate::{RunGate, Stop};
+use crate::devices::block::BlockHandle;
 use crate::devices::legacy::boot_timer::BootTime;
 use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
@@ -65,6 +66,7 @@ struct MachineHandle {
     pm: Arc<Mutex<PowerManagement>>,
     serial: Arc<Mutex<SerialPort>>,
     ram: Vec<(u64, u64)>,
+    disks: Vec<Arc<BlockHandle>>,
 }
 
 /// An answer, and what happens to the connection.
@@ -126,8 +128,12 @@ impl Control {
     }
 
     pub fn machine_is(&self, machine: &Machine) {
-        *lock(&self.machine) =
-            Some(MachineHandle { pm: machine.pm(), serial: machine.serial(), ram: machine.ram_in_host() });
+        *lock(&self.machine) = Some(MachineHandle {
+            pm: machine.pm(),
+            serial: machine.serial(),
+            ram: machine.ram_in_host(),
+            disks: machine.disks(),
+        });
         self.bell.ring();
     }
 
@@ -240,6 +246,11 @@ impl Control {
         Some(bytes)
     }
 
+    fn disk_counters(&self) -> Value {
+        let disks = self.machine().map(|m| m.disks).unwrap_or_default();
+        disks.iter().map(|disk| (disk.name().to_owned(), json!(disk.metrics().counters()))).collect()
+    }
+
     fn metrics(&self, running: &Running) -> Value {
         let exits = &running.exits;
         let lease = running.lease.counters();
@@ -260,6 +271,7 @@ impl Control {
             "log_lines_lost": crate::log::lost_lines(),
             "boot_time_us": running.boot_time.microseconds(),
             "overhead_bytes": self.overhead(),
+            "disks": self.disk_counters(),
         })
     }
 }

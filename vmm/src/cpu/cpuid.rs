@@ -83,11 +83,7 @@ fn specialise(entry: &mut kvm_cpuid_entry2, apic_id: u32, vcpus: u32, core_bits:
             entry.ecx = entry.index | (level << 8);
             entry.edx = apic_id;
         }
-        LEAF_AMD_FEATURES => {
-            if vcpus > 1 {
-                entry.ecx |= AMD_ECX_CORES_ARE_CORES;
-            }
-        }
+        LEAF_AMD_FEATURES if vcpus > 1 => entry.ecx |= AMD_ECX_CORES_ARE_CORES,
         LEAF_AMD_SIZES => {
             entry.ecx = (entry.ecx & !0xf0ff) | (vcpus.min(256) - 1) | (core_bits << 12);
         }

@@ -148,13 +148,6 @@ impl Lease {
             state.phase = Phase::Valid;
             self.disk_gate.open();
             self.gate.open(Stop::Lease);
-            self.changed.notify_all();
-        }
-        // Requests that arrived while the gate was closed wait for a push.
-        for disk in &disks {
-            if let Err(error) = disk.reopen() {
-                tracing::error!(%error, "a disk that was open is not");
-            }
         }
         self.counters.resumed.add(1);
         (self.listener)(LeaseChange::Resumed);

@@ -21,6 +21,7 @@ use crate::cpu::regs::{self, RegsError};
 use crate::cpu::vcpu::{Shared, Vcpu};
 use crate::cpu::{cpuid, msr};
 use crate::devices::block::{Block, BlockConfig, BlockError, BlockHandle, BlockSize};
+use crate::devices::console::{Console, ConsoleDeviceError};
 use crate::devices::legacy::boot_timer::{BootTime, BootTimerPort};
 use crate::devices::legacy::debug_port::DebugPort;
 use crate::devices::legacy::pm::{self, PowerManagement};
@@ -34,6 +35,7 @@ use crate::memory::{self, GuestMemory, MemoryError};
 use crate::metrics::ExitCounters;
 use crate::pci::{PciError, PciMap, Topology};
 use crate::smbios::{self, Board, SmbiosError};
+use crate::virtio::VirtioDevice;
 use crate::virtio::pci::TransportError;
 use crate::virtio::pci::VirtioPci;
 
@@ -67,6 +69,8 @@ pub enum MachineError {
     Virtio(#[from] TransportError),
     #[error(transparent)]
     Disk(#[from] BlockError),
+    #[error(transparent)]
+    ConsoleDevice(#[from] ConsoleDeviceError),
     #[error("this host's KVM runs at most {limit} vCPUs a guest, not {asked}")]
     TooManyVcpus { asked: u16, limit: usize },
 }
@@ -127,6 +131,15 @@ struct Disks {
     shared: Vec<Arc<dyn Quiesce>>,
 }
 
+/// Slots are addresses that the guest sees: the console's never depends on the number of disks.
+const CONSOLE_SLOT: u8 = 0;
+const FIRST_DISK_SLOT: u8 = 1;
+
+/// The bus behind the last root port; slot n leads to bus n + 1, and `VmmConfig::check` bounds the disks.
+fn last_bus(config: &VmmConfig) -> u8 {
+    FIRST_DISK_SLOT + config.disks.len() as u8
+}
+
 /// The PCI hierarchy: the fixed functions, a root port for each disk and one for the console.
 fn add_pci(
     context: &Context,
@@ -143,10 +156,12 @@ fn add_pci(
         mmio64: layout.mmio64().base..layout.mmio64().end(),
     };
     let mut topology = Topology::new(map, msi.clone())?;
-    let connect = |device| VirtioPci::new(device, memory.clone(), &*msi, vm.clone());
+    let connect = |device: Arc<dyn VirtioDevice>| VirtioPci::new(device, memory.clone(), &*msi, vm.clone());
     let mut disks = Disks { all: Vec::new(), shared: Vec::new() };
+    let console = Console::open(Arc::new(context.console.device()?))?;
+    topology.add_root_port_device(CONSOLE_SLOT, connect(console)?)?;
     // The place in the configuration is the slot: hostd writes disks in the order of the VM's definition.
-    for (slot, disk) in context.config.disks.iter().enumerate() {
+    for (slot, disk) in (FIRST_DISK_SLOT..).zip(&context.config.disks) {
         let config = BlockConfig {
             name: disk.id.clone(),
             path: disk.path.clone(),
@@ -155,7 +170,7 @@ fn add_pci(
             block_size: BlockSize::default(),
         };
         let (device, handle) = Block::open(config, Arc::clone(&context.disk_gate))?;
-        topology.add_root_port_device(slot as u8, connect(device)?)?;
+        topology.add_root_port_device(slot, connect(device)?)?;
         if disk.shared {
             disks.shared.push(handle.clone());
         }
@@ -206,7 +221,7 @@ fn machine_type_name(machine: MachineType) -> &'static str {
 
 fn load_guest(context: &Context, memory: &GuestMemory, layout: &Layout) -> Result<boot::Entry, MachineError> {
     let config = &context.config;
-    let rsdp = acpi::write(memory, layout, acpi::Machine { vcpus: config.vcpus, last_bus: config.disks.len() as u8 })?;
+    let rsdp = acpi::write(memory, layout, acpi::Machine { vcpus: config.vcpus, last_bus: last_bus(config) })?;
     let board = Board {
         product: machine_type_name(config.machine),
         // Of the machine type, not of this program: a guest sees the same on every host and after every upgrade.

@@ -124,6 +124,11 @@ impl Machine {
         Arc::clone(&self.serial)
     }
 
+    /// All disks, for their counters.
+    pub fn disks(&self) -> Vec<Arc<BlockHandle>> {
+        self.disks.clone()
+    }
+
     /// The disks that other hosts can open too.
     pub fn shared_disks(&self) -> Vec<Arc<dyn Quiesce>> {
         self.shared_disks.clone()

@@ -135,7 +135,7 @@ impl RealTimeClock {
 
     /// A number as the guest wants it: BCD unless it chose binary.
     fn encode(&self, value: u8) -> u8 {
-        if self.status_b & B_BINARY != 0 { value } else { (value / 10) << 4 | value % 10 }
+        if self.status_b & B_BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, value: u8) -> u8 {
