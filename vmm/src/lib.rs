@@ -1,13 +1,18 @@
 //! The virtual machine monitor of Quorate: one process runs one guest on KVM (DESIGN §7).
 //!
-//! The path of data through it, and where each step lives:
+//! The life of a process is [`process`]: configuration, lock, marker, then one [`machine`] after the other until the guest ends. The path
+//! of data through a machine, and where each step lives:
 //!
-//! - a vCPU thread leaves the guest with a port or memory access, [`bus`] finds the device;
+//! - a vCPU thread ([`cpu::vcpu`]) leaves the guest with a port or memory access, [`bus`] finds the device;
 //! - a doorbell does not come that way: it is an ioeventfd, waited for by the device's own thread;
-//! - the device reads and writes guest RAM through [`memory`], and interrupts by [`interrupt`].
+//! - the device reads and writes guest RAM through [`memory`], and interrupts by [`interrupt`];
+//! - hostd asks over [`control`], and the [`lease`] stops the guest when hostd no longer may.
 //!
-//! Start reading at [`bus`] and [`interrupt`]: they are the two borders between devices and KVM,
-//! and every device is tested with a fake on its side of them.
+//! Threads: the main one owns the machine, `control` serves the socket, `lease` quiesces, `vcpu-N` run the guest, each device that does I/O has
+//! its own, `log` and `console-log` write to disk. A vCPU waits for none of them.
+//!
+//! Start reading at [`process`] for the whole, or at [`bus`] and [`interrupt`] for devices: those two are the border
+//! between devices and KVM, and every device is tested with a fake on its side of it.
 
 pub mod acpi;
 pub mod bell;

@@ -235,7 +235,10 @@ fn run_machines(prepared: &Prepared) -> Outcome {
         context.lease.guard_disks(machine.shared_disks());
         let ending = match run_machine(&mut machine, context, endings, &mut ran) {
             Ok(ending) => ending,
-            Err(detail) => Ending::Fault(detail),
+            Err(detail) => {
+                machine.stop();
+                return Outcome { reason: ExitReason::Internal, detail, ran, drained: true };
+            }
         };
         let drained = machine.stop();
         context.lease.guard_disks(Vec::new());
