@@ -152,6 +152,10 @@ impl Guard {
             return;
         }
         let peers = inner.peers();
+        if peers.is_empty() {
+            // A site of one voter is its own majority: openraft notes no acknowledgement, and nobody refuses.
+            return;
+        }
         let pings = peers
             .iter()
             .filter_map(|peer| inner.peer(*peer))
