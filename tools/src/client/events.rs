@@ -133,8 +133,13 @@ impl EventStream<'_> {
 
     /// Opens the stream again behind the last item. `lost` is the answer if that is not possible.
     async fn come_back(&mut self, lost: ClientError) -> Result<(), ClientError> {
-        if self.cursor.is_none() && self.query.from == Some(StartFrom::State) {
-            return Err(ClientError::StateBrokenOff { whom: self.whom.clone() });
+        let knows_its_place = self.query.after.is_some() || self.query.from == Some(StartFrom::Oldest);
+        if self.cursor.is_none() && !knows_its_place {
+            // `now` would be a later now, and `state` another state: a gap, or everything twice.
+            return Err(match self.query.from {
+                Some(StartFrom::State) => ClientError::StateBrokenOff { whom: self.whom.clone() },
+                _ => lost,
+            });
         }
         self.response = None;
         self.ready.clear();
