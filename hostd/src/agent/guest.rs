@@ -1,0 +1,230 @@
+//! The task beside one guest: keeps a connection to its vmm, carries orders there, tells what it sees, and tells its end only
+//! when the lock is free and the control group empty.
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use rustix::process::Pid;
+use rustix::process::PidfdFlags;
+use rustix::process::Signal;
+use rustix::process::pidfd_open;
+use rustix::process::pidfd_send_signal;
+use statemachine::ids::Epoch;
+use statemachine::ids::VmId;
+use statemachine::state::GuestStatus;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio::time::MissedTickBehavior;
+use vmm_control::Call;
+use vmm_control::PauseReason;
+use vmm_control::RunState;
+use vmm_control::Status;
+
+use super::adopt;
+use super::adopt::Found;
+use super::launcher::Launcher;
+use super::plan::Ended;
+use super::plan::Order;
+use super::run_dir::RunDir;
+use super::vmm_client::ClientError;
+use super::vmm_client::VmmClient;
+
+/// Orders under way to one guest.
+pub const ORDERS_MAX: usize = 16;
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+const RECONNECT_EVERY: Duration = Duration::from_millis(100);
+
+/// What the task tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Told {
+    Seen(Seen),
+    /// An order did not take effect; it may be planned again.
+    Undone(Order),
+    Gone(Ended),
+}
+
+/// A guest as its vmm describes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    pub status: GuestStatus,
+    pub quiesced: bool,
+    pub deadline_ns: Option<u64>,
+    pub pid: Option<i32>,
+    pub overhead_bytes: Option<u64>,
+}
+
+impl Seen {
+    fn of(status: &Status, pid: Option<i32>) -> Seen {
+        let seen = match status.run {
+            RunState::Running => GuestStatus::Up,
+            RunState::Paused { reason: PauseReason::LeaseExpired } => GuestStatus::PausedLease,
+            RunState::Paused { reason: PauseReason::Requested } => GuestStatus::PausedUser,
+            RunState::ShuttingDown => GuestStatus::PoweringDown,
+        };
+        let Status { quiesced, deadline_ns, overhead_bytes, .. } = *status;
+        Seen { status: seen, quiesced, deadline_ns, pid, overhead_bytes }
+    }
+}
+
+pub struct GuestTask {
+    pub vm: VmId,
+    pub epoch: Epoch,
+    pub launcher: Launcher,
+    pub orders: mpsc::Receiver<Order>,
+    pub told: mpsc::Sender<(VmId, Epoch, Told)>,
+}
+
+/// The agent is gone; the guest stays.
+struct AgentGone;
+
+impl GuestTask {
+    pub async fn run(mut self) {
+        let _ = self.attend().await;
+    }
+
+    async fn attend(&mut self) -> Result<(), AgentGone> {
+        let socket = RunDir::of(&self.launcher.vms_dir, self.vm).control_socket();
+        let mut process: Option<OwnedFd> = None;
+        loop {
+            if let Ok(mut client) = VmmClient::connect(&socket).await {
+                process =
+                    client.pid().and_then(Pid::from_raw).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+                match self.converse(&mut client, process.as_ref()).await? {
+                    ClientError::Closed => {}
+                    error => {
+                        tracing::warn!(vm = %self.vm, epoch = %self.epoch, "lost the vmm's control socket: {error}")
+                    }
+                }
+            }
+            if let Some(ended) = self.look_for_end().await {
+                self.tell(Told::Gone(ended)).await?;
+                return Ok(());
+            }
+            self.wait_unconnected(process.as_ref()).await?;
+        }
+    }
+
+    /// Talks until the connection ends; says how it ended.
+    async fn converse(&mut self, client: &mut VmmClient, process: Option<&OwnedFd>) -> Result<ClientError, AgentGone> {
+        let hello = match client.hello().await {
+            Ok(hello) => hello,
+            Err(error) => return Ok(error),
+        };
+        if hello.vm != self.vm.0 || hello.epoch != self.epoch.0 {
+            let who = format!("it is vm {} epoch {}", hello.vm, hello.epoch);
+            return Ok(ClientError::Nonsense(who));
+        }
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let result = tokio::select! {
+                order = self.orders.recv() => match order {
+                    Some(order) => self.carry_out(client, order, process).await?,
+                    None => return Err(AgentGone),
+                },
+                // What the notice says is what the status says, a moment later and whole.
+                notice = client.notice() => match notice {
+                    Ok(_) => self.look(client).await?,
+                    Err(error) => Err(error),
+                },
+                _ = look.tick() => self.look(client).await?,
+            };
+            match result {
+                Err(error) if !error.is_refusal() => return Ok(error),
+                _ => {}
+            }
+        }
+    }
+
+    async fn look(&mut self, client: &mut VmmClient) -> Result<Result<(), ClientError>, AgentGone> {
+        match client.status().await {
+            Ok(status) => {
+                self.tell(Told::Seen(Seen::of(&status, client.pid()))).await?;
+                Ok(Ok(()))
+            }
+            Err(error) => Ok(Err(error)),
+        }
+    }
+
+    async fn carry_out(
+        &mut self,
+        client: &mut VmmClient,
+        order: Order,
+        process: Option<&OwnedFd>,
+    ) -> Result<Result<(), ClientError>, AgentGone> {
+        let call = match order {
+            Order::Confirm { deadline } => Call::Confirm { epoch: self.epoch.0, deadline_ns: deadline.as_ns() },
+            Order::PowerButton => Call::PowerButton,
+            Order::PowerOff => Call::PowerOff,
+            Order::Reset { id } => Call::Reset { id: id.0 },
+            Order::Kill => {
+                self.kill(process);
+                return Ok(Ok(()));
+            }
+        };
+        let done = client.order(call).await;
+        match &done {
+            Ok(()) => tracing::debug!(vm = %self.vm, epoch = %self.epoch, ?order, "carried out"),
+            Err(error) => {
+                tracing::warn!(vm = %self.vm, epoch = %self.epoch, ?order, "not carried out: {error}");
+                self.tell(Told::Undone(order)).await?;
+            }
+        }
+        if done.is_ok() && matches!(order, Order::Confirm { .. }) {
+            // A confirmation may have resumed it.
+            return self.look(client).await;
+        }
+        Ok(done)
+    }
+
+    /// Pulls the plug from outside. Its end is seen like any other.
+    fn kill(&self, process: Option<&OwnedFd>) {
+        tracing::warn!(vm = %self.vm, epoch = %self.epoch, "the vmm does not end by itself; its processes are killed");
+        match self.launcher.groups.of(self.vm).kill() {
+            Ok(true) => return,
+            Ok(false) => {}
+            Err(error) => tracing::warn!(vm = %self.vm, "its control group cannot be killed: {error}"),
+        }
+        let killed = process.map(|process| pidfd_send_signal(process, Signal::KILL));
+        if let Some(Err(error)) = killed {
+            tracing::warn!(vm = %self.vm, "its process cannot be killed: {error}");
+        }
+    }
+
+    /// Its end, if it has ended.
+    async fn look_for_end(&self) -> Option<Ended> {
+        let (launcher, vm) = (self.launcher.clone(), self.vm);
+        let found = tokio::task::spawn_blocking(move || adopt::inspect(&launcher, vm)).await.ok()?;
+        match found {
+            Found::Alive { .. } => None,
+            Found::Unclear(why) => {
+                tracing::debug!(vm = %self.vm, epoch = %self.epoch, "its end is not clear yet: {why}");
+                None
+            }
+            Found::Gone { epoch, ended, .. } if epoch == self.epoch => Some(ended),
+            Found::NeverRan { epoch, words } if epoch == self.epoch => {
+                let words = if words.is_empty() { "the vmm ended before it ran the guest" } else { &words };
+                Some(adopt::start_failed(words))
+            }
+            Found::Gone { .. } | Found::NeverRan { .. } | Found::Nothing => Some(adopt::lost("")),
+        }
+    }
+
+    async fn wait_unconnected(&mut self, process: Option<&OwnedFd>) -> Result<(), AgentGone> {
+        let until = Instant::now() + RECONNECT_EVERY;
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep_until(until) => return Ok(()),
+                order = self.orders.recv() => match order {
+                    Some(Order::Kill) => self.kill(process),
+                    Some(order) => self.tell(Told::Undone(order)).await?,
+                    None => return Err(AgentGone),
+                },
+            }
+        }
+    }
+
+    async fn tell(&self, what: Told) -> Result<(), AgentGone> {
+        self.told.send((self.vm, self.epoch, what)).await.map_err(|_| AgentGone)
+    }
+}

@@ -1,0 +1,145 @@
+//! Starts the vmm of one guest, so that it outlives hostd: own session, parent is init, own control group, and the VM's lock in
+//! its hands from the first moment (hazard H20). Blocking; called on a thread of the blocking pool.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::process::Stdio;
+
+use statemachine::state::VmSpec;
+use thiserror::Error;
+
+use super::group::Group;
+use super::group::Groups;
+use super::guest_files;
+use super::guest_files::GuestFilesError;
+use super::guest_files::GuestIdentity;
+use super::guest_files::GuestPlaces;
+use super::marks::MarkError;
+use super::marks::Marks;
+use super::run_dir::Lock;
+use super::run_dir::RunDir;
+use super::run_dir::RunDirError;
+
+#[derive(Debug, Error)]
+pub enum LaunchError {
+    /// Nothing was started because something of this VM lives: look again.
+    #[error("a process of this VM is still there")]
+    StillThere,
+    #[error("this epoch was used already; the VM needs a new permit")]
+    Used,
+    #[error(transparent)]
+    Files(#[from] GuestFilesError),
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    #[error(transparent)]
+    Mark(#[from] MarkError),
+    #[error("cannot make the guest's control group: {0}")]
+    Group(#[source] io::Error),
+    #[error("cannot start {program}: {source}; is it installed, and does `vmm` in hostd.toml name it?")]
+    Spawn {
+        program: String,
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What every launch on this host needs.
+#[derive(Debug, Clone)]
+pub struct Launcher {
+    /// `<run_dir>/vm`.
+    pub vms_dir: PathBuf,
+    pub marks: Marks,
+    pub vmm: PathBuf,
+    pub allowed_paths: Vec<PathBuf>,
+    pub groups: Groups,
+}
+
+impl Launcher {
+    /// Starts the guest. When this returns, a process has the lock; whether the guest runs is told by its control socket.
+    pub fn launch(&self, identity: &GuestIdentity, spec: &VmSpec) -> Result<(), LaunchError> {
+        let run_dir = RunDir::of(&self.vms_dir, identity.vm);
+        let group = self.groups.of(identity.vm);
+        run_dir.create()?;
+        let lock = run_dir.try_lock()?.ok_or(LaunchError::StillThere)?;
+        if !group.is_empty().map_err(LaunchError::Group)? {
+            return Err(LaunchError::StillThere);
+        }
+        if self.marks.contains(identity.vm, identity.epoch) {
+            return Err(LaunchError::Used);
+        }
+        self.marks.prepare(identity.vm)?;
+        let mark = self.marks.path(identity.vm, identity.epoch);
+        let places = GuestPlaces { run_dir: run_dir.path().to_owned(), mark };
+        let config = guest_files::vmm_config(identity, spec, &self.allowed_paths, places)?;
+        run_dir.prepare(&lock, &config)?;
+        self.spawn(&run_dir, &group, &lock)
+    }
+
+    fn spawn(&self, run_dir: &RunDir, group: &Group, lock: &Lock) -> Result<(), LaunchError> {
+        let mut words = group.launch_prefix();
+        words.push(self.vmm.display().to_string());
+        let program = words.remove(0);
+        let failed = |source| LaunchError::Spawn { program: program.clone(), source };
+        let log = run_dir.vmm_log();
+        let log = OpenOptions::new().create(true).append(true).mode(0o600).open(log).map_err(failed)?;
+        let mut command = Command::new(&program);
+        command
+            .args(words)
+            .arg("run")
+            .arg("--config")
+            .arg(run_dir.config_file())
+            .arg("--control")
+            .arg(run_dir.control_socket())
+            .arg("--lock-fd")
+            .arg(lock.file.as_raw_fd().to_string())
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().map_err(failed)?)
+            .stderr(log);
+        // hostd's own standing with its service manager is not the guest's.
+        for name in ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"] {
+            command.env_remove(name);
+        }
+        let group_file = match group.prepare() {
+            Ok(file) => file,
+            Err(error) => {
+                tracing::warn!("no control group for this guest, its lock alone tells when it ends: {error}");
+                None
+            }
+        };
+        let group_file = group_file.map(|path| OpenOptions::new().write(true).open(path)).transpose();
+        let group_file = group_file.map_err(LaunchError::Group)?;
+        let lock_fd = lock.file.as_raw_fd();
+        let detach = move || detach(lock_fd, group_file.as_ref());
+        // SAFETY: between fork and exec only system calls run: setsid, fork, _exit, fcntl, and one write of a constant.
+        unsafe { command.pre_exec(detach) };
+        let mut middle = command.spawn().map_err(failed)?;
+        // The process in the middle ends at once, so that the vmm is a child of init and never a zombie of ours.
+        middle.wait().map_err(failed)?;
+        Ok(())
+    }
+}
+
+fn detach(lock_fd: i32, mut group: Option<&std::fs::File>) -> io::Result<()> {
+    let checked = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) };
+    // SAFETY: plain system calls on descriptors that the caller keeps open.
+    unsafe {
+        checked(libc::setsid())?;
+        if checked(libc::fork())? > 0 {
+            libc::_exit(0);
+        }
+        // The vmm inherits the lock's descriptor; every other one of hostd's closes at exec.
+        let flags = checked(libc::fcntl(lock_fd, libc::F_GETFD))?;
+        checked(libc::fcntl(lock_fd, libc::F_SETFD, flags & !libc::FD_CLOEXEC))?;
+    }
+    match &mut group {
+        Some(file) => file.write_all(b"0"),
+        None => Ok(()),
+    }
+}

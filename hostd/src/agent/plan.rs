@@ -1,0 +1,307 @@
+//! What this host has to do so that its guests equal the permits that it may act on (DESIGN §5). Pure and level-triggered:
+//! the same view gives the same actions, and an action that was lost is planned again.
+//!
+//! The rules, each with the reason that it is here and nowhere else:
+//!
+//! - **Start** needs a permit of this host and this boot in applied state, a grant that allows its epoch
+//!   ([`ConfirmedGrant::allows`]: R4, hazard C5), no guest of that VM in any form, and an epoch that was never marked.
+//! - **Confirm** (extend or resume) needs the same grant, and goes to `lease` guests alone.
+//! - **End** what is superseded: a guest whose epoch is not the permit, once applied state has reached that epoch.
+//! - **An exit is reported** only of a guest that the shell found gone: lock free and control group empty. The shell marks the
+//!   epoch first, so no epoch is ever started after its exit was reported.
+//! - **A marked epoch without a guest** is looked into, never guessed about.
+
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+
+use statemachine::fold::Fold;
+use statemachine::ids::BootId;
+use statemachine::ids::Epoch;
+use statemachine::ids::HostId;
+use statemachine::ids::Seq;
+use statemachine::ids::VmId;
+use statemachine::state::Desired;
+use statemachine::state::ExitReason;
+use statemachine::state::GuestStatus;
+use statemachine::state::Permit;
+use statemachine::state::ReleaseClass;
+use statemachine::state::StopMode;
+use statemachine::state::Vm;
+
+use crate::lease::clock::Boottime;
+use crate::lease::record::ConfirmedGrant;
+
+/// How long a guest gets at each stage of its end.
+#[derive(Debug, Clone, Copy)]
+pub struct StopTimers {
+    /// The power button is pressed once more after this.
+    pub second_press_ms: u64,
+    /// A shutdown becomes a power-off after this.
+    pub power_off_ms: u64,
+    /// A power-off that had no effect becomes a kill of the process after this.
+    pub kill_ms: u64,
+}
+
+impl Default for StopTimers {
+    fn default() -> Self {
+        StopTimers { second_press_ms: 10_000, power_off_ms: 60_000, kill_ms: 15_000 }
+    }
+}
+
+/// How a guest ended, as it will be reported.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    pub reason: ExitReason,
+    pub detail: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Phase {
+    /// Its process was started or found, and has not answered yet.
+    Launching,
+    Alive {
+        status: GuestStatus,
+        /// No vCPU runs and no I/O of a shared disk is under way.
+        quiesced: bool,
+    },
+    /// Its lock is free and its control group empty.
+    Gone(Ended),
+}
+
+/// The end of a guest, under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stopping {
+    /// The desire that it obeys; another one begins anew.
+    pub desired_at: Seq,
+    pub first_press: Option<Boottime>,
+    pub presses: u8,
+    pub power_off: Option<Boottime>,
+    pub killed: Option<Boottime>,
+}
+
+impl Stopping {
+    fn new(desired_at: Seq) -> Stopping {
+        Stopping { desired_at, first_press: None, presses: 0, power_off: None, killed: None }
+    }
+}
+
+/// A guest that this host has, or had and not yet reported.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guest {
+    pub epoch: Epoch,
+    pub release: ReleaseClass,
+    pub phase: Phase,
+    /// The newest deadline that was handed to its process.
+    pub confirmed: Option<Boottime>,
+    pub stopping: Option<Stopping>,
+    /// The newest reset that was handed to its process.
+    pub reset: Option<Seq>,
+}
+
+impl Guest {
+    pub fn launching(epoch: Epoch, release: ReleaseClass) -> Guest {
+        Guest { epoch, release, phase: Phase::Launching, confirmed: None, stopping: None, reset: None }
+    }
+
+    pub fn is_gone(&self) -> bool {
+        matches!(self.phase, Phase::Gone(_))
+    }
+
+    /// Notes an order that was handed to the guest's process, so that it is not planned again.
+    pub fn note(&mut self, order: Order, desired_at: Seq, now: Boottime) {
+        let stopping = || Stopping::new(desired_at);
+        match order {
+            Order::Confirm { deadline } => self.confirmed = Some(deadline),
+            Order::Reset { id } => self.reset = Some(id),
+            Order::PowerButton => {
+                let current = self.stopping.get_or_insert_with(stopping);
+                if current.desired_at != desired_at {
+                    *current = Stopping::new(desired_at);
+                }
+                current.first_press.get_or_insert(now);
+                current.presses += 1;
+            }
+            Order::PowerOff => {
+                self.stopping.get_or_insert_with(stopping).power_off.get_or_insert(now);
+            }
+            Order::Kill => self.stopping.get_or_insert_with(stopping).killed = Some(now),
+        }
+    }
+}
+
+/// What a guest's process is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    Confirm { deadline: Boottime },
+    PowerButton,
+    PowerOff,
+    Reset { id: Seq },
+    Kill,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    Start {
+        vm: VmId,
+        permit: Permit,
+        deadline: Boottime,
+    },
+    /// Its epoch was used and no guest is known: find out what became of it.
+    LookInto {
+        vm: VmId,
+        permit: Permit,
+    },
+    /// It is not wanted any more and was never started: use the epoch up and say so.
+    Renounce {
+        vm: VmId,
+        permit: Permit,
+    },
+    Order {
+        vm: VmId,
+        epoch: Epoch,
+        order: Order,
+        desired_at: Seq,
+    },
+    ReportStatus {
+        vm: VmId,
+        epoch: Epoch,
+        status: GuestStatus,
+    },
+    ReportExited {
+        vm: VmId,
+        epoch: Epoch,
+        ended: Ended,
+    },
+    /// The log knows that this epoch is over and no process is left: clear its run directory.
+    Forget {
+        vm: VmId,
+        epoch: Epoch,
+    },
+}
+
+/// All that a plan depends on.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    pub host: HostId,
+    pub boot: BootId,
+    pub fold: &'a Fold,
+    pub grant: Option<&'a ConfirmedGrant>,
+    pub guests: &'a BTreeMap<VmId, Guest>,
+    /// Epochs that were, or may have been, started on this host.
+    pub marked: &'a BTreeSet<(VmId, Epoch)>,
+    pub now: Boottime,
+    pub stop: StopTimers,
+}
+
+impl View<'_> {
+    fn allows(&self, epoch: Epoch) -> Option<&ConfirmedGrant> {
+        self.grant.filter(|grant| grant.allows(epoch, self.fold.head.seq, self.now))
+    }
+
+    /// Applied state has reached the permit of this epoch, so that its absence means that it is over.
+    fn has_reached(&self, epoch: Epoch) -> bool {
+        self.fold.head.seq >= Seq::from(epoch)
+    }
+}
+
+/// The actions that are due.
+pub fn plan(view: &View<'_>) -> Vec<Action> {
+    let mut actions = Vec::new();
+    for (vm, guest) in view.guests {
+        plan_guest(view, *vm, guest, &mut actions);
+    }
+    for (vm, known, permit) in view.fold.state.permits_on(view.host) {
+        if permit.boot == view.boot && !view.guests.contains_key(&vm) {
+            actions.extend(plan_permit(view, vm, known, permit));
+        }
+    }
+    actions
+}
+
+/// A permit without a guest.
+fn plan_permit(view: &View<'_>, vm: VmId, known: &Vm, permit: Permit) -> Option<Action> {
+    if view.marked.contains(&(vm, permit.epoch)) {
+        return Some(Action::LookInto { vm, permit });
+    }
+    match known.desired {
+        Desired::Stopped(_) => Some(Action::Renounce { vm, permit }),
+        Desired::Running => {
+            let grant = view.allows(permit.epoch)?;
+            Some(Action::Start { vm, permit, deadline: grant.deadline })
+        }
+    }
+}
+
+fn plan_guest(view: &View<'_>, vm: VmId, guest: &Guest, actions: &mut Vec<Action>) {
+    let epoch = guest.epoch;
+    let known = view.fold.state.vms.get(&vm);
+    let permitted =
+        known.filter(|known| known.permit.is_some_and(|permit| permit.epoch == epoch && permit.host == view.host));
+    match (&guest.phase, permitted) {
+        (Phase::Gone(ended), Some(_)) => actions.push(Action::ReportExited { vm, epoch, ended: ended.clone() }),
+        (Phase::Gone(_), None) if view.has_reached(epoch) => actions.push(Action::Forget { vm, epoch }),
+        (_, None) if view.has_reached(epoch) => {
+            // Superseded. Nobody waits for its file systems: its disks may belong to another by now.
+            let order = |order| Action::Order { vm, epoch, order, desired_at: view.fold.head.seq };
+            actions.extend(end_at_once(view, guest.stopping).map(order));
+        }
+        // This host starts from an old state; what it has not read yet cannot be judged.
+        (_, None) => {}
+        (Phase::Launching | Phase::Alive { .. }, Some(known)) => tend(view, vm, known, guest, actions),
+    }
+}
+
+/// A guest that lives under its permit.
+fn tend(view: &View<'_>, vm: VmId, known: &Vm, guest: &Guest, actions: &mut Vec<Action>) {
+    let epoch = guest.epoch;
+    let order = |order| Action::Order { vm, epoch, order, desired_at: known.desired_at };
+    if guest.release == ReleaseClass::Lease {
+        let newer = |grant: &&ConfirmedGrant| guest.confirmed.is_none_or(|confirmed| confirmed < grant.deadline);
+        let confirm = view.allows(epoch).filter(newer).map(|grant| Order::Confirm { deadline: grant.deadline });
+        actions.extend(confirm.map(order));
+    }
+    match known.desired {
+        Desired::Running => {
+            let asked = known.reset_at.filter(|at| *at > Seq::from(epoch));
+            let due = asked.filter(|at| guest.reset.is_none_or(|done| done < *at));
+            actions.extend(due.map(|id| order(Order::Reset { id })));
+        }
+        Desired::Stopped(StopMode::PowerOff) => actions.extend(end_at_once(view, guest.stopping).map(order)),
+        Desired::Stopped(StopMode::Shutdown) => actions.extend(shut_down(view, known, guest).map(order)),
+    }
+    let status = match guest.phase {
+        Phase::Alive { status, .. } => status,
+        Phase::Launching | Phase::Gone(_) => GuestStatus::PoweringUp,
+    };
+    let seen = known.observed.filter(|observed| observed.epoch == epoch).map(|observed| observed.status);
+    let started_over = guest.phase == Phase::Launching && seen.is_some();
+    if seen != Some(status) && !started_over {
+        actions.push(Action::ReportStatus { vm, epoch, status });
+    }
+}
+
+fn shut_down(view: &View<'_>, known: &Vm, guest: &Guest) -> Option<Order> {
+    let current = guest.stopping.filter(|stopping| stopping.desired_at == known.desired_at);
+    let Some(first) = current.and_then(|stopping| stopping.first_press) else {
+        return guest.stopping.and_then(|older| older.power_off).map_or(Some(Order::PowerButton), |_| {
+            // It is being powered off already, by an earlier and sharper wish.
+            end_at_once(view, guest.stopping)
+        });
+    };
+    let waited_ms = view.now.ms_since(first);
+    if waited_ms >= view.stop.power_off_ms {
+        return end_at_once(view, current);
+    }
+    let presses = current.map_or(0, |stopping| stopping.presses);
+    (presses < 2 && waited_ms >= view.stop.second_press_ms).then_some(Order::PowerButton)
+}
+
+fn end_at_once(view: &View<'_>, stopping: Option<Stopping>) -> Option<Order> {
+    let Some(off) = stopping.and_then(|stopping| stopping.power_off) else { return Some(Order::PowerOff) };
+    let last = stopping.and_then(|stopping| stopping.killed).unwrap_or(off);
+    (view.now.ms_since(last) >= view.stop.kill_ms).then_some(Order::Kill)
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

@@ -1,0 +1,356 @@
+//! The agent's loop: wakes when applied state, the grant or a guest changes, plans, and has the plan carried out by tasks. It
+//! never blocks itself, so a grant reaches every guest whatever a disk does.
+
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use statemachine::command::HostFacts;
+use statemachine::fold::Fold;
+use statemachine::ids::Epoch;
+use statemachine::ids::VmId;
+use statemachine::state::Permit;
+use tokio::sync::mpsc;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use super::GuestView;
+use super::adopt::Found;
+use super::cluster::Cluster;
+use super::guest;
+use super::guest::GuestTask;
+use super::guest::Seen;
+use super::launcher::Launcher;
+use super::plan;
+use super::plan::Action;
+use super::plan::Ended;
+use super::plan::Guest;
+use super::plan::Order;
+use super::plan::Phase;
+use super::plan::StopTimers;
+use super::plan::View;
+use super::reports;
+use super::reports::Reports;
+use super::reports::Subject;
+use super::work;
+use super::work::Worked;
+use crate::lease::clock::Boottime;
+use crate::lease::record::ConfirmedGrant;
+
+const TICK: Duration = Duration::from_millis(500);
+/// News of guests and of work that wait for the loop.
+const NEWS_MAX: usize = 1024;
+
+pub struct Reconciler {
+    pub(super) cluster: Arc<dyn Cluster>,
+    pub(super) facts: watch::Receiver<HostFacts>,
+    pub(super) launcher: Launcher,
+    pub(super) stop_timers: StopTimers,
+    pub(super) grant: watch::Receiver<Option<ConfirmedGrant>>,
+    pub(super) publish: watch::Sender<Arc<Vec<GuestView>>>,
+    pub(super) shutdown: CancellationToken,
+    pub(super) marked: BTreeSet<(VmId, Epoch)>,
+}
+
+/// A guest and the way to its task.
+struct Line {
+    orders: mpsc::Sender<Order>,
+    seen: Option<Seen>,
+}
+
+struct Loop {
+    own: Reconciler,
+    guests: BTreeMap<VmId, Guest>,
+    lines: BTreeMap<VmId, Line>,
+    /// VMs whose files a thread is busy with.
+    busy: BTreeSet<VmId>,
+    /// Orders that did not take effect, to be planned again at the next tick.
+    undone: BTreeSet<VmId>,
+    reports: Reports,
+    told: mpsc::Sender<(VmId, Epoch, guest::Told)>,
+    worked: mpsc::Sender<(VmId, Worked)>,
+    reported: mpsc::Sender<(Subject, reports::Told)>,
+}
+
+impl Reconciler {
+    /// Runs until shutdown. `found` is what was on the host when the agent started.
+    pub async fn run(self, found: Vec<(VmId, Found)>) {
+        let (told, mut told_news) = mpsc::channel(NEWS_MAX);
+        let (worked, mut worked_news) = mpsc::channel(NEWS_MAX);
+        let (reported, mut reported_news) = mpsc::channel(4);
+        let boot = self.facts.borrow().boot;
+        let mut state = Loop {
+            reports: Reports::new(self.cluster.host(), boot),
+            guests: BTreeMap::new(),
+            lines: BTreeMap::new(),
+            busy: BTreeSet::new(),
+            undone: BTreeSet::new(),
+            told,
+            worked,
+            reported,
+            own: self,
+        };
+        for (vm, found) in found {
+            state.take_in(vm, found);
+        }
+        let mut fold = state.own.cluster.watch_fold();
+        let mut grant = state.own.grant.clone();
+        let mut facts = state.own.facts.clone();
+        let shutdown = state.own.shutdown.clone();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let applied = fold.borrow_and_update().clone();
+            let confirmed = grant.borrow_and_update().clone();
+            state.act(&applied, confirmed.as_ref());
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                changed = fold.changed() => if changed.is_err() { return },
+                changed = grant.changed() => if changed.is_err() { return },
+                changed = facts.changed() => if changed.is_err() { return },
+                Some((vm, epoch, news)) = told_news.recv() => state.hear(vm, epoch, news),
+                Some((vm, news)) = worked_news.recv() => state.work_done(vm, news),
+                Some((subject, news)) = reported_news.recv() => state.report_done(subject, &news),
+                _ = tick.tick() => state.plan_undone_again(),
+            }
+        }
+    }
+}
+
+impl Loop {
+    fn act(&mut self, fold: &Arc<Fold>, grant: Option<&ConfirmedGrant>) {
+        let now = Boottime::now();
+        let facts = self.own.facts.borrow().clone();
+        let view = View {
+            host: self.own.cluster.host(),
+            boot: facts.boot,
+            fold,
+            grant,
+            guests: &self.guests,
+            marked: &self.own.marked,
+            now,
+            stop: self.own.stop_timers,
+        };
+        let mut owed = Vec::new();
+        for action in plan::plan(&view) {
+            match action {
+                Action::Start { vm, permit, deadline } => self.start(fold, vm, permit, deadline),
+                Action::LookInto { vm, permit } => self.look_into(vm, permit),
+                Action::Renounce { vm, permit } => self.renounce(vm, permit),
+                Action::Order { vm, order, desired_at, .. } => self.order(vm, order, desired_at, now),
+                Action::Forget { vm, .. } => self.forget(vm, fold.state.vms.contains(&vm)),
+                report @ (Action::ReportStatus { .. } | Action::ReportExited { .. }) => owed.push(report),
+            }
+        }
+        // A guest whose files are being looked at is not reported on until that is done.
+        owed.retain(|action| match action {
+            Action::ReportExited { vm, .. } | Action::ReportStatus { vm, .. } => !self.busy.contains(vm),
+            _ => true,
+        });
+        if let Some((subject, request)) = self.reports.next(&facts, fold, &owed, Instant::now()) {
+            self.report(subject, request);
+        }
+        self.publish();
+    }
+
+    fn start(&mut self, fold: &Fold, vm: VmId, permit: Permit, deadline: Boottime) {
+        let Some(known) = fold.state.vms.get(&vm) else { return };
+        if !self.busy.insert(vm) {
+            return;
+        }
+        tracing::info!(%vm, epoch = %permit.epoch, name = known.name, "the guest is started");
+        self.own.marked.insert((vm, permit.epoch));
+        let mut guest = Guest::launching(permit.epoch, permit.release);
+        guest.confirmed = Some(deadline);
+        self.guests.insert(vm, guest);
+        let spec = known.granted_spec.clone().unwrap_or_else(|| known.spec.clone());
+        let identity = super::guest_files::GuestIdentity {
+            vm,
+            name: known.name.clone(),
+            epoch: permit.epoch,
+            release: permit.release,
+            deadline,
+        };
+        self.work(vm, work::start(self.own.launcher.clone(), identity, spec));
+    }
+
+    fn look_into(&mut self, vm: VmId, permit: Permit) {
+        if self.busy.insert(vm) {
+            self.work(vm, work::look_into(self.own.launcher.clone(), vm, permit));
+        }
+    }
+
+    fn renounce(&mut self, vm: VmId, permit: Permit) {
+        if self.busy.insert(vm) {
+            self.own.marked.insert((vm, permit.epoch));
+            self.work(vm, work::renounce(self.own.launcher.clone(), vm, permit));
+        }
+    }
+
+    fn forget(&mut self, vm: VmId, vm_exists: bool) {
+        if self.busy.insert(vm) {
+            self.work(vm, work::forget(self.own.launcher.clone(), vm, vm_exists));
+        }
+    }
+
+    fn work(&self, vm: VmId, work: impl Future<Output = Worked> + Send + 'static) {
+        let worked = self.worked.clone();
+        tokio::spawn(async move {
+            // A loop that has ended needs no news.
+            let _ = worked.send((vm, work.await)).await;
+        });
+    }
+
+    fn order(&mut self, vm: VmId, order: Order, desired_at: statemachine::ids::Seq, now: Boottime) {
+        let (Some(line), Some(guest)) = (self.lines.get(&vm), self.guests.get_mut(&vm)) else { return };
+        // A full line is a vmm that does not answer: the order is planned again.
+        if line.orders.try_send(order).is_ok() {
+            guest.note(order, desired_at, now);
+        }
+    }
+
+    fn report(&self, subject: Subject, request: statemachine::command::Request) {
+        let (cluster, reported) = (self.own.cluster.clone(), self.reported.clone());
+        let launcher = self.own.launcher.clone();
+        tokio::spawn(async move {
+            let told = match work::burn_before(&launcher, &request).await {
+                Ok(()) => reports::tell(cluster, request).await,
+                Err(error) => {
+                    tracing::error!("an exit cannot be reported before its epoch is marked as used: {error}");
+                    reports::Told::Failed(error.to_string())
+                }
+            };
+            let _ = reported.send((subject, told)).await;
+        });
+    }
+
+    fn report_done(&mut self, subject: Subject, told: &reports::Told) {
+        if let reports::Told::Failed(why) = told {
+            tracing::debug!(?subject, "a report was not taken yet: {why}");
+        }
+        self.reports.settle(subject, told, Instant::now());
+    }
+
+    /// Takes in what is on the host.
+    fn take_in(&mut self, vm: VmId, found: Found) {
+        match found {
+            Found::Alive { epoch, release } => {
+                tracing::info!(%vm, %epoch, "a guest of an earlier hostd is adopted");
+                self.own.marked.insert((vm, epoch));
+                self.guests.insert(vm, Guest::launching(epoch, release));
+                self.attend(vm, epoch);
+            }
+            Found::Gone { epoch, release, ended } => {
+                self.own.marked.insert((vm, epoch));
+                self.set_gone(vm, epoch, release, ended);
+            }
+            // Nothing ran: the epoch may still be started.
+            Found::NeverRan { .. } | Found::Nothing => {}
+            Found::Unclear(why) => {
+                tracing::warn!(%vm, "what is left of this VM is not clear yet: {why}");
+                if self.busy.insert(vm) {
+                    self.work(vm, work::look_again(self.own.launcher.clone(), vm));
+                }
+            }
+        }
+    }
+
+    fn set_gone(&mut self, vm: VmId, epoch: Epoch, release: statemachine::state::ReleaseClass, ended: Ended) {
+        tracing::info!(%vm, %epoch, reason = ?ended.reason, "the guest has ended: {}", ended.detail);
+        self.lines.remove(&vm);
+        let mut guest = self.guests.remove(&vm).unwrap_or_else(|| Guest::launching(epoch, release));
+        guest.epoch = epoch;
+        guest.phase = Phase::Gone(ended);
+        self.guests.insert(vm, guest);
+    }
+
+    fn attend(&mut self, vm: VmId, epoch: Epoch) {
+        let (sender, orders) = mpsc::channel(guest::ORDERS_MAX);
+        self.lines.insert(vm, Line { orders: sender, seen: None });
+        let (launcher, told) = (self.own.launcher.clone(), self.told.clone());
+        tokio::spawn(GuestTask { vm, epoch, launcher, orders, told }.run());
+    }
+
+    fn hear(&mut self, vm: VmId, epoch: Epoch, news: guest::Told) {
+        let Some(guest) = self.guests.get_mut(&vm).filter(|guest| guest.epoch == epoch) else { return };
+        match news {
+            guest::Told::Seen(seen) => {
+                let before =
+                    std::mem::replace(&mut guest.phase, Phase::Alive { status: seen.status, quiesced: seen.quiesced });
+                if before != guest.phase {
+                    tracing::info!(%vm, %epoch, status = ?seen.status, quiesced = seen.quiesced, "the guest's status");
+                }
+                if let Some(line) = self.lines.get_mut(&vm) {
+                    line.seen = Some(seen);
+                }
+            }
+            guest::Told::Undone(_) => {
+                self.undone.insert(vm);
+            }
+            guest::Told::Gone(ended) => {
+                let release = guest.release;
+                self.set_gone(vm, epoch, release, ended);
+            }
+        }
+    }
+
+    /// Confirmations and resets that a vmm did not take are due again. Stops go on by their own timers.
+    fn plan_undone_again(&mut self) {
+        for vm in std::mem::take(&mut self.undone) {
+            if let Some(guest) = self.guests.get_mut(&vm) {
+                guest.confirmed = None;
+                guest.reset = None;
+            }
+        }
+    }
+
+    fn work_done(&mut self, vm: VmId, worked: Worked) {
+        self.busy.remove(&vm);
+        match worked {
+            Worked::Started { epoch } => self.attend(vm, epoch),
+            Worked::NotStarted { epoch } => {
+                self.guests.remove(&vm);
+                self.own.marked.remove(&(vm, epoch));
+            }
+            Worked::Ended { epoch, release, ended } => self.set_gone(vm, epoch, release, ended),
+            Worked::Found { instead_of, found } => {
+                if let Some(epoch) = instead_of {
+                    self.guests.remove(&vm);
+                    self.own.marked.remove(&(vm, epoch));
+                }
+                self.take_in(vm, found);
+            }
+            Worked::Forgotten => {
+                self.guests.remove(&vm);
+                self.lines.remove(&vm);
+            }
+            Worked::Again => {}
+        }
+    }
+
+    fn publish(&self) {
+        let view = |(vm, guest): (&VmId, &Guest)| {
+            let seen = self.lines.get(vm).and_then(|line| line.seen);
+            GuestView {
+                vm: *vm,
+                epoch: guest.epoch,
+                release: guest.release,
+                phase: guest.phase.clone(),
+                deadline: seen.and_then(|seen| seen.deadline_ns).map(Boottime::from_ns).max(guest.confirmed),
+                pid: seen.and_then(|seen| seen.pid),
+                overhead_bytes: seen.and_then(|seen| seen.overhead_bytes),
+            }
+        };
+        let views: Vec<GuestView> = self.guests.iter().map(view).collect();
+        self.own.publish.send_if_modified(|published| {
+            let changed = **published != views;
+            if changed {
+                *published = Arc::new(views);
+            }
+            changed
+        });
+    }
+}
