@@ -1,0 +1,191 @@
+//! Duties: what the leader owes the cluster besides deciding, and what this host owes as storage manager.
+//!
+//! - On the leader: the commands of [`statemachine::planner`], each with its [`backoff`]; one step of the membership a second.
+//! - On every host: a storage manager in maintenance gives its duty up.
+//!
+//! `decide` judges every command again, so a duty that was planned on an old state does nothing. Silent hosts and grants are
+//! [`crate::grants`]' own.
+
+pub mod backoff;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use consensus::decider::Leadership;
+use statemachine::command::Actor;
+use statemachine::command::Command;
+use statemachine::command::Request;
+use statemachine::fold::Fold;
+use statemachine::ids::HostId;
+use statemachine::planner;
+use statemachine::state::Administrative;
+use statemachine::state::HostUsage;
+use statemachine::state::Liveness;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use self::backoff::Backoff;
+use crate::agent::cluster::Cluster;
+
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Duties proposed at one look; the rest follow at the next.
+const AT_ONCE: usize = 64;
+
+#[derive(Debug, Default)]
+pub struct DutyCounters {
+    pub issued: AtomicU64,
+    pub accepted: AtomicU64,
+    pub membership_steps: AtomicU64,
+}
+
+#[derive(Debug)]
+pub struct DutiesHandle {
+    counters: Arc<DutyCounters>,
+    shutdown: CancellationToken,
+}
+
+impl DutiesHandle {
+    pub fn counters(&self) -> &DutyCounters {
+        &self.counters
+    }
+
+    pub fn shutdown(&self) {
+        self.shutdown.cancel();
+    }
+}
+
+pub fn spawn(cluster: Arc<dyn Cluster>) -> DutiesHandle {
+    let counters = Arc::new(DutyCounters::default());
+    let shutdown = CancellationToken::new();
+    let planning = plan(cluster.clone(), counters.clone());
+    let membership = keep_membership(cluster.clone(), counters.clone());
+    let storage = give_up_storage(cluster);
+    for task in [
+        tokio::spawn(shutdown.clone().run_until_cancelled_owned(planning)),
+        tokio::spawn(shutdown.clone().run_until_cancelled_owned(membership)),
+        tokio::spawn(shutdown.clone().run_until_cancelled_owned(storage)),
+    ] {
+        drop(task);
+    }
+    DutiesHandle { counters, shutdown }
+}
+
+/// Waits until the state or the lead changed, or a second has passed. False when nobody will tell any more.
+async fn wait(fold: &mut watch::Receiver<Arc<Fold>>, leadership: &mut watch::Receiver<Leadership>) -> bool {
+    tokio::select! {
+        changed = fold.changed() => changed.is_ok(),
+        changed = leadership.changed() => changed.is_ok(),
+        () = tokio::time::sleep(LOOK_EVERY) => true,
+    }
+}
+
+async fn plan(cluster: Arc<dyn Cluster>, counters: Arc<DutyCounters>) {
+    let own = cluster.host();
+    let (mut fold, mut leadership) = (cluster.watch_fold(), cluster.leadership());
+    let began = Instant::now();
+    let mut backoff = Backoff::default();
+    let mut session = None;
+    let mut resources = Vec::new();
+    loop {
+        let applied = fold.borrow_and_update().clone();
+        let leads = leadership.borrow_and_update().ready_session();
+        if leads != session {
+            backoff.reset();
+            session = leads;
+        }
+        if session.is_some() {
+            let now_there = resources_of(&applied);
+            if now_there != resources {
+                // What fitted nowhere may fit now.
+                backoff.reset();
+                resources = now_there;
+            }
+            let mut ready = backoff.take(planner::due(&applied.state, own), began.elapsed());
+            ready.truncate(AT_ONCE);
+            for command in ready {
+                issue(&cluster, &counters, command).await;
+            }
+        }
+        if !wait(&mut fold, &mut leadership).await {
+            return;
+        }
+    }
+}
+
+async fn issue(cluster: &Arc<dyn Cluster>, counters: &DutyCounters, command: Command) {
+    let own = cluster.host();
+    counters.issued.fetch_add(1, Ordering::Relaxed);
+    let request = Request { actor: Actor::Duty(own), origin: own, idempotency: None, command: command.clone() };
+    match cluster.propose(request).await {
+        Ok(answer) => {
+            counters.accepted.fetch_add(1, Ordering::Relaxed);
+            tracing::debug!(seq = %answer.seq, ?command, "a duty is done");
+        }
+        Err(error) => tracing::info!(?command, "a duty is not done yet: {error}"),
+    }
+}
+
+/// What placements depend on beside the VMs themselves.
+fn resources_of(fold: &Fold) -> Vec<(HostId, Liveness, Administrative, HostUsage)> {
+    let hosts = fold.state.hosts.iter();
+    hosts.map(|(id, host)| (*id, host.liveness, host.administrative, host.usage)).collect()
+}
+
+async fn keep_membership(cluster: Arc<dyn Cluster>, counters: Arc<DutyCounters>) {
+    let leadership = cluster.leadership();
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        look.tick().await;
+        if leadership.borrow().ready_session().is_none() {
+            continue;
+        }
+        // Several steps in a row: a join is a learner first and a voter next.
+        loop {
+            match cluster.reconcile_membership().await {
+                Ok(Some(step)) => {
+                    counters.membership_steps.fetch_add(1, Ordering::Relaxed);
+                    tracing::info!("membership: {step}");
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::warn!("the membership was not changed: {error}");
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// The storage manager releases its permit itself once it is put into maintenance: nobody else may (DESIGN §5, *SPM*). There is
+/// no storage work in this release that would have to end first.
+async fn give_up_storage(cluster: Arc<dyn Cluster>) {
+    let own = cluster.host();
+    let (mut fold, mut leadership) = (cluster.watch_fold(), cluster.leadership());
+    loop {
+        let applied = fold.borrow_and_update().clone();
+        leadership.borrow_and_update();
+        let in_maintenance = |host: &statemachine::state::Host| host.administrative == Administrative::Maintenance;
+        if applied.state.hosts.get(&own).is_some_and(in_maintenance) {
+            let held = applied.state.data_centers.iter().filter(|(_, it)| it.spm.is_some_and(|spm| spm.host == own));
+            for (data_center, _) in held {
+                let command = Command::SpmRelease { data_center: *data_center };
+                let request = Request { actor: Actor::Host(own), origin: own, idempotency: None, command };
+                match cluster.propose(request).await {
+                    Ok(_) => tracing::info!(%data_center, "the storage manager's duty is given up for maintenance"),
+                    Err(error) => {
+                        tracing::warn!(%data_center, "the storage manager's duty is not given up yet: {error}");
+                        tokio::time::sleep(LOOK_EVERY).await;
+                    }
+                }
+            }
+        }
+        if !wait(&mut fold, &mut leadership).await {
+            return;
+        }
+    }
+}
