@@ -14,6 +14,8 @@ use crate::exit::Failure;
 
 /// Longest summary of an event's fields.
 const SUMMARY_MAX_CHARS: usize = 160;
+/// First characters of a hash: enough to compare by eye. JSON has all of it.
+const HASH_SHOWN: usize = 12;
 
 /// Names of the entities that a reader meets: `vm/<id>` as `vm/web1`.
 #[derive(Debug, Default)]
@@ -35,10 +37,25 @@ impl Names {
         self.0.get(entity).map_or(entity, String::as_str)
     }
 
+    /// `root@host/7` as `root@n2`.
+    fn actor(&self, actor: &str) -> String {
+        let (role, entity) = match actor.split_once('@') {
+            Some((role, entity)) => (format!("{role}@"), entity),
+            None => (String::new(), actor),
+        };
+        let named = self.of(entity);
+        match role.is_empty() {
+            true => named.to_owned(),
+            false => format!("{role}{}", named.strip_prefix("host/").unwrap_or(named)),
+        }
+    }
+
     /// A stream tells the names of what it creates.
     fn learn_from(&mut self, event: &EventView) {
         let name = match event.kind.as_str() {
-            "VmDefined" | "VmRenamed" => event.data.get("name"),
+            "SiteInitialised" | "DataCenterCreated" | "ClusterCreated" | "VmDefined" | "VmRenamed" => {
+                event.data.get("name")
+            }
             "HostJoined" => event.data.get("candidate").and_then(|candidate| candidate.get("name")),
             _ => None,
         };
@@ -70,7 +87,7 @@ impl EventLines {
                     &moment(event.at),
                     &event.kind,
                     &entities.join(","),
-                    self.names.of(&event.actor),
+                    &self.names.actor(&event.actor),
                     &summary(&event.data, &event.entities),
                 );
                 Ok(self.with_header(line))
@@ -127,13 +144,27 @@ fn summary(data: &Value, entities: &[String]) -> String {
     }
 }
 
+/// A stamp of the log as a moment; durations are too small to be one.
+fn point_in_time(ms: Option<u64>) -> Option<String> {
+    const YEAR_2001_MS: u64 = 1_000_000_000_000;
+    ms.filter(|ms| *ms > YEAR_2001_MS).map(|ms| moment(hostd_api::time::of_ms(ms)).replace(' ', "T"))
+}
+
+fn is_hash(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
 fn collect(parts: &mut Vec<String>, prefix: &str, data: &Value, entities: &[String], depth: usize) {
     let Value::Object(fields) = data else { return };
     for (name, value) in fields {
         let value = match value {
             Value::String(text) if text.is_empty() => continue,
             Value::String(text) if text.contains(' ') => format!("{text:?}"),
+            Value::String(text) if is_hash(text) => format!("{}..", &text[..HASH_SHOWN]),
             Value::String(text) => text.clone(),
+            Value::Number(number) if name.ends_with("_ms") => {
+                point_in_time(number.as_u64()).unwrap_or(number.to_string())
+            }
             Value::Number(number) => number.to_string(),
             Value::Bool(flag) => flag.to_string(),
             Value::Object(_) if depth == 0 => {

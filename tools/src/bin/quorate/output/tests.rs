@@ -104,6 +104,18 @@ fn an_event_line_names_what_the_stream_has_named_before() {
 }
 
 #[test]
+fn a_line_names_the_actor_and_shortens_hashes() {
+    let mut names = Names::default();
+    names.learn("host/1".into(), "n1");
+    let mut lines = EventLines::new(Format::Table, names);
+    let data = json!({"fingerprint": "ab".repeat(32), "not_after_ms": 1_826_795_216_000_u64, "ttl_ms": 5000});
+    let line = lines.event(&event("CertificateIssued", "host/1", data)).unwrap();
+    assert!(line.contains("host/n1") && line.contains("root@n1"), "{line}");
+    assert!(line.contains("fingerprint=abababababab.. not_after_ms=2027-11-2"), "{line}");
+    assert!(line.contains("ttl_ms=5000"), "{line}");
+}
+
+#[test]
 fn events_for_programs_are_one_json_object_a_line() {
     let mut lines = EventLines::new(Format::Json, Names::default());
     let text = lines.event(&event("VmDeleted", "vm/1", json!({}))).unwrap();

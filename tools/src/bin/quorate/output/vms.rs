@@ -2,6 +2,7 @@
 
 use hostd_api::read::Item;
 use hostd_api::read::List;
+use hostd_api::vm::DesiredView;
 use hostd_api::vm::ExitView;
 use hostd_api::vm::VmView;
 use statemachine::state::Disk;
@@ -40,7 +41,7 @@ impl Show for Item<VmView> {
         table.field("name", &vm.name);
         table.field("id", vm.id);
         table.field("status", vm.status);
-        table.field("wanted", format!("{} (run strategy {})", word(&vm.desired), word(&vm.run_strategy)));
+        table.field("wanted", format!("{} (run strategy {})", wanted(vm), word(&vm.run_strategy)));
         table.field("host", or_dash(vm.host_name.as_ref()));
         table.field("epoch", or_dash(vm.epoch));
         table.field("seen", or_dash(vm.observed.map(|status| word(&status))));
@@ -61,6 +62,15 @@ impl Show for Item<VmView> {
             table.field("last exit", exit_line(exit));
         }
         table.render()
+    }
+}
+
+/// How it is stopped matters only while it is being stopped.
+fn wanted(vm: &VmView) -> String {
+    match (vm.desired, vm.epoch) {
+        (DesiredView::Running, _) => "running".to_owned(),
+        (_, None) => "stopped".to_owned(),
+        (mode, Some(_)) => format!("stopped, by {}", word(&mode)),
     }
 }
 
