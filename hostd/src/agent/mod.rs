@@ -13,6 +13,8 @@
 
 pub mod adopt;
 pub mod cluster;
+#[cfg(test)]
+mod fake_vmm;
 pub mod group;
 pub mod guest;
 pub mod guest_files;
@@ -188,3 +190,7 @@ impl AgentHandle {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "agent_tests.rs"]
+mod tests;
