@@ -1,1 +1,40 @@
+//! The daemon of a Quorate host: agent, leader duties, API, metrics.
+//!
+//! The path of data, from a person to a guest and back (DESIGN §2):
+//!
+//! ```text
+//! api -> member.propose -> (log) -> fold -> agent -> vmm -> report -> (log) -> api::events
+//! ```
+//!
+//! - [`daemon`]: the process and its two phases; [`config`]: `hostd.toml`; [`notify`]: the service manager.
+//! - [`bootstrap`]: `init`, `join`, and who gets the authority's key.
+//! - [`member`]: this host as a member of a site: proposals, reads, alarms. [`work`]: what it does besides serving.
+//! - [`serve`], [`auth`], [`api`], [`console`]: connections, who is there, what they may ask.
+//! - [`agent`]: makes running guests equal to the permits of this host. [`lease`]: keeps them confirmed.
+//! - [`grants`]: the leader's side of leases; silence of hosts. [`duties`]: what a leader owes the cluster. [`watchdog`].
+//! - [`peer`]: hostd to hostd. [`facts`]: what this host tells about itself. [`metrics`]: what it counts.
+//!
+//! Start reading at [`daemon::run`].
 
+pub mod agent;
+pub mod api;
+pub mod auth;
+pub mod bootstrap;
+pub mod config;
+pub mod console;
+pub mod daemon;
+pub mod duties;
+pub mod facts;
+pub mod grants;
+pub mod lease;
+pub mod member;
+pub mod metrics;
+pub mod notify;
+pub mod peer;
+pub mod serve;
+#[cfg(test)]
+pub mod test_host;
+#[cfg(test)]
+pub mod test_site;
+pub mod watchdog;
+pub mod work;
