@@ -3,8 +3,9 @@
 //! The dirty bitmap is part of the type from the first day: a write by a device is invisible to KVM's dirty log, and a
 //! migration that misses one corrupts the guest in silence (reference peers-vmm §4.2, rule 2). One bit for a page of 4 KiB.
 
-use vm_memory::GuestAddress;
+use rustix::mm::{Advice, madvise};
 use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::machine::layout::Layout;
 
@@ -26,5 +27,22 @@ pub struct MemoryError {
 pub fn allocate(layout: &Layout) -> Result<GuestMemory, MemoryError> {
     let ram = layout.ram();
     let ranges: Vec<(GuestAddress, usize)> = ram.iter().map(|w| (GuestAddress(w.base), w.size as usize)).collect();
-    GuestMemory::from_ranges(&ranges).map_err(|source| MemoryError { bytes: ram.iter().map(|w| w.size).sum(), source })
+    let memory = GuestMemory::from_ranges(&ranges)
+        .map_err(|source| MemoryError { bytes: ram.iter().map(|w| w.size).sum(), source })?;
+    for region in memory.iter() {
+        advise(region);
+    }
+    Ok(memory)
+}
+
+/// Huge pages where the host gives them; and no guest RAM in a core dump, which also keeps the kernel from merging the mapping with
+/// a neighbour of ours, so that `metrics::overhead_bytes` can tell them apart.
+fn advise(region: &GuestRegion) {
+    let start = region.as_ptr().cast();
+    for advice in [Advice::LinuxDontDump, Advice::LinuxHugepage] {
+        // SAFETY: the range is the region's own mapping, and neither advice changes what it holds.
+        if let Err(error) = unsafe { madvise(start, region.len() as usize, advice) } {
+            tracing::debug!(%error, ?advice, "the host does not take this advice on guest memory");
+        }
+    }
 }
