@@ -2,21 +2,22 @@
 //!
 //! The guest must never wait for a reader: output goes into a ring of the last 64 KiB, into one bounded buffer for
 //! each attached client, and into the buffer of the log's own thread. A client that does not keep up is dropped; the log
-//! loses its oldest bytes and says how many. Input is bounded too, and every device of the hub receives it: a guest
-//! that reads its keyboard on `ttyS0` and one that reads it on `hvc0` both work without a setting.
+//! loses its oldest bytes and says how many. Input is bounded too, and goes to one device, the one in focus: two terminals
+//! that both got it would both echo it. [`keyboard_is_virtio`] says which one the guest's kernel reads.
 //!
 //! Start at [`ConsoleHub::device`] (the guest's side), [`ConsoleHub::attach`] (the reader's side) and
 //! [`serve_client`], which joins a reader's socket to the hub.
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 
+mod log;
+
+use log::LogThread;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -79,6 +80,8 @@ struct Shared {
 struct State {
     scrollback: VecDeque<u8>,
     devices: Vec<Arc<InputQueue>>,
+    /// Where input goes. Without one, to the first device.
+    focus: Option<Arc<InputQueue>>,
     clients: Vec<Arc<ClientBuffer>>,
     bytes_out: u64,
     clients_dropped: u64,
@@ -165,6 +168,11 @@ impl ConsoleHub {
         Ok(ConsoleDevice { shared: Arc::clone(&self.shared), input })
     }
 
+    /// What is typed goes to this device from now on.
+    pub fn focus(&self, device: &ConsoleDevice) {
+        locked(&self.shared.state).focus = Some(Arc::clone(&device.input));
+    }
+
     /// The reader's side. The scrollback is the first that it reads.
     pub fn attach(&self) -> Result<ConsoleClient, ConsoleError> {
         let ready = bell()?;
@@ -223,22 +231,28 @@ impl Shared {
         }
     }
 
-    /// Returns how many bytes the fullest device took.
+    /// Returns how many bytes the device in focus took.
     fn input(&self, bytes: &[u8]) -> usize {
         let state = locked(&self.state);
-        let mut taken = 0;
-        for device in &state.devices {
-            let mut queue = locked(&device.bytes);
-            let room = INPUT_QUEUE_BYTES.saturating_sub(queue.len());
-            let part = &bytes[..bytes.len().min(room)];
-            queue.extend(part);
-            taken = taken.max(part.len());
-            if !part.is_empty() {
-                ring(&device.ready);
-            }
+        let Some(device) = state.focus.as_ref().or(state.devices.first()) else {
+            return 0;
+        };
+        let mut queue = locked(&device.bytes);
+        let room = INPUT_QUEUE_BYTES.saturating_sub(queue.len());
+        let part = &bytes[..bytes.len().min(room)];
+        queue.extend(part);
+        if !part.is_empty() {
+            ring(&device.ready);
         }
-        taken
+        part.len()
     }
+}
+
+/// Whether a Linux guest reads its keyboard on the virtio console: `/dev/console` is the last `console=` of its
+/// command line, and the serial port without any.
+pub fn keyboard_is_virtio(cmdline: &str) -> bool {
+    let mut last_first = cmdline.split_ascii_whitespace().rev().filter_map(|word| word.strip_prefix("console="));
+    last_first.next().is_some_and(|name| name.starts_with("hvc"))
 }
 
 impl ClientBuffer {
@@ -280,7 +294,9 @@ impl ConsoleSource for ConsoleDevice {
 
 impl Drop for ConsoleDevice {
     fn drop(&mut self) {
-        locked(&self.shared.state).devices.retain(|queue| !Arc::ptr_eq(queue, &self.input));
+        let mut state = locked(&self.shared.state);
+        state.devices.retain(|queue| !Arc::ptr_eq(queue, &self.input));
+        state.focus.take_if(|queue| Arc::ptr_eq(queue, &self.input));
     }
 }
 
@@ -394,90 +410,6 @@ fn wait_for(output: &EventFd, stream: &UnixStream, wanted: PollFlags) -> io::Res
     Ok(socket.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR))
 }
 
-struct LogThread {
-    thread: JoinHandle<()>,
-}
-
-impl LogThread {
-    fn start(path: &Path, shared: Arc<Shared>) -> Result<Self, ConsoleError> {
-        let mut file = LogFile::open(path).map_err(|source| ConsoleError::OpenLog { path: path.to_owned(), source })?;
-        let thread = std::thread::Builder::new()
-            .name("console-log".into())
-            .spawn(move || {
-                while let Some((bytes, lost)) = next_log_batch(&shared) {
-                    if let Err(error) = file.append(&bytes, lost) {
-                        tracing::warn!(path = %file.path.display(), %error, "cannot write the console log");
-                    }
-                }
-            })
-            .map_err(ConsoleError::LogThread)?;
-        Ok(Self { thread })
-    }
-
-    fn finish(self, shared: &Shared) {
-        locked(&shared.log).closing = true;
-        shared.log_wake.notify_one();
-        // The buffer is bounded, so the rest is written soon; a hung disk is the only exception, and the process
-        // is about to end then, with or without this thread.
-        if self.thread.join().is_err() {
-            tracing::warn!("the console log's thread ended badly");
-        }
-    }
-}
-
-fn next_log_batch(shared: &Shared) -> Option<(VecDeque<u8>, u64)> {
-    let mut log = locked(&shared.log);
-    loop {
-        if !log.bytes.is_empty() || log.lost > 0 {
-            return Some((std::mem::take(&mut log.bytes), std::mem::take(&mut log.lost)));
-        }
-        if log.closing {
-            return None;
-        }
-        log = shared.log_wake.wait(log).unwrap_or_else(PoisonError::into_inner);
-    }
-}
-
-struct LogFile {
-    path: PathBuf,
-    file: File,
-    len: u64,
-}
-
-impl LogFile {
-    fn open(path: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new().create(true).append(true).open(path)?;
-        let len = file.metadata()?.len();
-        Ok(Self { path: path.to_owned(), file, len })
-    }
-
-    fn append(&mut self, bytes: &VecDeque<u8>, lost: u64) -> io::Result<()> {
-        if lost > 0 {
-            self.write(format!("\r\n[{lost} bytes of console output lost: slow log]\r\n").as_bytes())?;
-        }
-        let (first, second) = bytes.as_slices();
-        self.write(first)?;
-        self.write(second)
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if self.len + bytes.len() as u64 > LOG_ROTATE_BYTES && self.len > 0 {
-            self.rotate()?;
-        }
-        self.file.write_all(bytes)?;
-        self.len += bytes.len() as u64;
-        Ok(())
-    }
-
-    fn rotate(&mut self) -> io::Result<()> {
-        let mut old = self.path.clone().into_os_string();
-        old.push(".1");
-        std::fs::rename(&self.path, old)?;
-        *self = Self::open(&self.path)?;
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -521,19 +453,38 @@ mod tests {
     }
 
     #[test]
-    fn input_reaches_every_device_and_is_bounded() {
+    fn input_reaches_the_device_in_focus_and_is_bounded() {
         let hub = ConsoleHub::new();
         let (serial, virtio) = (hub.device().unwrap(), hub.device().unwrap());
         let client = hub.attach().unwrap();
-        assert_eq!(client.send_input(b"ls\n"), 3);
         let mut buffer = [0; 8];
+        assert_eq!(client.send_input(b"ls\n"), 3);
         assert_eq!(serial.read(&mut buffer), 3);
         assert_eq!(&buffer[..3], b"ls\n");
-        assert_eq!(virtio.read(&mut buffer), 3);
-        assert_eq!(virtio.ready().read().unwrap(), 1);
 
+        hub.focus(&virtio);
         assert_eq!(client.send_input(&vec![b'y'; 2 * INPUT_QUEUE_BYTES]), INPUT_QUEUE_BYTES);
         assert_eq!(client.send_input(b"z"), 0);
+        assert_eq!(serial.read(&mut buffer), 0);
+        assert_eq!(virtio.read(&mut buffer), 8);
+        assert_eq!(virtio.ready().read().unwrap(), 1);
+
+        drop(virtio);
+        assert_eq!(client.send_input(b"z"), 1);
+        assert_eq!(serial.read(&mut buffer), 1);
+    }
+
+    #[test]
+    fn the_keyboard_is_where_the_last_console_is() {
+        for (cmdline, is_virtio) in [
+            ("", false),
+            ("quiet console=ttyS0", false),
+            ("console=ttyS0,115200 console=hvc0 quiet", true),
+            ("console=hvc0 console=ttyS0", false),
+            ("noconsole=hvc0", false),
+        ] {
+            assert_eq!(keyboard_is_virtio(cmdline), is_virtio, "{cmdline}");
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::{Endings, Machine};
 use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError, BootFiles};
 use crate::bus::{BusError, MmioBus, PioBus, PioDevice};
-use crate::console_hub::{ConsoleError, ConsoleHub};
+use crate::console_hub::{self, ConsoleError, ConsoleHub};
 use crate::cpu::gate::RunGate;
 use crate::cpu::regs::{self, RegsError};
 use crate::cpu::vcpu::{Shared, Vcpu};
@@ -158,7 +158,11 @@ fn add_pci(
     let mut topology = Topology::new(map, msi.clone())?;
     let connect = |device: Arc<dyn VirtioDevice>| VirtioPci::new(device, memory.clone(), &*msi, vm.clone());
     let mut disks = Disks { all: Vec::new(), shared: Vec::new() };
-    let console = Console::open(Arc::new(context.console.device()?))?;
+    let keyboard = Arc::new(context.console.device()?);
+    if console_hub::keyboard_is_virtio(&context.config.cmdline) {
+        context.console.focus(&keyboard);
+    }
+    let console = Console::open(keyboard)?;
     topology.add_root_port_device(CONSOLE_SLOT, connect(console)?)?;
     // The place in the configuration is the slot: hostd writes disks in the order of the VM's definition.
     for (slot, disk) in (FIRST_DISK_SLOT..).zip(&context.config.disks) {

@@ -293,7 +293,7 @@ impl ConfigSpace {
         self.bytes = bytes;
         for at in 0..CONFIG_BYTES {
             // BAR flags and hard-wired zeros are the device's whatever the file says.
-            if at >= 0x10 && at < 0x30 {
+            if (0x10..0x30).contains(&at) {
                 let mask = self.writable[at];
                 self.bytes[at] = (self.reset[at] & !mask) | (self.bytes[at] & mask);
             }

@@ -16,6 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub mod chain;
 pub mod device;
+mod irq;
 pub mod pci;
 pub mod queue;
 pub mod registers;

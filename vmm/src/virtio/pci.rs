@@ -20,6 +20,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{Activation, ActiveQueue, DeviceError, QueuePosition, VirtioDevice, VirtioInterrupt};
+use super::irq::{Irq, Vectors};
 use super::locked;
 use super::registers::{Effect, NO_VECTOR, Registers, status};
 use crate::interrupt::{IoEvents, MsiSink};
@@ -43,9 +44,6 @@ const NOTIFY: u64 = 0x3000;
 const MSIX_TABLE: u64 = 0x4000;
 const MSIX_PENDING: u64 = 0x5000;
 const NOTIFY_MULTIPLIER: u32 = 4;
-
-const ISR_QUEUE: u8 = 1;
-const ISR_CONFIG: u8 = 2;
 
 /// cfg_type of the vendor capabilities.
 mod structure {
@@ -112,20 +110,6 @@ struct Inner {
     active: bool,
     /// Status as it was before a reset that is not finished.
     resetting: Option<u8>,
-}
-
-/// The part that the device's threads reach.
-struct Irq {
-    isr: AtomicU8,
-    needs_reset: AtomicBool,
-    config_changes: AtomicU8,
-    vectors: Mutex<Vectors>,
-}
-
-struct Vectors {
-    msix: Msix,
-    config: u16,
-    queues: Vec<u16>,
 }
 
 /// [`VirtioPci`] as it is saved.
@@ -561,28 +545,6 @@ impl PciFunction for VirtioPci {
             }
         }
         Ok(())
-    }
-}
-
-impl VirtioInterrupt for Irq {
-    fn queue_used(&self, index: u16) {
-        self.isr.fetch_or(ISR_QUEUE, Ordering::AcqRel);
-        let mut vectors = locked(&self.vectors);
-        let vector = vectors.queues.get(usize::from(index)).copied();
-        vectors.msix.trigger(vector.unwrap_or(NO_VECTOR));
-    }
-
-    fn config_changed(&self) {
-        self.config_changes.fetch_add(1, Ordering::AcqRel);
-        self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
-        let mut vectors = locked(&self.vectors);
-        let vector = vectors.config;
-        vectors.msix.trigger(vector);
-    }
-
-    fn needs_reset(&self) {
-        self.needs_reset.store(true, Ordering::Release);
-        self.config_changed();
     }
 }
 

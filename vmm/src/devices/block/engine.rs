@@ -8,22 +8,16 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestMemory as _, Permissions};
-
 use super::backend::{Backend, Completion, Io, Token};
 use super::config::{Geometry, MAX_REQUEST_BYTES, QUEUE_SIZE};
-use super::disk::AlignedBuffer;
 use super::metrics::{BlockMetrics, add};
+use super::pending::{Buffers, Pending, Prepared, Step};
 use super::request::{Answer, Operation, Parsed, Request, Status, parse};
 use crate::lease::quiesce::DiskGate;
-use crate::memory::GuestMemory;
-use crate::virtio::{DeviceQueue, QueueError, Segments};
+use crate::virtio::{DeviceQueue, QueueError};
 
 /// Memory that copies of unaligned requests may take at one time.
 const BOUNCE_BYTES: u64 = MAX_REQUEST_BYTES;
-/// Times that a request is started again because the kernel asked for it (EAGAIN, EINTR).
-const MAX_RETRIES: u32 = 16;
 /// The drain's own flush.
 const DRAIN_FLUSH: Token = 1 << 32;
 
@@ -61,29 +55,6 @@ pub struct Drain {
     flushing: bool,
     flush_failed: bool,
 }
-
-struct Pending {
-    request: Request,
-    /// Keeps the mapping under the buffers.
-    memory: GuestMemory,
-    buffers: Buffers,
-    done: u64,
-    retries: u32,
-    in_flight: bool,
-    /// The driver was reset: no answer.
-    orphan: bool,
-    write_through: bool,
-}
-
-#[derive(Default)]
-struct Buffers {
-    /// What the kernel was given.
-    list: Vec<libc::iovec>,
-    bounce: Option<AlignedBuffer>,
-}
-
-// SAFETY: the addresses lie in guest memory that `Pending::memory` keeps mapped, or in `bounce`.
-unsafe impl Send for Buffers {}
 
 /// What [`Engine::serve`] left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -531,146 +502,4 @@ impl Engine {
             std::mem::forget(self);
         }
     }
-}
-
-enum Prepared {
-    Ready { bounced: u64 },
-    NoRoom,
-    Unusable,
-}
-
-enum Step {
-    /// The kernel gave it back.
-    Park,
-    /// A part is done, or the kernel asks to try again.
-    Again,
-    End(Status),
-}
-
-impl Pending {
-    /// Lays out the buffers of what is left to transfer. The bytes of a new bounce buffer are counted.
-    fn prepare(&mut self, direct: Option<usize>, room: u64) -> Prepared {
-        let is_write = match self.request.operation {
-            Operation::Read { .. } => false,
-            Operation::Write { .. } => true,
-            _ => return Prepared::Ready { bounced: 0 },
-        };
-        if let Some(bounce) = self.buffers.bounce.as_mut() {
-            let (start, len) = (bounce.as_mut_ptr(), bounce.len());
-            let done = self.done as usize;
-            self.buffers.list = vec![libc::iovec {
-                // SAFETY: `done` is less than `len`.
-                iov_base: unsafe { start.add(done) }.cast(),
-                iov_len: len - done,
-            }];
-            return Prepared::Ready { bounced: 0 };
-        }
-        let Some(list) = host_buffers(&self.memory, &self.request.data, is_write, self.done) else {
-            return Prepared::Unusable;
-        };
-        let aligned = direct.is_none_or(|alignment| {
-            list.iter().all(|v| (v.iov_base as usize).is_multiple_of(alignment) && v.iov_len.is_multiple_of(alignment))
-        });
-        if aligned && list.len() <= libc::UIO_MAXIOV as usize {
-            self.buffers.list = list;
-            return Prepared::Ready { bounced: 0 };
-        }
-        let len = self.request.data.len();
-        if len > room {
-            return Prepared::NoRoom;
-        }
-        let Some(mut bounce) = AlignedBuffer::new(len as usize) else {
-            return Prepared::Unusable;
-        };
-        if is_write && !self.request.data.read(&self.memory, bounce.bytes_mut()) {
-            return Prepared::Unusable;
-        }
-        self.done = 0;
-        self.buffers.list = vec![libc::iovec { iov_base: bounce.as_mut_ptr().cast(), iov_len: bounce.len() }];
-        self.buffers.bounce = Some(bounce);
-        Prepared::Ready { bounced: len }
-    }
-
-    fn io(&self) -> Io<'_> {
-        let buffers = &self.buffers.list[..];
-        match self.request.operation {
-            Operation::Read { offset } => Io::Read { offset: offset + self.done, buffers },
-            Operation::Write { offset } => {
-                Io::Write { offset: offset + self.done, buffers, durable: self.write_through }
-            }
-            Operation::Flush => Io::Flush,
-            Operation::Discard { offset, len } => Io::Discard { offset, len },
-            Operation::Zero { offset, len, unmap } => Io::Zero { offset, len, unmap },
-        }
-    }
-
-    /// What a result means for the request.
-    fn advance(&mut self, result: i64) -> Step {
-        let transfers = matches!(self.request.operation, Operation::Read { .. } | Operation::Write { .. });
-        match i32::try_from(-result) {
-            Ok(libc::ECANCELED) => Step::Park,
-            Ok(libc::EINTR | libc::EAGAIN) if self.retries < MAX_RETRIES => {
-                self.retries += 1;
-                Step::Again
-            }
-            Ok(libc::EOPNOTSUPP) if !transfers => Step::End(Status::Unsupported),
-            Ok(error) if error > 0 => Step::End(Status::IoError),
-            _ if !transfers => Step::End(Status::Ok),
-            _ => {
-                self.done += result.unsigned_abs();
-                if self.done >= self.request.data.len() {
-                    Step::End(Status::Ok)
-                } else if result == 0 {
-                    // The file ended before the disk did: somebody cut it.
-                    Step::End(Status::IoError)
-                } else {
-                    Step::Again
-                }
-            }
-        }
-    }
-
-    /// Makes a read visible to the guest: copies a bounce buffer, marks what the kernel wrote as dirty.
-    fn deliver(&mut self) -> bool {
-        if let Some(bounce) = self.buffers.bounce.as_ref() {
-            return self.request.data.write(&self.memory, bounce.bytes());
-        }
-        for segment in self.request.data.iter() {
-            let slices = self.memory.get_slices(segment.address, segment.len as usize, Permissions::Write);
-            let Ok(slices) = slices else {
-                return false;
-            };
-            for slice in slices {
-                let Ok(slice) = slice else {
-                    return false;
-                };
-                slice.bitmap().mark_dirty(0, slice.len());
-            }
-        }
-        true
-    }
-}
-
-/// Host addresses of guest buffers, without their first `skip` bytes.
-fn host_buffers(memory: &GuestMemory, data: &Segments, is_write: bool, skip: u64) -> Option<Vec<libc::iovec>> {
-    let access = if is_write { Permissions::Read } else { Permissions::Write };
-    let mut list = Vec::with_capacity(data.count());
-    let mut skip = skip as usize;
-    for segment in data.iter() {
-        let slices = memory.get_slices(segment.address, segment.len as usize, access).ok()?;
-        for slice in slices {
-            let slice = slice.ok()?;
-            let skipped = skip.min(slice.len());
-            skip -= skipped;
-            if skipped == slice.len() {
-                continue;
-            }
-            list.push(libc::iovec {
-                // SAFETY: inside of the slice.
-                iov_base: unsafe { slice.ptr_guard_mut().as_ptr().add(skipped) }.cast(),
-                iov_len: slice.len() - skipped,
-            });
-        }
-    }
-    Some(list)
 }

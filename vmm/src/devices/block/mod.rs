@@ -2,7 +2,7 @@
 //!
 //! Path of a request: [`thread`] wakes on the doorbell and runs the [`engine`], which pops a chain, has it read by
 //! [`request`] (pure), gives it to the [`backend`] (io_uring in [`uring`], or the [`worker`] threads where io_uring is refused) straight
-//! from guest memory, and returns the chain when the kernel is done. One thread a disk, which never waits for the disk:
+//! from guest memory ([`pending`]), and returns the chain when the kernel is done. One thread a disk, which never waits for the disk:
 //! it can always be asked to cancel.
 //!
 //! Self-fence (DESIGN §5, hazard C8): [`BlockHandle`] implements [`Quiesce`](crate::lease::quiesce::Quiesce). The gate is checked before each submission; what the
@@ -24,6 +24,7 @@ pub mod device;
 pub mod disk;
 pub mod engine;
 pub mod metrics;
+mod pending;
 pub mod request;
 pub mod state;
 pub mod thread;
@@ -32,6 +33,8 @@ pub mod worker;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_of_hanging_disks;
 
 pub use config::{BlockConfig, BlockSize};
 pub use device::Block;
