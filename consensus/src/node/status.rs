@@ -47,7 +47,7 @@ pub struct NodeMetrics {
     pub snapshot_index: u64,
     pub purged_index: u64,
     pub applied_seq: Seq,
-    /// On the leader: since a majority last answered.
+    /// On a leader that is not the only voter: since a majority last answered.
     pub quorum_ack_age_ms: Option<u64>,
     /// Commands that wait for the decider.
     pub queued_commands: usize,
@@ -116,7 +116,10 @@ impl<R: AsyncRuntime> NodeOn<R> {
             snapshot_index: metrics.snapshot.map_or(0, |log_id| log_id.index),
             purged_index: metrics.purged.map_or(0, |log_id| log_id.index),
             applied_seq: inner.fold.borrow().head.seq,
-            quorum_ack_age_ms: metrics.last_quorum_acked.map(|at| at.elapsed().as_millis() as u64),
+            quorum_ack_age_ms: metrics
+                .last_quorum_acked
+                .filter(|_| voters.len() > 1)
+                .map(|at| at.elapsed().as_millis() as u64),
             queued_commands: inner.decider.queued(),
             members: members.filter(|member| member.host != inner.host).collect(),
             disk: inner.health.counters(),

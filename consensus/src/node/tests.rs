@@ -18,6 +18,7 @@ use statemachine::state::TokenPurpose;
 use uuid::Uuid;
 
 use super::*;
+use crate::platform::Clock;
 use crate::store::memory_disk::MemoryDisk;
 use crate::transport::memory::Switchboard;
 use crate::types::Proposal;
@@ -38,7 +39,11 @@ fn token(number: u8) -> Request {
 
 /// A member alone in its site.
 async fn alone() -> Node {
-    let platform = Platform { disk: Arc::new(MemoryDisk::new()), ..Platform::real() };
+    alone_on(Platform::real()).await
+}
+
+async fn alone_on(platform: Platform) -> Node {
+    let platform = Platform { disk: Arc::new(MemoryDisk::new()), ..platform };
     let config = NodeConfig::new("/data", "0.0.0.0:0".parse().unwrap(), "192.0.2.1:7443");
     let node = Node::start_on(config, platform, Switchboard::new().transport(HostId(1))).await.unwrap();
     let first_host = statemachine::command::HostCandidate {
@@ -108,16 +113,19 @@ async fn a_decider_whose_batch_is_superseded_begins_a_new_session_and_repeats_no
     node.close().await;
 }
 
+/// Ends nothing, and remembers what was said.
+#[derive(Default)]
+struct Said(Mutex<Vec<String>>);
+
+impl crate::platform::Exit for Said {
+    fn fatal(&self, why: &dyn std::fmt::Display) {
+        self.0.lock().unwrap().push(why.to_string());
+    }
+}
+
 /// Only a batch that fits and does not decode stops a host; one that is no batch at all cannot be shown not to fit.
 #[tokio::test]
 async fn bytes_that_are_no_batch_stop_the_host_in_words() {
-    #[derive(Default)]
-    struct Said(Mutex<Vec<String>>);
-    impl crate::platform::Exit for Said {
-        fn fatal(&self, why: &dyn std::fmt::Display) {
-            self.0.lock().unwrap().push(why.to_string());
-        }
-    }
     let said = Arc::new(Said::default());
     let platform = Platform { disk: Arc::new(MemoryDisk::new()), exit: said.clone(), ..Platform::real() };
     let config = NodeConfig::new("/data", "0.0.0.0:0".parse().unwrap(), "192.0.2.1:7443");
@@ -134,4 +142,63 @@ async fn bytes_that_are_no_batch_stop_the_host_in_words() {
     node.inner.raft.write(Proposal::new(vec![garbage])).responder(responder).await.unwrap();
     assert!(completion.await.is_err(), "its proposer is not answered");
     assert!(said.0.lock().unwrap()[0].contains("does not decode"), "{:?}", said.0.lock().unwrap());
+}
+
+/// A clock that runs ahead of the real one by as much as the test says.
+#[derive(Default)]
+struct Skewed(AtomicU64);
+
+impl Clock for Skewed {
+    fn wall_ms(&self) -> u64 {
+        crate::platform::RealClock.wall_ms()
+    }
+
+    fn boottime_ns(&self) -> u64 {
+        crate::platform::RealClock.boottime_ns() + self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A lone voter is acknowledged by nobody: that is no refusal, and it goes on for ever.
+#[tokio::test]
+async fn a_lone_leader_is_not_refused_by_silence() {
+    let node = alone().await;
+    // Longer than a refused leader of several voters is given.
+    tokio::time::sleep(Duration::from_millis(config::REFUSED_LEADER_MS + 1000)).await;
+    assert!(!node.metrics().guard.is_refused);
+    assert_eq!(node.metrics().quorum_ack_age_ms, None);
+    node.propose(token(1)).await.unwrap();
+    node.close().await;
+}
+
+/// Hazard H21: heartbeats do not need the leader's disk, so a leader whose disk hangs would lead for ever.
+#[tokio::test]
+async fn a_leader_whose_disk_hangs_gives_up_the_lead_or_ends() {
+    let (said, clock) = (Arc::new(Said::default()), Arc::new(Skewed::default()));
+    let node = alone_on(Platform { exit: said.clone(), clock: clock.clone(), ..Platform::real() }).await;
+    let until = async |holds: &dyn Fn() -> bool| {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+        while !holds() {
+            assert!(tokio::time::Instant::now() < deadline, "{:?}", node.metrics().guard);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    // Whatever else the writer ends meanwhile, this append does not.
+    let hung_since_ns = clock.boottime_ns();
+    let hang = || node.inner.health.append_began(hung_since_ns);
+    clock.0.fetch_add(3_000_000_000, Ordering::Relaxed);
+    until(&|| {
+        hang();
+        node.metrics().guard.is_gray
+    })
+    .await;
+    assert_eq!(node.metrics().guard.hand_overs, 1, "it asked for a successor");
+    assert!(said.0.lock().unwrap().is_empty(), "and gave it time");
+    clock.0.fetch_add(3_000_000_000, Ordering::Relaxed);
+    until(&|| {
+        hang();
+        !said.0.lock().unwrap().is_empty()
+    })
+    .await;
+    assert!(said.0.lock().unwrap()[0].contains("disk hangs"));
+    node.close().await;
 }

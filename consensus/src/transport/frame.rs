@@ -81,6 +81,14 @@ pub fn decode_response(host: HostId, payload: Bytes) -> Result<Bytes, TransportE
     }
 }
 
+/// An error with its causes: "connection lost" alone does not say whether the peer timed out or was reset.
+fn in_full(error: &std::io::Error) -> String {
+    let first: Option<&dyn std::error::Error> = error.get_ref().map(|inner| inner as _);
+    let causes: Vec<String> =
+        std::iter::successors(first, |error| error.source()).map(|cause| cause.to_string()).collect();
+    if causes.is_empty() { error.to_string() } else { causes.join(": ") }
+}
+
 /// Writes one record.
 pub async fn write_record<W: AsyncWrite + Unpin>(
     host: HostId,
@@ -92,7 +100,7 @@ pub async fn write_record<W: AsyncWrite + Unpin>(
         return Err(TransportError::TooLong { len: payload.len(), limit: codec::MAX_PAYLOAD });
     }
     let record = codec::seal(kind, payload);
-    stream.write_all(&record).await.map_err(|error| TransportError::Closed { host, why: error.to_string() })
+    stream.write_all(&record).await.map_err(|error| TransportError::Closed { host, why: in_full(&error) })
 }
 
 /// Reads one record's payload; `None` at the orderly end, between records.
@@ -101,7 +109,7 @@ pub async fn read_record<R: AsyncRead + Unpin>(
     stream: &mut R,
     kind: RecordKind,
 ) -> Result<Option<Bytes>, TransportError> {
-    let closed = |error: std::io::Error| TransportError::Closed { host, why: error.to_string() };
+    let closed = |error: std::io::Error| TransportError::Closed { host, why: in_full(&error) };
     let bad = |source| TransportError::BadRecord { host, source };
     let mut header = [0; HEADER_LEN];
     let first = stream.read(&mut header).await.map_err(closed)?;

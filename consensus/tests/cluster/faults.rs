@@ -132,3 +132,21 @@ async fn a_host_that_was_away_through_a_purge_gets_a_snapshot_and_the_whole_stre
         }
     }
 }
+
+/// Hazard C15: answers that come later than a lease lasts take it from every leader; when the network is quick again,
+/// so is the site.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn late_answers_stop_commits_and_wedge_nobody() {
+    let site = Site::over_memory().await.of_three().await;
+    site.accept(keyed("before")).await;
+    site.switchboard().set_delay(Duration::from_millis(600));
+    let mut round = 0;
+    site.until("no leader holds its lease", async || {
+        round += 1;
+        site.node(site.hosts()[0]).propose(keyed(&format!("slow{round}"))).await.is_err()
+    })
+    .await;
+    site.switchboard().set_delay(Duration::ZERO);
+    site.accept(keyed("after")).await;
+    site.agree().await;
+}

@@ -7,12 +7,17 @@ use bytes::Bytes;
 use consensus::pki::ClusterCa;
 use consensus::platform::RealEntropy;
 use consensus::transport::Channel;
+use consensus::transport::Handler;
 use consensus::transport::Peer;
 use consensus::transport::PeerKind;
+use consensus::transport::PeerStream;
+use consensus::transport::Refusal;
 use consensus::transport::Transport;
 use consensus::transport::TransportError;
 use consensus::transport::quic::QuicTransport;
 use consensus::transport::quic::keys::TransportKeys;
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use statemachine::HostId;
 use statemachine::SiteId;
 use statemachine::command::Command;
@@ -92,4 +97,54 @@ async fn a_removed_host_is_cut_off_while_it_is_connected() {
 fn listen(ca: &ClusterCa, host: HostId) -> Arc<QuicTransport> {
     let keys = TransportKeys::generate(&RealEntropy);
     QuicTransport::listen(identity(ca, host), "127.0.0.1:0".parse().unwrap(), &keys).unwrap()
+}
+
+/// Both keys persisted: a killed and restarted host answers the dead connection's first packet with a reset, instead of
+/// leaving its peer to wait for the idle timeout.
+#[test]
+fn a_killed_host_that_returns_is_reachable_at_once() {
+    let ca = ClusterCa::create(SiteId(Uuid::from_u128(7)), now_ms()).unwrap();
+    let keys = TransportKeys::generate(&RealEntropy);
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let limit = Duration::from_secs(10);
+
+    let caller_runtime = runtime();
+    let caller = caller_runtime.block_on(async { listen(&ca, HostId(1)) });
+    let life = runtime();
+    let first = life.block_on(async { serving(&ca, "127.0.0.1:0", &keys) });
+    let address = first.local_address().unwrap().to_string();
+    let ping = || caller.call(Peer { host: HostId(2), address: address.clone() }, Channel::Ping, Bytes::new(), limit);
+    caller_runtime.block_on(ping()).unwrap();
+
+    // Its runtime goes away with it: no farewell leaves the socket, as after a SIGKILL.
+    drop(first);
+    life.shutdown_timeout(limit);
+    let life = runtime();
+    let _second = life.block_on(async { serving(&ca, &address, &keys) });
+
+    let error = caller_runtime.block_on(ping()).unwrap_err();
+    assert!(error.to_string().contains("reset"), "the old connection is reset, it does not time out: {error}");
+    caller_runtime.block_on(ping()).unwrap();
+}
+
+fn serving(ca: &ClusterCa, address: &str, keys: &TransportKeys) -> Arc<QuicTransport> {
+    let transport = QuicTransport::listen(identity(ca, HostId(2)), address.parse().unwrap(), keys).unwrap();
+    transport.serve(Arc::new(Pong));
+    transport
+}
+
+struct Pong;
+
+impl Handler for Pong {
+    fn admits(&self, _host: HostId) -> bool {
+        true
+    }
+
+    fn call(&self, _from: HostId, _channel: Channel, _body: Bytes) -> BoxFuture<'static, Result<Bytes, Refusal>> {
+        async { Ok(Bytes::new()) }.boxed()
+    }
+
+    fn stream(&self, _from: HostId, _channel: Channel, _stream: PeerStream) -> BoxFuture<'static, ()> {
+        async {}.boxed()
+    }
 }
