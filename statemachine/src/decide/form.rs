@@ -72,11 +72,14 @@ pub(super) fn vm_spec(spec: &VmSpec) -> Result<(), Rejection> {
         let why = format!("{} MiB asked for, 16 to {} are possible", spec.memory_mib, VmSpec::MAX_MEMORY_MIB);
         return Err(invalid("memory", why));
     }
+    if !spec.memory_mib.is_multiple_of(VmSpec::MEMORY_GRANULE_MIB) {
+        return Err(invalid("memory", format!("{} MiB is not a multiple of 2 MiB", spec.memory_mib)));
+    }
     path("kernel", &spec.kernel)?;
     if let Some(initrd) = &spec.initrd {
         path("initrd", initrd)?;
     }
-    text("cmdline", &spec.cmdline, VmSpec::MAX_TEXT)?;
+    text("cmdline", &spec.cmdline, VmSpec::MAX_CMDLINE)?;
     if spec.disks.len() > VmSpec::MAX_DISKS {
         return Err(invalid("disks", format!("{} asked for, at most {}", spec.disks.len(), VmSpec::MAX_DISKS)));
     }

@@ -71,7 +71,10 @@ impl VmSpec {
     pub const MAX_VCPUS: u32 = 64;
     pub const MAX_MEMORY_MIB: u64 = 4 << 20;
     pub const MAX_DISKS: usize = 16;
-    pub const MAX_TEXT: usize = 2048;
+    /// A huge page: guest RAM is a whole number of them.
+    pub const MEMORY_GRANULE_MIB: u64 = 2;
+    /// Linux takes 2047 bytes; the host appends the epoch.
+    pub const MAX_CMDLINE: usize = 2000;
 
     /// DESIGN §5: `lease` for highly available guests, `operator` for the rest.
     pub fn release_class(&self) -> ReleaseClass {

@@ -31,7 +31,7 @@ pub async fn tell(stage: &mut Stage) -> Result<()> {
     // Beside the leader, so that the leader's loss is not the guest's.
     let runner = stage.hosts().find(|host| *host != leader).unwrap_or(HostId(2));
     let asker = stage.hosts().find(|host| *host != leader && *host != runner).unwrap_or(HostId(3));
-    let create = ["vm", "create", "web1", "--vcpus", "2", "--memory", "256", "--kernel", KERNEL, "--initrd", INITRD];
+    let create = ["vm", "create", "web1", "--vcpus", "2", "--memory", "256MiB", "--kernel", KERNEL, "--initrd", INITRD];
     let create: Vec<&str> = create.into_iter().chain(["--cmdline", "console=ttyS0 quiet"]).collect();
     stage.quorate(asker, &create).await?;
     let asked_ns = stage.now_ns();
@@ -59,7 +59,7 @@ pub async fn tell(stage: &mut Stage) -> Result<()> {
     stage
         .until("the next commit", Duration::from_secs(60), async || {
             let done = stage
-                .try_quorate(asker, &["vm", "create", "web2", "--vcpus", "1", "--memory", "64", "--kernel", KERNEL])
+                .try_quorate(asker, &["vm", "create", "web2", "--vcpus", "1", "--memory", "64MiB", "--kernel", KERNEL])
                 .await?;
             Ok((done.code == 0 || done.stderr.contains("exists already")).then_some(()))
         })

@@ -35,7 +35,7 @@ impl Guest {
     pub async fn define(stage: &Stage, asked: HostId, name: &str, shape: &Shape<'_>) -> Result<Guest> {
         let vcpus = shape.vcpus.to_string();
         let disk = shape.disk.map(|export| format!("root=/dev/disk/by-id/virtio-{export}"));
-        let mut words = vec!["vm", "create", name, "--vcpus", &vcpus, "--memory", "192"];
+        let mut words = vec!["vm", "create", name, "--vcpus", &vcpus, "--memory", "192MiB"];
         words.extend(["--kernel", KERNEL, "--initrd", INITRD, "--cmdline", "console=ttyS0 quiet"]);
         if let Some(disk) = &disk {
             words.extend(["--disk", disk]);

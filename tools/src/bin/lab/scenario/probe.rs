@@ -80,7 +80,7 @@ impl Probe {
     /// Defines the subject, gets a token, and starts writing through all hosts.
     pub async fn start(stage: &Stage) -> Result<Probe> {
         let first = HostId(1);
-        let define = ["vm", "create", SUBJECT, "--vcpus", "1", "--memory", "64", "--kernel", KERNEL];
+        let define = ["vm", "create", SUBJECT, "--vcpus", "1", "--memory", "64MiB", "--kernel", KERNEL];
         stage.quorate(first, &define).await?;
         let said = stage.query(first, &["token", "create", "--admin", "--ttl", "3h"]).await?;
         let token = said["token"].as_str().context("no token was printed")?;
