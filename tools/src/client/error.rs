@@ -61,6 +61,9 @@ impl ClientError {
                 "run it as root, or use --server with --ca and --token-file"
             }
             (true, _) => "start it with `systemctl start hostd`, or name another host with --server",
+            (false, _) if why.contains("not valid for name") => {
+                "name the host by the address in its hostd.toml: its certificate is for that"
+            }
             (false, _) if why.contains("certificate") => {
                 "its certificate is not of the site whose CA --ca names; check both"
             }

@@ -39,7 +39,7 @@ where
         };
         if Instant::now() + LOOK_EVERY > deadline {
             let limit = humane(wait.timeout);
-            let why = format!("{what} is not there after {limit}: {doing}; what was asked for goes on");
+            let why = format!("gave up on {what} after {limit}: {doing}; what was asked for goes on");
             return Err(Failure::WaitedTooLong(why));
         }
         spinner.set_message(doing);

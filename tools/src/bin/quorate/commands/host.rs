@@ -60,7 +60,8 @@ pub async fn wait_for(
         Ok(match seen.status == status {
             true => Look::Done(()),
             false if seen.usage.vms > 0 && status == HostStatus::Maintenance => {
-                Look::NotYet(format!("{}, {} VMs left on it", seen.status, seen.usage.vms))
+                let left = output::agree(u64::from(seen.usage.vms), "VM");
+                Look::NotYet(format!("it is {}, with {left} left on it", seen.status))
             }
             false => Look::NotYet(format!("it is {}", seen.status)),
         })

@@ -47,7 +47,7 @@ async fn belongs(context: &Context, membership: &Membership, wait: Wait) -> Resu
 
 pub async fn leave(context: &Context) -> Result<(), Failure> {
     let answer = context.client.leave().await?;
-    let sentence = format!("this host left its site (seq {}); to use it again, wipe its state and join it", answer.seq);
+    let sentence = format!("this host left its site (seq {}); `quorate join TOKEN` enters one again", answer.seq);
     output::done(context.format, &answer, &sentence)
 }
 

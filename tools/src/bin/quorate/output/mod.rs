@@ -14,6 +14,7 @@ pub use events::EventLines;
 pub use events::Names;
 pub use site::disagreement;
 pub use table::Table;
+pub use table::agree;
 pub use vms::exit_line;
 
 use std::io;

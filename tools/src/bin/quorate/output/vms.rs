@@ -17,7 +17,9 @@ use super::word;
 impl Show for List<VmView> {
     fn table(&self) -> String {
         let mut table = Table::with_header(&["NAME", "STATUS", "HOST", "VCPUS", "MEMORY", "RUN", "HA", "ID"]);
-        for vm in &self.items {
+        let mut vms: Vec<&VmView> = self.items.iter().collect();
+        vms.sort_by(|a, b| a.name.cmp(&b.name));
+        for vm in vms {
             table.row(vec![
                 vm.name.clone(),
                 vm.status.to_string(),
@@ -48,7 +50,7 @@ impl Show for Item<VmView> {
         table.field("released by", word(&vm.release));
         table.field("highly available", yes_no(spec.highly_available));
         table.field("cluster", &vm.cluster_name);
-        let pending = if vm.spec_pending { " (changed; it runs with the older ones until its next start)" } else { "" };
+        let pending = if vm.spec_pending { " (changed: until its next start it runs as it was)" } else { "" };
         table.field("machine", format!("{}{pending}", word(&spec.machine)));
         table.field("vcpus", spec.vcpus);
         table.field("memory", memory(spec.memory_mib));
