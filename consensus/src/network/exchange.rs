@@ -100,6 +100,9 @@ struct Exchange {
     limit: Duration,
 }
 
+/// What openraft is told of one request.
+type Answered<R> = Result<StreamAppendResult<TypeConfig<R>>, RPCError<TypeConfig<R>>>;
+
 enum Step {
     Answer(AppendAnswer),
     /// All sent, all answered.
@@ -112,7 +115,7 @@ pub(super) fn exchange<R, S>(
     stream: PeerStream,
     input: S,
     limit: Duration,
-) -> BoxStream<'static, Result<StreamAppendResult<TypeConfig<R>>, RPCError<TypeConfig<R>>>>
+) -> BoxStream<'static, Answered<R>>
 where
     R: AsyncRuntime,
     S: Stream<Item = AppendEntriesRequest<TypeConfig<R>>> + OptionalSend + Unpin + 'static,

@@ -72,7 +72,7 @@ struct Machine {
 
 enum Net {
     Memory(Switchboard),
-    Quic(ClusterCa),
+    Quic(Box<ClusterCa>),
 }
 
 pub struct Site {
@@ -94,7 +94,7 @@ impl Site {
 
     pub async fn over_quic() -> Site {
         let ca = ClusterCa::create(SiteId(Uuid::from_u128(7)), now_ms()).unwrap();
-        Site::found(Net::Quic(ca), |_| ()).await
+        Site::found(Net::Quic(Box::new(ca)), |_| ()).await
     }
 
     /// Three hosts that vote.
