@@ -55,7 +55,7 @@ pub struct VmSpecBody {
     /// Default 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vcpus: Option<u32>,
-    /// Default 512.
+    /// Default 512; a multiple of 2.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_mib: Option<u64>,
     /// Path on the hosts, under an allowed directory; needed to create.
