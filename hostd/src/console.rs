@@ -145,3 +145,58 @@ async fn join_ends(
         () = member.cancel().cancelled() => {}
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::UnixListener;
+    use vmm_control::protocol::ErrorCode;
+    use vmm_control::protocol::Notice;
+    use vmm_control::protocol::Reply;
+
+    use super::*;
+
+    /// A vmm that answers one request with these bytes, then echoes.
+    fn vmm(answer: Vec<u8>) -> (tempfile::TempDir, std::path::PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("control.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut stream = BufReader::new(stream);
+            let mut line = Vec::new();
+            stream.read_until(b'\n', &mut line).await.unwrap();
+            assert_eq!(VmmRequest::decode(&line).unwrap().call, Call::ConsoleAttach);
+            stream.write_all(&answer).await.unwrap();
+            let mut byte = [0];
+            while stream.read_exact(&mut byte).await.is_ok() {
+                stream.write_all(&byte).await.unwrap();
+            }
+        });
+        (directory, path)
+    }
+
+    #[tokio::test]
+    async fn what_the_guest_says_with_the_reply_is_not_lost() {
+        let mut answer = Message::Notice(Notice::Resumed).encode();
+        answer.extend(Message::Reply(Reply::ok(1, ())).encode());
+        answer.extend(b"login: ");
+        let (_directory, path) = vmm(answer);
+        let mut console = attach(&path).await.unwrap();
+        console.write_all(b"root\n").await.unwrap();
+        let mut seen = [0; 12];
+        console.read_exact(&mut seen).await.unwrap();
+        assert_eq!(&seen, b"login: root\n");
+    }
+
+    #[tokio::test]
+    async fn a_console_that_is_not_there_is_a_problem_in_words() {
+        let refused = Message::Reply(Reply::error(1, ErrorCode::NotNow, "the guest is ending")).encode();
+        for (answer, words) in [(refused, "the guest is ending"), (b"nonsense\n".to_vec(), "request")] {
+            let (_directory, path) = vmm(answer);
+            let problem = attach(&path).await.unwrap_err();
+            assert!(problem.is(Code::NotRunning) && problem.detail.contains(words), "{problem:?}");
+        }
+        let problem = attach(Path::new("/nonexistent/control.sock")).await.unwrap_err();
+        assert!(problem.is(Code::NotRunning) && problem.action.is_some());
+    }
+}

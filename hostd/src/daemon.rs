@@ -44,6 +44,8 @@ const STOP_WITHIN: Duration = Duration::from_millis(1500);
 /// A new host hears of its own join from the leader within this.
 const HEARD_WITHIN: Duration = Duration::from_secs(20);
 
+const PORT_WITHIN: Duration = Duration::from_secs(3);
+
 pub struct Daemon {
     config: Arc<Config>,
     member: watch::Sender<Option<Arc<Member>>>,
@@ -179,16 +181,33 @@ impl Daemon {
         member.hand_over().await;
         let answer = member.propose(Actor::Root(own), None, command).await?;
         tracing::info!(seq = %answer.seq, "this host left its site");
+        let name = format!("left-{}-{}", member.site(), answer.seq);
         member.stop().await;
         self.member.send_replace(None);
-        self.set_aside(&format!("left-{}-{}", member.site(), answer.seq)).map_err(|error| {
+        drop(member);
+        self.set_aside(&name).map_err(|error| {
             let problem = Problem::new(
                 Code::Internal,
                 format!("this host left its site, but its state cannot be set aside: {error}"),
             );
             problem.action(format!("stop hostd and move {} away", self.config.data_dir.display()))
         })?;
+        self.wait_for_port().await;
         Ok(answer)
+    }
+
+    /// Sockets close when the last answer on its way has let go of them; whoever joins next needs the port.
+    async fn wait_for_port(&self) {
+        let address = self.config.address;
+        let free = || std::net::UdpSocket::bind(address).is_ok() && std::net::TcpListener::bind(address).is_ok();
+        let deadline = tokio::time::Instant::now() + PORT_WITHIN;
+        while !free() {
+            if tokio::time::Instant::now() >= deadline {
+                tracing::warn!(%address, "the port of the site that was left is still open; restart hostd before the next join");
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     fn set_aside(&self, name: &str) -> std::io::Result<()> {

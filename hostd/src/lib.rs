@@ -16,6 +16,9 @@
 //!
 //! Start reading at [`daemon::run`].
 
+// A refusal in full words is made at most once a request; boxing it everywhere would only hide it.
+#![allow(clippy::result_large_err)]
+
 pub mod agent;
 pub mod api;
 pub mod auth;

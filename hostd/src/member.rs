@@ -10,6 +10,7 @@ use std::time::Duration;
 use std::time::SystemTime;
 use std::time::UNIX_EPOCH;
 
+use consensus::decider::Leadership;
 use consensus::decider::ProposeError;
 use consensus::node::Node;
 use consensus::node::NodeConfig;
@@ -191,28 +192,22 @@ impl Member {
         LogSource(EventStore::clone(self.node.events()))
     }
 
-    /// Sends a command to the leader. Waits for a leader within reason; what may have happened already is repeated only
-    /// under its idempotency key.
+    /// Sends a command to the leader, and goes on through a change of leader. Every command has an idempotency key,
+    /// the caller's or one of our own, so that repeating what may have happened already is safe.
     pub async fn propose(
         &self,
         actor: Actor,
         idempotency: Option<IdempotencyKey>,
         command: Command,
     ) -> Result<Answer, Problem> {
+        let idempotency = idempotency.or_else(|| Some(own_key()));
         let request = Request { actor, origin: self.own(), idempotency, command };
         let deadline = Instant::now() + WRITE_PATIENCE;
         let outcome = loop {
-            let error = match self.node.propose(request.clone()).await {
-                Ok(answer) => break Ok(answer),
-                Err(error) => error,
-            };
-            let safe = match &error {
-                ProposeError::Rejected(_) => false,
-                ProposeError::Retry { .. } => request.idempotency.is_some(),
-                ProposeError::Busy { .. } | ProposeError::NoLeader | ProposeError::NotLeader { .. } => true,
-            };
-            if !safe || Instant::now() + WRITE_PAUSE >= deadline {
-                break Err(error);
+            let outcome = self.propose_to_this_leader(&request).await;
+            let is_final = matches!(outcome, Ok(_) | Err(ProposeError::Rejected(_)));
+            if is_final || Instant::now() + WRITE_PAUSE >= deadline {
+                break outcome;
             }
             tokio::time::sleep(WRITE_PAUSE).await;
         };
@@ -223,6 +218,25 @@ impl Member {
             tracing::warn!(seq = %answer.seq, "this host is behind the leader");
         }
         Ok(answer)
+    }
+
+    /// One try. A leader that lost power keeps its connections open until they time out; a new leader ends the wait.
+    async fn propose_to_this_leader(&self, request: &Request) -> Result<Answer, ProposeError> {
+        let own = self.own();
+        let leader_of = |leadership: &Leadership| match leadership {
+            Leadership::Leading { .. } => Some(own),
+            Leadership::Following { leader } => *leader,
+        };
+        let mut leadership = self.node.leadership();
+        let asked = leader_of(&leadership.borrow());
+        tokio::select! {
+            biased;
+            answered = self.node.propose(request.clone()) => answered,
+            changed = leadership.wait_for(|now| asked.is_some() && leader_of(now).is_some_and(|leader| Some(leader) != asked)) => {
+                drop(changed);
+                Err(ProposeError::Retry { why: "the leader changed".to_owned() })
+            }
+        }
     }
 
     /// The fold, as fresh as the caller wants it.
@@ -285,10 +299,9 @@ impl Member {
             return;
         }
         let mut leadership = self.node.leadership();
-        let other_leads = leadership.wait_for(|leadership| {
-            use consensus::decider::Leadership;
-            matches!(leadership, Leadership::Following { leader: Some(leader) } if *leader != self.own())
-        });
+        let other_leads = leadership.wait_for(
+            |leadership| matches!(leadership, Leadership::Following { leader: Some(leader) } if *leader != self.own()),
+        );
         let _ = tokio::time::timeout(Duration::from_secs(5), other_leads).await;
     }
 
@@ -360,8 +373,15 @@ impl Member {
         if let Some(work) = self.work() {
             work.stop().await;
         }
+        // The handlers hold the node, and the node its handlers.
+        self.node.set_peer_handler(Arc::new(peer::Router::new()));
         self.node.shutdown().await;
     }
+}
+
+/// A key that nobody else has. The body is this very request, so its hash says nothing.
+fn own_key() -> IdempotencyKey {
+    IdempotencyKey { key: format!("hostd-{}", uuid::Uuid::new_v4()), body_hash: [0; 32] }
 }
 
 pub fn now_ms() -> u64 {

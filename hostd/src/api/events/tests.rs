@@ -101,7 +101,7 @@ fn batch(seq: u64, events: Vec<Event>) -> Batch {
 
 /// `count` batches, each with three events about hosts 1, 2 and 3; `activated` only in every tenth.
 fn log(count: u64) -> Vec<Batch> {
-    let third = |seq: u64| if seq % 10 == 0 { activated(3) } else { suspected(3) };
+    let third = |seq: u64| if seq.is_multiple_of(10) { activated(3) } else { suspected(3) };
     (1..=count).map(|seq| batch(seq, vec![suspected(1), suspected(2), third(seq)])).collect()
 }
 
