@@ -149,12 +149,8 @@ impl Guard {
         let silent = acked.flatten().is_some_and(|age| age > Duration::from_millis(REFUSED_LEADER_MS));
         let was_refused = std::mem::replace(&mut self.report.is_refused, false);
         let peers = inner.peers();
-        // A lone voter is its own majority, and nobody acknowledges anything to it.
+        // A lone voter is its own majority: openraft notes no acknowledgement, and nobody refuses.
         if !silent || peers.is_empty() {
-            return;
-        }
-        if peers.is_empty() {
-            // A site of one voter is its own majority: openraft notes no acknowledgement, and nobody refuses.
             return;
         }
         let pings = peers
