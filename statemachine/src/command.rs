@@ -59,6 +59,17 @@ pub struct Request {
     pub command: Command,
 }
 
+impl Request {
+    /// May a peer that proved to be `host` have sent this? A host forwards what its own API, agent or duty asks; in
+    /// another's name it speaks never. Bearers of tokens and joiners have no host: the one that heard them vouches.
+    pub fn may_come_from(&self, host: HostId) -> bool {
+        match self.actor {
+            Actor::Root(actor) | Actor::Host(actor) | Actor::Duty(actor) => actor == host,
+            Actor::Token(_) | Actor::Joiner => true,
+        }
+    }
+}
+
 /// A host's report carries its incarnation and a counter that only rises within it; `decide` drops older ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReportId {

@@ -96,6 +96,18 @@ fn a_host_speaks_for_itself_alone() {
 }
 
 #[test]
+fn a_host_forwards_in_its_own_name_alone() {
+    let cluster = Cluster::of(2);
+    let [first, second] = [cluster.host(0), cluster.host(1)];
+    let from = |actor| {
+        cluster.request(actor, first, Command::TokenRevoke { token: statemachine::TokenId(1) }).may_come_from(first)
+    };
+    assert!(from(Actor::Root(first)) && from(Actor::Joiner));
+    assert!(!from(Actor::Host(second)), "another host's word about its guests (R1)");
+    assert!(!from(Actor::Duty(second)) && !from(Actor::Root(second)));
+}
+
+#[test]
 fn a_retry_is_answered_as_the_first_time_and_another_body_conflicts() {
     let mut cluster = Cluster::of(1);
     let define = || Cluster::define("web1", 1, 64, RunStrategy::Manual);
@@ -110,7 +122,7 @@ fn a_retry_is_answered_as_the_first_time_and_another_body_conflicts() {
 fn a_rejection_is_not_remembered() {
     let mut cluster = Cluster::of(1);
     let start = |cluster: &Cluster| Command::VmStart { vm: cluster.vm("web1"), host: None };
-    cluster.root(Cluster::define("web1", 1, 9999, RunStrategy::Manual)).expect("defined");
+    cluster.root(Cluster::define("web1", 1, 9998, RunStrategy::Manual)).expect("defined");
     let command = start(&cluster);
     cluster.keyed("k", 1, command.clone()).expect_err("no host has that much memory");
     cluster.grow(cluster.host(0), 16_384);

@@ -92,6 +92,10 @@ impl<R: AsyncRuntime> Inner<R> {
             Channel::SnapshotChunk => self.service.chunk(body).await,
             Channel::Propose => {
                 let request: Request = codec::decode(&body).map_err(Refusal::new)?;
+                if !request.may_come_from(from) {
+                    return Err(Refusal::new(format!("host {from} forwarded a request in another's name")));
+                }
+                let request = Request { origin: from, ..request };
                 Ok(Bytes::from(codec::encode(&self.propose_forwarded(request).await)))
             }
             Channel::ReadIndex => {

@@ -24,6 +24,7 @@ use consensus::transport::quic::keys::TransportKeys;
 use statemachine::BootId;
 use statemachine::HostId;
 use statemachine::SiteId;
+use statemachine::TokenId;
 use statemachine::command::Actor;
 use statemachine::command::Command;
 use statemachine::command::HostCandidate;
@@ -60,6 +61,9 @@ impl Exits {
         self.0.lock().unwrap().clone()
     }
 }
+
+/// The token that every site of these tests makes first.
+const ADMIN: TokenId = TokenId(2);
 
 /// One machine: what outlives its member.
 struct Machine {
@@ -116,7 +120,14 @@ impl Site {
             ca: Fingerprint([9; 32]),
             first_host: candidate(1, address),
         };
-        site.node(FIRST).initialise(root(command)).await.unwrap();
+        let by_root = |command| Request { actor: Actor::Root(FIRST), origin: FIRST, idempotency: None, command };
+        site.node(FIRST).initialise(by_root(command)).await.unwrap();
+        // Whoever bears it is the same actor on every host, as a client that retries elsewhere is.
+        let secret_hash = [255; 32];
+        let admin =
+            Command::TokenCreate { purpose: TokenPurpose::Admin, secret_hash, ttl_ms: 3_600_000, note: String::new() };
+        let made = site.accept(by_root(admin)).await;
+        assert_eq!(made.created, Some(Created::Token(ADMIN)));
         site
     }
 
@@ -304,8 +315,9 @@ pub fn now_ms() -> u64 {
     Platform::real().clock.wall_ms()
 }
 
+/// An administrator's command; the leader takes the host that forwards it as its origin.
 pub fn root(command: Command) -> Request {
-    Request { actor: Actor::Root(FIRST), origin: FIRST, idempotency: None, command }
+    Request { actor: Actor::Token(ADMIN), origin: FIRST, idempotency: None, command }
 }
 
 pub fn define_vm(name: &str) -> Command {

@@ -152,29 +152,17 @@ pub enum ConfigError {
 }
 
 fn invalid(field: impl Into<String>, why: impl Into<String>) -> ConfigError {
-    ConfigError::Invalid {
-        field: field.into(),
-        why: why.into(),
-    }
+    ConfigError::Invalid { field: field.into(), why: why.into() }
 }
 
 impl VmmConfig {
     /// Reads and checks a configuration file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let read = |source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        };
+        let read = |source| ConfigError::Read { path: path.to_owned(), source };
         let mut text = Vec::new();
-        File::open(path)
-            .map_err(read)?
-            .take(MAX_CONFIG_BYTES + 1)
-            .read_to_end(&mut text)
-            .map_err(read)?;
+        File::open(path).map_err(read)?.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut text).map_err(read)?;
         if text.len() as u64 > MAX_CONFIG_BYTES {
-            return Err(ConfigError::TooLong {
-                path: path.to_owned(),
-            });
+            return Err(ConfigError::TooLong { path: path.to_owned() });
         }
         Self::parse(&text)
     }
@@ -208,11 +196,7 @@ impl VmmConfig {
         if self.cmdline.chars().any(|c| c.is_control()) {
             return Err(invalid("cmdline", "has control characters"));
         }
-        check_text(
-            "identity.serial",
-            &self.identity.serial,
-            MAX_SMBIOS_STRING_BYTES,
-        )?;
+        check_text("identity.serial", &self.identity.serial, MAX_SMBIOS_STRING_BYTES)?;
         self.check_disks()?;
         for (field, path) in [
             ("kernel", Some(&self.kernel)),
@@ -225,23 +209,16 @@ impl VmmConfig {
             }
         }
         match (self.release, self.lease) {
-            (ReleaseClass::Lease, None) => Err(invalid(
-                "lease",
-                "a guest of release class lease needs its first deadline",
-            )),
+            (ReleaseClass::Lease, None) => {
+                Err(invalid("lease", "a guest of release class lease needs its first deadline"))
+            }
             (ReleaseClass::Lease, Some(_)) | (_, None) => Ok(()),
-            (_, Some(_)) => Err(invalid(
-                "lease",
-                "only a guest of release class lease has a deadline",
-            )),
+            (_, Some(_)) => Err(invalid("lease", "only a guest of release class lease has a deadline")),
         }
     }
 
     fn check_memory(&self) -> Result<(), ConfigError> {
-        for (field, bytes) in [
-            ("memory_bytes", self.memory_bytes),
-            ("max_memory_bytes", self.max_memory_bytes()),
-        ] {
+        for (field, bytes) in [("memory_bytes", self.memory_bytes), ("max_memory_bytes", self.max_memory_bytes())] {
             if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&bytes) {
                 let why = format!("must be {MIN_MEMORY_BYTES} to {MAX_MEMORY_BYTES}");
                 return Err(invalid(field, why));
@@ -333,10 +310,7 @@ mod tests {
 
     #[test]
     fn an_unknown_field_is_refused() {
-        assert!(matches!(
-            with("tpm", json!(true)),
-            Err(ConfigError::Parse(_))
-        ));
+        assert!(matches!(with("tpm", json!(true)), Err(ConfigError::Parse(_))));
     }
 
     #[test]
@@ -362,20 +336,11 @@ mod tests {
             ("cmdline", json!("a\nb")),
             ("name", json!("n".repeat(256))),
             ("kernel", json!("vmlinuz")),
-            (
-                "disks",
-                json!([{"id": "a", "path": "/x"}, {"id": "a", "path": "/y"}]),
-            ),
-            (
-                "disks",
-                json!([{"id": "a", "path": "/x", "serial": "s".repeat(21)}]),
-            ),
+            ("disks", json!([{"id": "a", "path": "/x"}, {"id": "a", "path": "/y"}])),
+            ("disks", json!([{"id": "a", "path": "/x", "serial": "s".repeat(21)}])),
         ] {
             let shown = value.to_string();
-            assert!(
-                matches!(with(field, value), Err(ConfigError::Invalid { .. })),
-                "{field} = {shown}"
-            );
+            assert!(matches!(with(field, value), Err(ConfigError::Invalid { .. })), "{field} = {shown}");
         }
     }
 }

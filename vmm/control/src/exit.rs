@@ -89,8 +89,7 @@ impl ExitReport {
     /// Writes the report so that it is there whole or not at all: file synced, renamed, directory synced.
     pub fn write(&self, run_dir: &Path) -> Result<(), ExitError> {
         let path = Self::path(run_dir);
-        self.write_at(run_dir, &path)
-            .map_err(|source| ExitError::Write { path, source })
+        self.write_at(run_dir, &path).map_err(|source| ExitError::Write { path, source })
     }
 
     fn write_at(&self, run_dir: &Path, path: &Path) -> io::Result<()> {
@@ -115,9 +114,7 @@ impl ExitReport {
         if let Err(source) = file.take(MAX_REPORT_BYTES).read_to_end(&mut text) {
             return Err(ExitError::Read { path, source });
         }
-        serde_json::from_slice(&text)
-            .map(Some)
-            .map_err(|source| ExitError::Parse { path, source })
+        serde_json::from_slice(&text).map(Some).map_err(|source| ExitError::Parse { path, source })
     }
 }
 
@@ -140,9 +137,6 @@ mod tests {
         report.write(dir.path()).unwrap();
         assert_eq!(ExitReport::read(dir.path()).unwrap(), Some(report));
         fs::write(ExitReport::path(dir.path()), b"{").unwrap();
-        assert!(matches!(
-            ExitReport::read(dir.path()),
-            Err(ExitError::Parse { .. })
-        ));
+        assert!(matches!(ExitReport::read(dir.path()), Err(ExitError::Parse { .. })));
     }
 }

@@ -10,13 +10,10 @@ pub mod config;
 pub mod exit;
 pub mod protocol;
 
-pub use config::{
-    ConfigError, DiskConfig, Identity, LeaseConfig, LogLevel, MachineType, ReleaseClass, VmmConfig,
-};
+pub use config::{ConfigError, DiskConfig, Identity, LeaseConfig, LogLevel, MachineType, ReleaseClass, VmmConfig};
 pub use exit::{ExitError, ExitReason, ExitReport};
 pub use protocol::{
-    Call, ErrorCode, Fault, Hello, Message, Notice, PauseReason, ProtocolError, Reply, Request,
-    RunState, Status,
+    Call, ErrorCode, Fault, Hello, Message, Notice, PauseReason, ProtocolError, Reply, Request, RunState, Status,
 };
 
 /// The longest lease that exists: a lease lasts 12 s from the send time of the host's heartbeat (DESIGN §5), plus half a second

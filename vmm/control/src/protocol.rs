@@ -95,10 +95,7 @@ impl Request {
             return Err(ProtocolError::TooLong);
         }
         let raw: RawRequest =
-            serde_json::from_slice(line).map_err(|e| ProtocolError::NotARequest {
-                id: None,
-                what: e.to_string(),
-            })?;
+            serde_json::from_slice(line).map_err(|e| ProtocolError::NotARequest { id: None, what: e.to_string() })?;
         let no_params = match &raw.params {
             Value::Null => true,
             Value::Object(fields) => fields.is_empty(),
@@ -108,10 +105,8 @@ impl Request {
         if !no_params {
             tagged["params"] = raw.params;
         }
-        let call = serde_json::from_value(tagged).map_err(|e| ProtocolError::NotARequest {
-            id: Some(raw.id),
-            what: e.to_string(),
-        })?;
+        let call = serde_json::from_value(tagged)
+            .map_err(|e| ProtocolError::NotARequest { id: Some(raw.id), what: e.to_string() })?;
         Ok(Self { id: raw.id, call })
     }
 }
@@ -178,24 +173,13 @@ pub enum Message {
 impl Reply {
     pub fn ok(id: u64, result: impl Serialize) -> Self {
         match serde_json::to_value(result) {
-            Ok(result) => Self {
-                id,
-                result: Some(result),
-                error: None,
-            },
+            Ok(result) => Self { id, result: Some(result), error: None },
             Err(e) => Self::error(id, ErrorCode::Failed, e.to_string()),
         }
     }
 
     pub fn error(id: u64, code: ErrorCode, message: impl Into<String>) -> Self {
-        Self {
-            id,
-            result: None,
-            error: Some(Fault {
-                code,
-                message: message.into(),
-            }),
-        }
+        Self { id, result: None, error: Some(Fault { code, message: message.into() }) }
     }
 }
 
@@ -209,10 +193,7 @@ impl Message {
         if line.len() > MAX_LINE_BYTES {
             return Err(ProtocolError::TooLong);
         }
-        serde_json::from_slice(line).map_err(|e| ProtocolError::NotARequest {
-            id: None,
-            what: e.to_string(),
-        })
+        serde_json::from_slice(line).map_err(|e| ProtocolError::NotARequest { id: None, what: e.to_string() })
     }
 }
 
@@ -275,10 +256,7 @@ mod tests {
         for call in [
             Call::Hello,
             Call::Status,
-            Call::Confirm {
-                epoch: 4,
-                deadline_ns: u64::MAX,
-            },
+            Call::Confirm { epoch: 4, deadline_ns: u64::MAX },
             Call::Reset { id: 9 },
             Call::ConsoleAttach,
         ] {
@@ -303,10 +281,7 @@ mod tests {
     #[test]
     fn nonsense_is_refused_with_the_id_where_it_has_one() {
         let unknown = Request::decode(br#"{"id":5,"method":"explode"}"#).unwrap_err();
-        assert!(matches!(
-            unknown,
-            ProtocolError::NotARequest { id: Some(5), .. }
-        ));
+        assert!(matches!(unknown, ProtocolError::NotARequest { id: Some(5), .. }));
         for line in [
             &b"not json"[..],
             br#"{"id":-1,"method":"status"}"#,
@@ -316,19 +291,13 @@ mod tests {
         ] {
             assert!(Request::decode(line).is_err());
         }
-        assert!(matches!(
-            Request::decode(&vec![b' '; MAX_LINE_BYTES + 1]),
-            Err(ProtocolError::TooLong)
-        ));
+        assert!(matches!(Request::decode(&vec![b' '; MAX_LINE_BYTES + 1]), Err(ProtocolError::TooLong)));
     }
 
     #[test]
     fn replies_and_notices_are_told_apart() {
         let reply = Message::Reply(Reply::ok(1, 5));
-        let notice = Message::Notice(Notice::Paused {
-            reason: PauseReason::LeaseExpired,
-            quiesced: true,
-        });
+        let notice = Message::Notice(Notice::Paused { reason: PauseReason::LeaseExpired, quiesced: true });
         for message in [reply, notice] {
             assert_eq!(Message::decode(&message.encode()).unwrap(), message);
         }

@@ -57,7 +57,7 @@ async fn console(stage: &Stage, host: HostId, vm: &str, lines: &[&str], end: &st
     let typed = lines.join("\\n");
     // The pipe stays open until the answer is there or the time is up: closing it would end the session.
     let script = format!(
-        "rm -f /tmp/said; (sleep 1; printf '{typed}\\n'; for i in $(seq 60); do grep -q '{end}' /tmp/said && break; sleep 1; done) \
+        "rm -f /tmp/said; (sleep 1; printf '{typed}\\n'; for i in $(seq 60); do grep -q '{end}' /tmp/said && break; sleep 1; done; printf '\\035') \
          | timeout 80 quorate vm console {vm} >/tmp/said 2>&1; cat /tmp/said"
     );
     println!("{host}# quorate vm console {vm}    # typed: {}", lines.join(", "));

@@ -34,7 +34,7 @@ pub struct Shape<'a> {
 impl Guest {
     pub async fn define(stage: &Stage, asked: HostId, name: &str, shape: &Shape<'_>) -> Result<Guest> {
         let vcpus = shape.vcpus.to_string();
-        let disk = shape.disk.map(|export| format!("root=/dev/disk/by-id/virtio-{export}"));
+        let disk = shape.disk.map(|export| format!("id=root,path=/dev/disk/by-id/virtio-{export}"));
         let mut words = vec!["vm", "create", name, "--vcpus", &vcpus, "--memory", "192MiB"];
         words.extend(["--kernel", KERNEL, "--initrd", INITRD, "--cmdline", "console=ttyS0 quiet"]);
         if let Some(disk) = &disk {
@@ -82,8 +82,8 @@ impl Guest {
     /// Epoch of its present permit.
     pub async fn epoch(&self, stage: &Stage, asked: HostId) -> Result<u64> {
         let shown = self.show(stage, asked).await?;
-        let permit = field(&shown, "permit").context("`vm show` names no permit")?;
-        permit["epoch"].as_u64().with_context(|| format!("{} has no permit", self.name))
+        let epoch = field(&shown, "epoch").and_then(Value::as_u64);
+        epoch.with_context(|| format!("{} has no permit", self.name))
     }
 
     pub async fn reaches(&self, stage: &Stage, asked: HostId, status: &str, limit: Duration) -> Result<()> {

@@ -82,7 +82,7 @@ impl Probe {
         let first = HostId(1);
         let define = ["vm", "create", SUBJECT, "--vcpus", "1", "--memory", "64MiB", "--kernel", KERNEL];
         stage.quorate(first, &define).await?;
-        let said = stage.query(first, &["token", "create", "--admin", "--ttl", "3h"]).await?;
+        let said = stage.query(first, &["token", "create", "--purpose", "admin", "--ttl", "3h"]).await?;
         let token = said["token"].as_str().context("no token was printed")?;
         let ca = stage.sh(first, "cat /var/lib/quorate/identity/ca.pem").await?;
         let (ca_file, token_file) = (stage.dir.root().join("probe-ca.pem"), stage.dir.root().join("probe-token"));

@@ -87,7 +87,7 @@ pub async fn tell(stage: &mut Stage, runs: u32) -> Result<()> {
         } else {
             replaced += 1;
         }
-        stage.quorate(asker, &["vm", "stop", &guest.name, "--force"]).await?;
+        stage.quorate(asker, &["vm", "stop", &guest.name, "--power-off"]).await?;
         guest.reaches(stage, asker, "Down", Duration::from_secs(90)).await?;
     }
     let most = stage.sh(runner, "touch /tmp/enough; sleep 1; cat /tmp/most-vmm").await?;
