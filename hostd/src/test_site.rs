@@ -93,7 +93,8 @@ impl Site {
             facts: facts(boot(n as u128)),
         };
         let init = Command::SiteInit {
-            site: SiteId(Uuid::from_u128(99)),
+            // Its own in every test: ids of VMs follow from it, and control groups are named after them.
+            site: SiteId(Uuid::new_v4()),
             name: "lab".to_owned(),
             ca: Fingerprint::of(b"ca"),
             first_host: candidate(1),

@@ -105,7 +105,9 @@ impl Host {
     async fn until(&self, what: &str, is_so: impl Fn(&Fold) -> bool) {
         let mut fold = self.site.watch();
         let reached = tokio::time::timeout(PATIENCE, fold.wait_for(|fold| is_so(fold))).await.is_ok();
-        assert!(reached, "{what} within {} s; the vms: {:?}", PATIENCE.as_secs(), self.site.now().state.vms);
+        let guests = self.hostd.as_ref().map(|hostd| hostd.agent.running());
+        let vms = self.site.now().state.vms;
+        assert!(reached, "{what} within {} s; guests: {guests:?}; vms: {vms:?}", PATIENCE.as_secs());
     }
 
     async fn until_up(&self, vm: VmId, epoch: Epoch) {
@@ -147,6 +149,13 @@ impl Drop for Host {
             for (_, pid) in self.starts(*vm) {
                 kill(pid);
             }
+            // A group can be removed a moment after its last process is gone.
+            let group = Groups::detect().of(*vm);
+            let until = std::time::Instant::now() + Duration::from_secs(5);
+            while !group.is_empty().unwrap_or(true) && std::time::Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            group.remove();
         }
     }
 }

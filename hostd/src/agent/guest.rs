@@ -4,6 +4,9 @@
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use rustix::event::PollFd;
+use rustix::event::PollFlags;
+use rustix::event::Timespec;
 use rustix::process::Pid;
 use rustix::process::PidfdFlags;
 use rustix::process::Signal;
@@ -77,6 +80,12 @@ pub struct GuestTask {
 /// The agent is gone; the guest stays.
 struct AgentGone;
 
+/// A process that is gone, or that cannot be asked: then the lock and the control group tell.
+fn has_exited(process: &OwnedFd) -> bool {
+    let mut asked = [PollFd::new(process, PollFlags::IN)];
+    rustix::event::poll(&mut asked, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) != Ok(0)
+}
+
 impl GuestTask {
     pub async fn run(mut self) {
         let _ = self.attend().await;
@@ -90,13 +99,15 @@ impl GuestTask {
                 process =
                     client.pid().and_then(Pid::from_raw).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
                 match self.converse(&mut client, process.as_ref()).await? {
-                    ClientError::Closed => {}
+                    // Refused: it is starting.
+                    ClientError::Closed | ClientError::Refused(_) => {}
                     error => {
                         tracing::warn!(vm = %self.vm, epoch = %self.epoch, "lost the vmm's control socket: {error}")
                     }
                 }
             }
-            if let Some(ended) = self.look_for_end().await {
+            let exited = process.as_ref().is_none_or(has_exited);
+            if exited && let Some(ended) = self.look_for_end().await {
                 self.tell(Told::Gone(ended)).await?;
                 return Ok(());
             }

@@ -114,7 +114,8 @@ fn resolve(what: &str, path: &Path, allowed: &[PathBuf], device: bool) -> Result
         return Err(GuestFilesError::NotAllowed { what: what.to_owned(), path: path.to_owned(), target, allowed });
     }
     let kind = target.metadata().map_err(missing)?.file_type();
-    if !kind.is_file() && !(device && kind.is_block_device()) {
+    let fits = kind.is_file() || device && kind.is_block_device();
+    if !fits {
         return Err(GuestFilesError::WrongKind { what: what.to_owned(), path: path.to_owned() });
     }
     Ok(target)

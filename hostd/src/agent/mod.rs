@@ -154,8 +154,11 @@ pub async fn spawn(
     Ok(AgentHandle { vms_dir: config.vms_dir, guests, shutdown, task })
 }
 
+/// The guests of a moment.
+pub type Guests = Arc<Vec<GuestView>>;
+
 /// The channel on which the agent publishes its guests.
-pub fn guest_channel() -> (watch::Sender<Arc<Vec<GuestView>>>, watch::Receiver<Arc<Vec<GuestView>>>) {
+pub fn guest_channel() -> (watch::Sender<Guests>, watch::Receiver<Guests>) {
     watch::channel(Arc::new(Vec::new()))
 }
 

@@ -11,6 +11,7 @@ use statemachine::fold::Fold;
 use statemachine::ids::Epoch;
 use statemachine::ids::VmId;
 use statemachine::state::Permit;
+use statemachine::state::ReleaseClass;
 use tokio::sync::mpsc;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -58,7 +59,18 @@ pub struct Reconciler {
 /// A guest and the way to its task.
 struct Line {
     orders: mpsc::Sender<Order>,
+    since: Boottime,
     seen: Option<Seen>,
+}
+
+impl Line {
+    /// The latest deadline that the process may hold, for the watchdog: of an adopted one that has not answered yet, the end of
+    /// a lease that an earlier hostd began in its last moment.
+    fn deadline(&self, guest: &Guest) -> Option<Boottime> {
+        let told = self.seen.and_then(|seen| seen.deadline_ns).map(Boottime::from_ns).max(guest.confirmed);
+        let latest = Boottime::from_ns(self.since.as_ns().saturating_add(vmm_control::MAX_LEASE_NS));
+        told.or((guest.release == ReleaseClass::Lease).then_some(latest))
+    }
 }
 
 struct Loop {
@@ -258,7 +270,7 @@ impl Loop {
         }
     }
 
-    fn set_gone(&mut self, vm: VmId, epoch: Epoch, release: statemachine::state::ReleaseClass, ended: Ended) {
+    fn set_gone(&mut self, vm: VmId, epoch: Epoch, release: ReleaseClass, ended: Ended) {
         tracing::info!(%vm, %epoch, reason = ?ended.reason, "the guest has ended: {}", ended.detail);
         self.lines.remove(&vm);
         let mut guest = self.guests.remove(&vm).unwrap_or_else(|| Guest::launching(epoch, release));
@@ -269,7 +281,7 @@ impl Loop {
 
     fn attend(&mut self, vm: VmId, epoch: Epoch) {
         let (sender, orders) = mpsc::channel(guest::ORDERS_MAX);
-        self.lines.insert(vm, Line { orders: sender, seen: None });
+        self.lines.insert(vm, Line { orders: sender, since: Boottime::now(), seen: None });
         let (launcher, told) = (self.own.launcher.clone(), self.told.clone());
         tokio::spawn(GuestTask { vm, epoch, launcher, orders, told }.run());
     }
@@ -333,13 +345,14 @@ impl Loop {
 
     fn publish(&self) {
         let view = |(vm, guest): (&VmId, &Guest)| {
-            let seen = self.lines.get(vm).and_then(|line| line.seen);
+            let line = self.lines.get(vm);
+            let seen = line.and_then(|line| line.seen);
             GuestView {
                 vm: *vm,
                 epoch: guest.epoch,
                 release: guest.release,
                 phase: guest.phase.clone(),
-                deadline: seen.and_then(|seen| seen.deadline_ns).map(Boottime::from_ns).max(guest.confirmed),
+                deadline: line.map_or(guest.confirmed, |line| line.deadline(guest)),
                 pid: seen.and_then(|seen| seen.pid),
                 overhead_bytes: seen.and_then(|seen| seen.overhead_bytes),
             }

@@ -138,11 +138,11 @@ pub async fn renounce(launcher: Launcher, vm: VmId, permit: Permit) -> Worked {
 pub async fn forget(launcher: Launcher, vm: VmId, vm_exists: bool) -> Worked {
     let cleared = blocking(move || {
         let run_dir = RunDir::of(&launcher.vms_dir, vm);
-        if run_dir.path().exists() {
-            let Some(lock) = run_dir.try_lock()? else { return Ok(false) };
-            run_dir.clear(&lock, vm_exists)?;
-        }
+        run_dir.create()?;
+        let Some(lock) = run_dir.try_lock()? else { return Ok(false) };
+        // Under the lock, or a start that is under way would find its group gone in its hands.
         launcher.groups.of(vm).remove();
+        run_dir.clear(&lock, vm_exists)?;
         Ok::<bool, super::run_dir::RunDirError>(true)
     });
     match cleared.await {

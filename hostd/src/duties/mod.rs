@@ -32,6 +32,8 @@ use self::backoff::Backoff;
 use crate::agent::cluster::Cluster;
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Between two looks, however fast the state changes: a look goes over every VM.
+const PAUSE: Duration = Duration::from_millis(50);
 /// Duties proposed at one look; the rest follow at the next.
 const AT_ONCE: usize = 64;
 
@@ -110,6 +112,7 @@ async fn plan(cluster: Arc<dyn Cluster>, counters: Arc<DutyCounters>) {
                 issue(&cluster, &counters, command).await;
             }
         }
+        tokio::time::sleep(PAUSE).await;
         if !wait(&mut fold, &mut leadership).await {
             return;
         }
