@@ -134,8 +134,9 @@ impl Timers {
             ),
             (
                 "timers.lease_ms",
-                (1000..=120_000).contains(&self.lease_ms) && self.lease_ms > 3 * self.election_max_ms,
-                "write 1000 to 120000, and more than three times election_max_ms, or a change of leader pauses guests",
+                // Every vmm refuses a later deadline (vmm_control::MAX_LEASE_NS), and fencing waits no longer.
+                (1000..=12_000).contains(&self.lease_ms) && self.lease_ms > 3 * self.election_max_ms,
+                "write 1000 to 12000, and more than three times election_max_ms, or a change of leader pauses guests",
             ),
             (
                 "timers.suspect_ms",
