@@ -19,17 +19,16 @@ struct Host {
 
 /// The only host of a site, which leads it and has one permit.
 fn host() -> Host {
+    host_with_heartbeat(Duration::from_millis(200))
+}
+
+fn host_with_heartbeat(heartbeat: Duration) -> Host {
     let site = Arc::new(Site::with_hosts(1));
     let own = site.hosts[0];
     let epoch = site.start(site.define("web", spec(ReleaseClass::Lease)), own);
     let cluster = TestCluster::of(&site, own);
     let (publish, guests) = guest_channel();
-    let config = LeaseConfig {
-        boot: boot(1),
-        heartbeat: Duration::from_millis(200),
-        lease: Duration::from_secs(12),
-        watchdog_armed: false,
-    };
+    let config = LeaseConfig { boot: boot(1), heartbeat, lease: Duration::from_secs(12), watchdog_armed: false };
     let _ = cluster.keeper.set(Grants::spawn(Timers::default(), cluster.clone()));
     let handle = spawn(config, cluster.clone(), guests);
     Host { cluster, grant: handle.grant(), handle, epoch, _guests: publish }
@@ -74,4 +73,14 @@ async fn a_leader_without_a_majority_lets_its_own_lease_run_out() {
     assert!(!host.grant.has_changed().unwrap(), "no later grant came");
     host.cluster.has_majority.store(true, Ordering::SeqCst);
     assert!(next_grant(&mut host).await.deadline > last.unwrap().deadline);
+}
+
+#[tokio::test]
+async fn a_new_permit_does_not_wait_for_the_next_regular_heartbeat() {
+    let mut host = host_with_heartbeat(Duration::from_secs(3_600));
+    host.cluster.lead(1);
+    next_grant(&mut host).await;
+    let site = host.cluster.site.clone();
+    let epoch = site.start(site.define("db", spec(ReleaseClass::Operator)), site.hosts[0]);
+    assert!(next_grant(&mut host).await.epochs.contains(&epoch));
 }

@@ -12,7 +12,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use consensus::decider::Leadership;
+use statemachine::fold::Fold;
 use statemachine::ids::BootId;
+use statemachine::ids::Epoch;
 use statemachine::ids::HostId;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -144,13 +146,35 @@ impl Sender {
             let wait = if granted { self.config.heartbeat } else { RETRY };
             tokio::select! {
                 () = tokio::time::sleep_until(began + wait) => {}
-                changed = leadership.changed() => {
-                    if changed.is_err() { return }
-                    // A change of leader is worth a heartbeat at once, a storm of changes is not.
+                live = self.worth_a_heartbeat(&mut leadership) => {
+                    if !live { return }
+                    // At once, but no storm of them.
                     tokio::time::sleep_until(began + RETRY.min(wait)).await;
                 }
             }
         }
+    }
+
+    /// Returns when something happened for which nobody should wait a whole interval: another leader, or a permit for this
+    /// host that its grant does not name yet. False when nobody will ever tell.
+    async fn worth_a_heartbeat(&self, leadership: &mut watch::Receiver<Leadership>) -> bool {
+        let mut fold = self.cluster.watch_fold();
+        loop {
+            let applied = fold.borrow_and_update().clone();
+            if self.waits_for_a_grant(&applied) {
+                return true;
+            }
+            tokio::select! {
+                changed = leadership.changed() => return changed.is_ok(),
+                changed = fold.changed() => if changed.is_err() { return false },
+            }
+        }
+    }
+
+    fn waits_for_a_grant(&self, fold: &Fold) -> bool {
+        let named = |epoch: Epoch| self.record.grant().is_some_and(|grant| grant.epochs.contains(&epoch));
+        let mut permits = fold.state.permits_on(self.cluster.host());
+        permits.any(|(_, _, permit)| permit.boot == self.config.boot && !named(permit.epoch))
     }
 
     /// One heartbeat; did it bring a grant?
