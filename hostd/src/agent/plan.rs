@@ -9,7 +9,8 @@
 //! - **End** what is superseded: a guest whose epoch is not the permit, once applied state has reached that epoch.
 //! - **An exit is reported** only of a guest that the shell found gone: lock free and control group empty. The shell marks the
 //!   epoch first, so no epoch is ever started after its exit was reported.
-//! - **A marked epoch without a guest** is looked into, never guessed about.
+//! - **A marked epoch without a guest** is looked into, never guessed about; and, like a permit that is not wanted, only once
+//!   applied state has caught up with a grant: hostd begins with the state of its last snapshot.
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
@@ -220,6 +221,9 @@ pub fn plan(view: &View<'_>) -> Vec<Action> {
 
 /// A permit without a guest.
 fn plan_permit(view: &View<'_>, vm: VmId, known: &Vm, permit: Permit) -> Option<Action> {
+    if view.grant.is_none_or(|grant| view.fold.head.seq < grant.applied) {
+        return None;
+    }
     if view.marked.contains(&(vm, permit.epoch)) {
         return Some(Action::LookInto { vm, permit });
     }

@@ -234,6 +234,16 @@ impl Keeper {
         session.hosts.retain(|host, known| known.in_flight.is_some() || fold.state.hosts.contains(host));
     }
 
+    /// This process did not run for that long (its host was paused, or starved): heartbeats may wait unread, so the time does
+    /// not count as silence of others.
+    pub fn stalled(&mut self, gap: Duration) {
+        let Some(session) = &mut self.session else { return };
+        session.since += gap;
+        for heard in session.hosts.values_mut().filter_map(|known| known.heard.as_mut()) {
+            *heard += gap;
+        }
+    }
+
     /// Words that are due, by silence and by heartbeats. Each that is returned is in flight until [`Self::settle`].
     pub fn due(&mut self, fold: &Fold, now: Mono) -> Vec<(HostId, Word)> {
         let timers = self.timers;

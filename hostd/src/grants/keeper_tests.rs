@@ -152,6 +152,17 @@ fn a_silent_host_is_suspected_then_lost_and_returns_by_an_applied_recovery() {
 }
 
 #[test]
+fn a_leader_that_stood_still_calls_nobody_silent_for_it() {
+    let site = Site::with_hosts(1);
+    let host = site.hosts[0];
+    let mut keeper = leading();
+    keeper.heartbeat(beat(host, boot(1)), secs(103), 0);
+    keeper.stalled(secs(16));
+    assert_eq!(keeper.due(&site.now(), secs(120)), [], "one second of silence and sixteen of its own");
+    assert_eq!(keeper.due(&site.now(), secs(124)), [(host, Word::Suspect)]);
+}
+
+#[test]
 fn a_proposal_of_unknown_fate_keeps_the_host_in_no_grant_until_a_recovery_is_applied() {
     let site = Site::with_hosts(1);
     let host = site.hosts[0];

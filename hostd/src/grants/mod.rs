@@ -54,6 +54,8 @@ use crate::lease::wall_ms;
 /// Heartbeats on their way to the keeper. It takes each at once, so more than this is a flood.
 const ARRIVALS_MAX: usize = 1024;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// A look that comes this late says that this process did not run.
+const STALL: Duration = Duration::from_secs(1);
 /// A leader whose clock is further than this from the median hands over (hazard H17).
 const CLOCK_ERROR_MAX_MS: i64 = 2_000;
 const CLOCK_LOOK_EVERY: Duration = Duration::from_secs(10);
@@ -109,6 +111,7 @@ impl Grants {
             rounds,
             words,
             clock_looked: began,
+            looked: began,
         };
         tokio::spawn(shutdown.clone().run_until_cancelled_owned(task.run(inbox, round_news, word_news)));
         Arc::new(Grants { arrivals, counters, keeper, cluster, began, shutdown })
@@ -178,6 +181,7 @@ struct Task {
     rounds: mpsc::Sender<(Round, Option<Seq>)>,
     words: mpsc::Sender<WordNews>,
     clock_looked: Instant,
+    looked: Instant,
 }
 
 impl Task {
@@ -267,8 +271,16 @@ impl Task {
 
     fn look_at_hosts(&mut self) {
         let (fold, now) = (self.cluster.fold(), self.now());
+        let gap = std::mem::replace(&mut self.looked, Instant::now()).elapsed();
         let due = {
             let mut keeper = lock(&self.keeper);
+            if gap >= STALL {
+                tracing::warn!(
+                    gap_ms = gap.as_millis() as u64,
+                    "hostd stood still; that time is not counted as silence of hosts"
+                );
+                keeper.stalled(gap);
+            }
             keeper.observe(&fold);
             keeper.due(&fold, now)
         };
