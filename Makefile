@@ -40,7 +40,7 @@ lint: ## Format, clippy
 	cargo clippy --workspace --all-targets -- -D warnings
 
 shows: build ## The long runs behind docs/operations/measured.md (about an hour)
-	for story in demo guest restart failover lease minority; do $(SUDO) $(LAB) show $$story; done
+	for story in demo join guest restart failover lease minority; do $(SUDO) $(LAB) show $$story; done
 
 clean-lab: ## Stop the lab and forget its disks
 	-$(SUDO) $(LAB) down

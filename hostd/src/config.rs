@@ -50,6 +50,8 @@ pub struct Config {
     #[serde(default)]
     pub timers: Timers,
     #[serde(default)]
+    pub raft: Raft,
+    #[serde(default)]
     pub log: Log,
     #[serde(default)]
     pub watchdog: Option<Watchdog>,
@@ -156,6 +158,30 @@ impl Timers {
     }
 }
 
+/// How much log a host keeps. In entries; an entry holds one or more commands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Raft {
+    pub snapshot_every_entries: u64,
+    /// Kept behind a snapshot, so that a host that was away briefly needs none.
+    pub keep_behind_snapshot_entries: u64,
+}
+
+impl Default for Raft {
+    fn default() -> Self {
+        Raft { snapshot_every_entries: 20_000, keep_behind_snapshot_entries: 5_000 }
+    }
+}
+
+impl Raft {
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        match (10..=10_000_000).contains(&self.snapshot_every_entries) {
+            true => Ok(()),
+            false => Err(("raft.snapshot_every_entries", "write 10 to 10000000".to_owned())),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Log {
@@ -238,6 +264,7 @@ impl Config {
         if self.run_dir.as_os_str().len() + LONGEST_BELOW > 107 {
             return Err(("run_dir", format!("write a path of at most {} bytes", 107 - LONGEST_BELOW)));
         }
+        self.raft.check()?;
         self.timers.check()
     }
 
@@ -309,6 +336,7 @@ mod tests {
             (format!("{MINIMAL}[timers]\nlease_ms = 900\n"), "timers.host_heartbeat_ms"),
             (format!("{MINIMAL}[timers]\nelection_min_ms = 150\n"), "timers.election_min_ms"),
             (format!("{MINIMAL}[timers]\nlost_ms = 4000\n"), "timers.lost_ms"),
+            (format!("{MINIMAL}[raft]\nsnapshot_every_entries = 1\n"), "raft.snapshot_every_entries"),
             (format!("{MINIMAL}data_dir = \"state\"\n"), "data_dir"),
             (format!("{MINIMAL}run_dir = \"/{}\"\n", "r".repeat(80)), "run_dir"),
             ("name = \"h1\"\naddress = \"0.0.0.0:7443\"\n".to_owned(), "address"),

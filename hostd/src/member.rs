@@ -395,6 +395,8 @@ fn node_config(config: &Config) -> NodeConfig {
         election_min_ms: config.timers.election_min_ms,
         election_max_ms: config.timers.election_max_ms,
     };
+    node.snapshot_every = config.raft.snapshot_every_entries;
+    node.keep_behind_snapshot = config.raft.keep_behind_snapshot_entries;
     node
 }
 

@@ -124,7 +124,15 @@ impl PeerClients {
 
 fn unreachable_host(fold: &Fold, host: HostId, error: &reqwest::Error) -> Problem {
     let name = fold.state.hosts.get(&host).map_or_else(|| host.to_string(), |host| host.name.clone());
-    let words = format!("host {name} does not answer: {}", chain(error));
+    let why = chain(error);
+    if why.contains("received fatal alert") {
+        let words = format!(
+            "host {name} refuses the certificate of this host: it belongs to another cluster, or the certificate has expired"
+        );
+        return Problem::new(Code::HostUnreachable, words)
+            .action("compare the sites in `quorate status` on both; join the one that is wrong with a new token");
+    }
+    let words = format!("host {name} does not answer: {why}");
     Problem::new(Code::HostUnreachable, words).action("try again when it is back; `quorate host list` shows it")
 }
 

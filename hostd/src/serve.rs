@@ -11,7 +11,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 use std::time::Duration;
+use std::time::Instant;
 
 use axum::Router;
 use axum::body::Body;
@@ -39,6 +42,7 @@ use crate::auth::Peer;
 const CONNECTIONS_MAX: usize = 2048;
 /// A stranger must finish its handshake, and then its headers, within this.
 const PATIENCE: Duration = Duration::from_secs(10);
+const STRANGERS_TOLD_EVERY: Duration = Duration::from_secs(10);
 /// After an accept that failed (usually for want of file descriptors).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -101,20 +105,50 @@ pub async fn tls(
 ) {
     let acceptor = TlsAcceptor::from(config);
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let strangers = Arc::new(Strangers::default());
     while let Some((stream, address)) = next(&cancel, || listener.accept()).await {
         let Ok(slot) = slots.clone().try_acquire_owned() else {
             tracing::warn!(%address, "{CONNECTIONS_MAX} connections are open; another one was refused");
             continue;
         };
         let (acceptor, router, cancel) = (acceptor.clone(), router.clone(), cancel.clone());
+        let strangers = strangers.clone();
         tokio::spawn(async move {
             let _slot = slot;
             match tokio::time::timeout(PATIENCE, handshake(&acceptor, stream, address, site)).await {
                 Ok(Ok((stream, peer))) => connection(stream, peer, router, cancel).await,
+                Ok(Err(error)) if is_of_another_authority(&error) => strangers.tell(address),
                 Ok(Err(error)) => tracing::debug!(%address, %error, "TLS handshake failed"),
                 Err(_) => tracing::debug!(%address, "TLS handshake took too long"),
             }
         });
+    }
+}
+
+/// A certificate was shown, and this site's authority did not sign it.
+fn is_of_another_authority(error: &io::Error) -> bool {
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    matches!(tls, Some(rustls::Error::InvalidCertificate(_)))
+}
+
+/// Says that hosts of other clusters knock: not for each knock, because anybody can make a certificate.
+#[derive(Default)]
+struct Strangers {
+    last_told: Mutex<Option<Instant>>,
+}
+
+impl Strangers {
+    fn tell(&self, address: SocketAddr) {
+        let mut last = self.last_told.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_some_and(|last| last.elapsed() < STRANGERS_TOLD_EVERY) {
+            return;
+        }
+        *last = Some(Instant::now());
+        tracing::warn!(
+            %address,
+            "refused a machine whose certificate is not of this site's authority: it belongs to another cluster, or to a former \
+             life of this one; to move it here, run `quorate leave` there, then `quorate join TOKEN` with a token of this site"
+        );
     }
 }
 

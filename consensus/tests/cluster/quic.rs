@@ -1,5 +1,6 @@
 //! The same over real QUIC on loopback: certificates, restarts, removals.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ use futures::future::BoxFuture;
 use statemachine::HostId;
 use statemachine::SiteId;
 use statemachine::command::Command;
+use tokio::net::UdpSocket;
 use uuid::Uuid;
 
 use crate::world::FIRST;
@@ -125,6 +127,60 @@ fn a_killed_host_that_returns_is_reachable_at_once() {
     let error = caller_runtime.block_on(ping()).unwrap_err();
     assert!(error.to_string().contains("reset"), "the old connection is reset, it does not time out: {error}");
     caller_runtime.block_on(ping()).unwrap();
+}
+
+/// A heartbeat waits a fraction of an election. Where the handshake takes longer (a far site, a host that has just started
+/// and is busy), callers that give up must leave it running: in the lab a restarted host was not heard of for nine seconds.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handshake_outlives_the_callers_that_gave_up_on_it() {
+    let ca = ClusterCa::create(SiteId(Uuid::from_u128(7)), now_ms()).unwrap();
+    let peer = serving(&ca, "127.0.0.1:0", &TransportKeys::generate(&RealEntropy));
+    let address = slow_handshakes(peer.local_address().unwrap(), Duration::from_millis(150)).await.to_string();
+    let caller = listen(&ca, HostId(1));
+    let heartbeat = Duration::from_millis(100);
+    let ping =
+        || caller.call(Peer { host: HostId(2), address: address.clone() }, Channel::Ping, Bytes::new(), heartbeat);
+    assert!(matches!(ping().await, Err(TransportError::Timeout { .. })), "the handshake takes longer than one call");
+    let mut calls = 1;
+    while ping().await.is_err() {
+        calls += 1;
+        assert!(calls < 50, "the peer is never reached");
+    }
+}
+
+/// A way to `server` on which packets of handshakes (QUIC's long header) take longer, each way; all others pass at once.
+async fn slow_handshakes(server: SocketAddr, delay: Duration) -> SocketAddr {
+    let outside = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+    let inside = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+    let address = outside.local_addr().unwrap();
+    let (client, known) = tokio::sync::watch::channel(None);
+    let pass = move |packet: Vec<u8>, socket: Arc<UdpSocket>, to: SocketAddr| {
+        let is_handshake = packet.first().is_some_and(|first| first & 0x80 != 0);
+        tokio::spawn(async move {
+            if is_handshake {
+                tokio::time::sleep(delay).await;
+            }
+            let _ = socket.send_to(&packet, to).await;
+        });
+    };
+    let (from_client, to_server) = (outside.clone(), inside.clone());
+    tokio::spawn(async move {
+        let mut buffer = [0; 2048];
+        while let Ok((len, from)) = from_client.recv_from(&mut buffer).await {
+            client.send_replace(Some(from));
+            pass(buffer[..len].to_vec(), to_server.clone(), server);
+        }
+    });
+    tokio::spawn(async move {
+        let mut buffer = [0; 2048];
+        while let Ok((len, _)) = inside.recv_from(&mut buffer).await {
+            let client = *known.borrow();
+            if let Some(client) = client {
+                pass(buffer[..len].to_vec(), outside.clone(), client);
+            }
+        }
+    });
+    address
 }
 
 fn serving(ca: &ClusterCa, address: &str, keys: &TransportKeys) -> Arc<QuicTransport> {

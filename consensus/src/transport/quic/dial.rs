@@ -4,10 +4,14 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use futures::future::Shared;
 use quinn::Connection;
 use quinn::Endpoint;
 use quinn::RecvStream;
@@ -27,28 +31,81 @@ use super::frame;
 use super::frame::RequestFrame;
 use crate::pki;
 
-/// One connection a peer. Concurrent callers of an unconnected peer wait for one handshake.
+/// One connection a peer. A handshake runs to its own end, however little time its callers have: a caller that gives up after
+/// a heartbeat's time must not end the handshake with it, or a peer whose handshake takes longer than that is never reached.
 pub(super) struct Dialer {
-    site: SiteId,
-    endpoint: Endpoint,
-    config: quinn::ClientConfig,
+    caller: Caller,
     links: Mutex<BTreeMap<HostId, Arc<Link>>>,
 }
 
+/// What a handshake needs.
+#[derive(Clone)]
+struct Caller {
+    site: SiteId,
+    endpoint: Endpoint,
+    config: quinn::ClientConfig,
+}
+
+type Dialling = Shared<BoxFuture<'static, Result<Connection, String>>>;
+
 #[derive(Default)]
 struct Link {
-    current: Mutex<Option<(String, Connection)>>,
-    dialling: tokio::sync::Mutex<()>,
+    state: Mutex<LinkState>,
+}
+
+#[derive(Default)]
+enum LinkState {
+    #[default]
+    Down,
+    /// The address that is dialled, and the handshake, which all callers wait for.
+    Dialling(String, Dialling),
+    Up(String, Connection),
 }
 
 impl Link {
-    /// The live connection, if it goes to this address.
-    fn live(&self, address: &str) -> Option<Connection> {
-        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        match current.as_ref() {
-            Some((dialled, connection)) if dialled == address && connection.close_reason().is_none() => {
-                Some(connection.clone())
+    fn state(&self) -> MutexGuard<'_, LinkState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The handshake that is under way or was finished for this address, else a new one.
+    fn dial(self: &Arc<Self>, to: &Peer, caller: &Caller) -> Dialling {
+        let mut state = self.state();
+        match &*state {
+            LinkState::Up(address, connection) if *address == to.address && connection.close_reason().is_none() => {
+                futures::future::ready(Ok(connection.clone())).boxed().shared()
             }
+            LinkState::Dialling(address, dialling) if *address == to.address && dialling.peek().is_none() => {
+                dialling.clone()
+            }
+            _ => {
+                let (link, to, caller) = (self.clone(), to.clone(), caller.clone());
+                let address = to.address.clone();
+                let task = tokio::spawn(async move {
+                    let dialled = caller.dial(&to).await;
+                    link.end_dialling(&to.address, dialled.as_ref().ok());
+                    dialled
+                });
+                let dialling =
+                    async move { task.await.unwrap_or_else(|_| Err("the transport is stopping".to_owned())) };
+                let dialling = dialling.boxed().shared();
+                *state = LinkState::Dialling(address, dialling.clone());
+                dialling
+            }
+        }
+    }
+
+    fn end_dialling(&self, address: &str, connection: Option<&Connection>) {
+        let mut state = self.state();
+        // Another address may be dialled by now; its handshake is the one that counts.
+        if matches!(&*state, LinkState::Dialling(dialled, _) if dialled == address) {
+            *state =
+                connection.map_or(LinkState::Down, |connection| LinkState::Up(address.to_owned(), connection.clone()));
+        }
+    }
+
+    fn round_trip(&self) -> Option<Duration> {
+        match &*self.state() {
+            LinkState::Up(_, connection) if connection.close_reason().is_none() => Some(connection.rtt()),
             _ => None,
         }
     }
@@ -56,14 +113,15 @@ impl Link {
 
 impl Dialer {
     pub(super) fn new(site: SiteId, endpoint: Endpoint, config: quinn::ClientConfig) -> Dialer {
-        Dialer { site, endpoint, config, links: Mutex::default() }
+        Dialer { caller: Caller { site, endpoint, config }, links: Mutex::default() }
+    }
+
+    fn link(&self, host: HostId) -> Arc<Link> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner).entry(host).or_default().clone()
     }
 
     pub(super) fn round_trip(&self, host: HostId) -> Option<Duration> {
-        let link = self.links.lock().unwrap_or_else(PoisonError::into_inner).get(&host)?.clone();
-        let current = link.current.lock().unwrap_or_else(PoisonError::into_inner);
-        let (_, connection) = current.as_ref()?;
-        connection.close_reason().is_none().then(|| connection.rtt())
+        self.link(host).round_trip()
     }
 
     pub(super) async fn call(
@@ -108,46 +166,33 @@ impl Dialer {
     }
 
     async fn connection(&self, to: &Peer) -> Result<Connection, TransportError> {
-        let link = {
-            let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
-            links.entry(to.host).or_default().clone()
-        };
-        if let Some(connection) = link.live(&to.address) {
-            return Ok(connection);
-        }
-        let _turn = link.dialling.lock().await;
-        if let Some(connection) = link.live(&to.address) {
-            return Ok(connection);
-        }
-        let connection = self.dial(to).await?;
-        *link.current.lock().unwrap_or_else(PoisonError::into_inner) = Some((to.address.clone(), connection.clone()));
-        Ok(connection)
+        let dialled = self.link(to.host).dial(to, &self.caller).await;
+        dialled.map_err(|why| TransportError::Unreachable { host: to.host, why })
     }
+}
 
-    async fn dial(&self, to: &Peer) -> Result<Connection, TransportError> {
-        let unreachable = |why: String| TransportError::Unreachable { host: to.host, why };
+impl Caller {
+    async fn dial(&self, to: &Peer) -> Result<Connection, String> {
         let address = self.resolve(to).await?;
         // TLS checks this name against the certificate: it is that host of this site, or nobody.
         let name = pki::server_name(self.site, to.host);
-        let connecting = self
-            .endpoint
-            .connect_with(self.config.clone(), address, &name)
-            .map_err(|error| unreachable(format!("{address}: {error}")))?;
-        connecting.await.map_err(|error| unreachable(format!("{address}: {error}")))
+        let failed = |error: &dyn std::error::Error| format!("{address}: {error}");
+        let connecting =
+            self.endpoint.connect_with(self.config.clone(), address, &name).map_err(|error| failed(&error))?;
+        connecting.await.map_err(|error| failed(&error))
     }
 
-    async fn resolve(&self, to: &Peer) -> Result<SocketAddr, TransportError> {
-        let unreachable = |why: String| TransportError::Unreachable { host: to.host, why };
+    async fn resolve(&self, to: &Peer) -> Result<SocketAddr, String> {
         if let Ok(address) = to.address.parse() {
             return Ok(address);
         }
-        let local = self.endpoint.local_addr().map_err(|error| unreachable(error.to_string()))?;
+        let local = self.endpoint.local_addr().map_err(|error| error.to_string())?;
         let mut found = tokio::net::lookup_host(&to.address)
             .await
-            .map_err(|error| unreachable(format!("{} does not resolve: {error}", to.address)))?;
+            .map_err(|error| format!("{} does not resolve: {error}", to.address))?;
         // A socket of IPv6 reaches both families; one of IPv4 only its own.
         found
             .find(|address| local.is_ipv6() || address.is_ipv4())
-            .ok_or_else(|| unreachable(format!("{} has no address that this host can use", to.address)))
+            .ok_or_else(|| format!("{} has no address that this host can use", to.address))
     }
 }

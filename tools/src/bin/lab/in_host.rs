@@ -70,6 +70,33 @@ pub fn vmm_status(vm: &str) -> Result<String> {
     bail!("the vmm of {vm} closed the connection without an answer")
 }
 
+/// What the API at `server` (`ip:port`) says to a machine that shows this identity's certificate: its status and its
+/// sentence, or how the connection ended. The server's own name is not checked: the question is whether it lets us in.
+pub fn knock(server: &str, identity: &Path) -> Result<String> {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let read = |name: &str| {
+        let path = identity.join(name);
+        std::fs::read(&path).with_context(|| format!("read {}", path.display()))
+    };
+    let mut pem = read("host.pem")?;
+    pem.extend(read("host.key")?);
+    let client = reqwest::Client::builder()
+        .identity(reqwest::Identity::from_pem(&pem)?)
+        .danger_accept_invalid_certs(true)
+        .no_proxy()
+        .timeout(Duration::from_secs(10))
+        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let answer = match client.get(format!("https://{server}/v1/vms")).send().await {
+            Ok(answer) => answer,
+            Err(error) => return Ok(format!("no connection: {:#}", anyhow::Error::from(error))),
+        };
+        let status = answer.status();
+        Ok(format!("{status}: {}", answer.text().await.unwrap_or_default()))
+    })
+}
+
 /// Counts the vmm processes of this host again and again until `enough` exists; the most that were there at once.
 /// A process counts while its command line is `... vmm run ...`: a start that is refused in time never gets there twice.
 pub fn most_vmm_at_once(enough: &Path) -> Result<usize> {

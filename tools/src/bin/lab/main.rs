@@ -25,6 +25,7 @@ mod process;
 mod qmp;
 mod report;
 mod scenario;
+mod secrets;
 mod state;
 mod witness;
 
@@ -201,6 +202,15 @@ enum InHostTask {
         #[arg(long)]
         enough: PathBuf,
     },
+    /// Look for secrets below directories where none may be.
+    Secrets(secrets::SecretsOptions),
+    /// Ask another host's API with the certificate of an identity directory.
+    Knock {
+        #[arg(long)]
+        server: String,
+        #[arg(long, default_value = "/var/lib/quorate/identity")]
+        identity: PathBuf,
+    },
     /// Send the lines of guests' consoles to the lab.
     Consoles {
         #[arg(long)]
@@ -225,6 +235,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
     if let Verb::InHost { task } = &cli.command {
         match task {
             InHostTask::Consoles { root, port } => in_host::follow_consoles(root, port)?,
+            InHostTask::Secrets(options) => return secrets::search(options),
+            InHostTask::Knock { server, identity } => println!("{}", in_host::knock(server, identity)?),
             InHostTask::Clock => println!("{}", in_host::boottime_ns()),
             InHostTask::MostVmm { enough } => println!("{}", in_host::most_vmm_at_once(enough)?),
             InHostTask::VmmStatus { vm } => println!("{}", in_host::vmm_status(vm)?),

@@ -6,7 +6,6 @@ use anyhow::Result;
 use anyhow::ensure;
 
 use super::probe::Probe;
-use super::stage::HOSTS;
 use super::stage::Stage;
 use super::table::Table;
 use super::table::spread;
@@ -35,7 +34,7 @@ pub async fn tell(stage: &mut Stage, runs: u32) -> Result<()> {
         seconds.push(took);
         stage.power(leader, PowerAction::On).await?;
         stage.hostd_answers(leader).await?;
-        stage.voters_reach(usize::from(HOSTS)).await?;
+        stage.voters_reach(stage.host_count()).await?;
         caught_up(stage).await?;
     }
     let mut table = Table::default();

@@ -11,6 +11,7 @@ mod demo;
 mod failover;
 mod first_guest;
 mod guest;
+mod join;
 mod lease;
 mod minority;
 pub mod probe;
@@ -28,6 +29,8 @@ use crate::paths::LabDir;
 pub enum Story {
     /// The main job: three hosts, a guest, the loss of the leader.
     Demo,
+    /// How a host gets in, who is refused and in what words, and that no secret leaks.
+    Join,
     /// A Linux guest: console, vCPUs, ACPI shutdown, disk.
     Guest,
     /// hostd dies or restarts under a guest, and during starts.
@@ -38,6 +41,16 @@ pub enum Story {
     Lease,
     /// Two of three hosts are cut off for a minute.
     Minority,
+}
+
+impl Story {
+    fn hosts(self) -> u8 {
+        match self {
+            // The fourth is another cluster.
+            Story::Join => 4,
+            _ => 3,
+        }
+    }
 }
 
 /// How a story is told.
@@ -55,9 +68,10 @@ pub struct StoryOptions {
 
 /// Tells a story on a fresh lab, and takes the lab down after it.
 pub async fn tell(dir: &LabDir, story: Story, options: &StoryOptions) -> Result<()> {
-    let mut stage = stage::Stage::set(dir, options).await?;
+    let mut stage = stage::Stage::set(dir, story.hosts(), options).await?;
     let told = match story {
         Story::Demo => demo::tell(&mut stage).await,
+        Story::Join => join::tell(&mut stage).await,
         Story::Guest => first_guest::tell(&mut stage).await,
         Story::Restart => restart::tell(&mut stage, options.runs.unwrap_or(50)).await,
         Story::Failover => failover::tell(&mut stage, options.runs.unwrap_or(20)).await,

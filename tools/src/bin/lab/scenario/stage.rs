@@ -26,7 +26,6 @@ use crate::paths::LabDir;
 use crate::state::HostId;
 use crate::state::LabConfig;
 
-pub const HOSTS: u8 = 3;
 /// Between two looks at something that is awaited.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -69,6 +68,7 @@ impl DiskWrite {
 
 pub struct Stage {
     pub dir: LabDir,
+    hosts: u8,
     started: Instant,
     /// Print each command and what it said, as a terminal would show it.
     pub echo: bool,
@@ -76,16 +76,16 @@ pub struct Stage {
 
 impl Stage {
     /// Brings a fresh lab up.
-    pub async fn set(dir: &LabDir, options: &StoryOptions) -> Result<Stage> {
+    pub async fn set(dir: &LabDir, hosts: u8, options: &StoryOptions) -> Result<Stage> {
         let config = LabConfig {
-            hosts: HOSTS,
+            hosts,
             accelerator: options.accel.resolve()?,
             memory_mib: 2048,
             cpus: 2,
             ignore_flush: false,
             netns: format!("quorate-lab-{}", dir.tag()),
         };
-        let stage = Stage { dir: dir.clone(), started: Instant::now(), echo: true };
+        let stage = Stage { dir: dir.clone(), hosts, started: Instant::now(), echo: true };
         lifecycle::up(dir, config, &lifecycle::own_directory()?, 180).await?;
         Ok(stage)
     }
@@ -110,7 +110,11 @@ impl Stage {
     }
 
     pub fn hosts(&self) -> impl Iterator<Item = HostId> + use<> {
-        (1..=HOSTS).map(HostId)
+        (1..=self.hosts).map(HostId)
+    }
+
+    pub fn host_count(&self) -> usize {
+        usize::from(self.hosts)
     }
 
     pub fn say(&self, text: &str) {
@@ -165,13 +169,18 @@ impl Stage {
 
     /// Runs `quorate` in a host as an operator would, shows it, and lets it succeed or fail.
     pub async fn try_quorate(&self, host: HostId, arguments: &[&str]) -> Result<Finished> {
-        let argv: Vec<&str> = std::iter::once("/usr/bin/quorate").chain(arguments.iter().copied()).collect();
-        let done = self.run(host, &argv).await?;
+        let done = self.try_quorate_quietly(host, arguments).await?;
         if self.echo {
             println!("{host}# quorate {}", shell_words(arguments));
             done.stdout.lines().chain(done.stderr.lines()).for_each(|line| println!("  {line}"));
         }
         Ok(done)
+    }
+
+    /// The same, shown to nobody.
+    pub async fn try_quorate_quietly(&self, host: HostId, arguments: &[&str]) -> Result<Finished> {
+        let argv: Vec<&str> = std::iter::once("/usr/bin/quorate").chain(arguments.iter().copied()).collect();
+        self.run(host, &argv).await
     }
 
     /// The same, which must succeed; its output.
@@ -236,7 +245,7 @@ impl Stage {
             self.quorate(host, &["join", &token]).await?;
             took.push(begun.elapsed().as_secs_f64());
         }
-        self.voters_reach(usize::from(HOSTS)).await?;
+        self.voters_reach(self.host_count()).await?;
         Ok(took)
     }
 
