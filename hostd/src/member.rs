@@ -200,6 +200,7 @@ impl Member {
         idempotency: Option<IdempotencyKey>,
         command: Command,
     ) -> Result<Answer, Problem> {
+        self.refuse_if_removed()?;
         let idempotency = idempotency.or_else(|| Some(own_key()));
         let request = Request { actor, origin: self.own(), idempotency, command };
         let deadline = Instant::now() + WRITE_PATIENCE;
@@ -218,6 +219,14 @@ impl Member {
             tracing::warn!(seq = %answer.seq, "this host is behind the leader");
         }
         Ok(answer)
+    }
+
+    /// A removed host hears of no leader any more; what it should say is why.
+    fn refuse_if_removed(&self) -> Result<(), Problem> {
+        match self.fold().state.removed_hosts.get(&self.own()) {
+            Some(at) => Err(Refusal::Removed { host: self.own(), at: *at }.into()),
+            None => Ok(()),
+        }
     }
 
     /// One try. A leader that lost power keeps its connections open until they time out; a new leader ends the wait.
@@ -251,6 +260,7 @@ impl Member {
     }
 
     pub async fn read_linearizable(&self) -> Result<Arc<Fold>, Problem> {
+        self.refuse_if_removed()?;
         self.node.read_index().await.map_err(problem_of_read)?;
         Ok(self.fold())
     }

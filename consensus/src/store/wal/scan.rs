@@ -1,5 +1,6 @@
 //! Reading a segment at start, and telling a torn tail from damage. Pure: bytes in, records out.
 
+use memchr::memmem;
 use statemachine::codec;
 use statemachine::codec::CodecError;
 use statemachine::codec::HEADER_LEN;
@@ -71,24 +72,26 @@ pub fn records<E>(
             }
         }
     }
-    Ok(Ok(ScanEnd { end: offset, torn: bytes[offset..].iter().any(|byte| *byte != 0) }))
+    Ok(Ok(ScanEnd { end: offset, torn: !is_zero(&bytes[offset..]) }))
 }
 
 fn judge_tail(bytes: &[u8], offset: usize, why: CodecError) -> Result<ScanEnd, Damage> {
     let tail = &bytes[offset..];
-    let mut at = 0;
-    while let Some(found) = find_magic(&tail[at..]) {
-        at += found;
+    // What every start finds behind the last record: preallocated space, megabytes of it.
+    if is_zero(tail) {
+        return Ok(ScanEnd { end: offset, torn: false });
+    }
+    for at in memmem::find_iter(tail, &MAGIC) {
         if let Some(group_start) = record::group_start_of(&tail[at..])
             && group_start as usize > offset
         {
             return Err(Damage::Middle { offset, why });
         }
-        at += 1;
     }
-    Ok(ScanEnd { end: offset, torn: tail.iter().any(|byte| *byte != 0) })
+    Ok(ScanEnd { end: offset, torn: true })
 }
 
-fn find_magic(bytes: &[u8]) -> Option<usize> {
-    bytes.windows(MAGIC.len()).position(|window| window == MAGIC)
+fn is_zero(bytes: &[u8]) -> bool {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    bytes.chunks(ZEROS.len()).all(|chunk| *chunk == ZEROS[..chunk.len()])
 }

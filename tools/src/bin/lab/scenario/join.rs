@@ -37,8 +37,6 @@ pub async fn tell(stage: &mut Stage) -> Result<()> {
     stage.say("one token, one command, no password");
     let used = stage.new_token(FIRST).await?;
     table.seconds("join", join(stage, SECOND, &used).await?, "<= 5 s");
-    // Both hosts that are asked below can decide.
-    stage.voters_reach(2).await?;
 
     stage.say("tokens that admit nobody");
     let altered = altered(&stage.new_token(FIRST).await?);
@@ -130,7 +128,8 @@ async fn refused(stage: &Stage, host: HostId, arguments: &[&str], words: &str) -
     let said = done.stderr.trim();
     ensure!(done.code != 0, "`quorate {}` was not refused", arguments.join(" "));
     ensure!(said.contains(words), "{words:?} is not in: {said}");
-    ensure!(!said.contains("qrt1."), "the refusal repeats the token");
+    let secret = arguments.last().filter(|word| word.starts_with("qrt1."));
+    ensure!(secret.is_none_or(|token| !said.contains(*token)), "the refusal repeats the token");
     Ok(())
 }
 
