@@ -138,12 +138,25 @@ fn resources_of(fold: &Fold) -> Vec<(HostId, Liveness, Administrative, HostUsage
     hosts.map(|(id, host)| (*id, host.liveness, host.administrative, host.usage)).collect()
 }
 
+fn host_ids(fold: &Fold) -> Vec<HostId> {
+    fold.state.hosts.iter().map(|(id, _)| *id).collect()
+}
+
 async fn keep_membership(cluster: Arc<dyn Cluster>, counters: Arc<DutyCounters>) {
     let leadership = cluster.leadership();
+    let mut fold = cluster.watch_fold();
     let mut look = tokio::time::interval(LOOK_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut known = Vec::new();
     loop {
-        look.tick().await;
+        tokio::select! {
+            _ = look.tick() => {}
+            // Whoever joins waits for it.
+            changed = fold.wait_for(|fold| host_ids(fold) != known) => match changed {
+                Ok(fold) => known = host_ids(&fold),
+                Err(_) => return,
+            },
+        }
         if leadership.borrow().ready_session().is_none() {
             continue;
         }
