@@ -17,7 +17,7 @@ pub async fn tell(stage: &mut Stage) -> Result<()> {
     let mut table = Table::default();
     stage.form_cluster().await?;
     let (asker, runner) = (HostId(1), HostId(2));
-    let guest = Guest::define(stage, asker, "web1", &Shape { vcpus: 2, disk: Some("shared1"), lease: false }).await?;
+    let guest = Guest::define(stage, asker, "web1", &Shape { vcpus: 2, disks: &["shared1"], lease: false }).await?;
 
     stage.say("a stock Debian kernel reaches userland");
     let asked_ns = stage.now_ns();
@@ -27,7 +27,9 @@ pub async fn tell(stage: &mut Stage) -> Result<()> {
     table.seconds("vm start -> userland", (up.t_ns - asked_ns) as f64 / 1e9, "");
 
     stage.say("its console, from a host that does not run it");
-    let said = console(stage, HostId(3), &guest.name, &["cpus", "disk-check"], "disk-check ").await?;
+    println!("host3# quorate vm console {}    # typed: cpus, disk-check", guest.name);
+    let said = guest.console(stage, HostId(3), &["cpus", "disk-check"], "disk-check ").await?;
+    said.lines().filter(|line| !line.starts_with("counter")).for_each(|line| println!("  {line}"));
     ensure!(said.contains("cpus 2"), "the guest did not answer on its console: {said}");
     let check =
         said.lines().find(|line| line.contains("disk-check ok")).context("the disk was not written and read")?;
@@ -50,20 +52,6 @@ pub async fn tell(stage: &mut Stage) -> Result<()> {
     table.row("disk after restart on another host", "checksum equal", "equal");
     table.print();
     Ok(())
-}
-
-/// Types lines on a VM's console from `host` until the answer holds `end`; what was seen.
-async fn console(stage: &Stage, host: HostId, vm: &str, lines: &[&str], end: &str) -> Result<String> {
-    let typed = lines.join("\\n");
-    // The pipe stays open until the answer is there or the time is up: closing it would end the session.
-    let script = format!(
-        "rm -f /tmp/said; (sleep 1; printf '{typed}\\n'; for i in $(seq 60); do grep -q '{end}' /tmp/said && break; sleep 1; done; printf '\\035') \
-         | timeout 80 quorate vm console {vm} >/tmp/said 2>&1; cat /tmp/said"
-    );
-    println!("{host}# quorate vm console {vm}    # typed: {}", lines.join(", "));
-    let said = stage.sh(host, &script).await?;
-    said.lines().filter(|line| !line.starts_with("counter")).for_each(|line| println!("  {line}"));
-    Ok(said)
 }
 
 /// The value of `name=value` in a line.

@@ -25,8 +25,8 @@ pub struct Guest {
 /// What a guest is made of, beside the images that all share.
 pub struct Shape<'a> {
     pub vcpus: u32,
-    /// `shared1` to `shared4`: a small disk that all hosts see.
-    pub disk: Option<&'a str>,
+    /// `shared1` to `shared4`: small disks that all hosts see. The guest stamps the first.
+    pub disks: &'a [&'a str],
     /// Highly available: its permit is of class `lease`.
     pub lease: bool,
 }
@@ -34,10 +34,11 @@ pub struct Shape<'a> {
 impl Guest {
     pub async fn define(stage: &Stage, asked: HostId, name: &str, shape: &Shape<'_>) -> Result<Guest> {
         let vcpus = shape.vcpus.to_string();
-        let disk = shape.disk.map(|export| format!("id=root,path=/dev/disk/by-id/virtio-{export}"));
+        let disk = |export: &&str| format!("id={export},path=/dev/disk/by-id/virtio-{export}");
+        let disks: Vec<String> = shape.disks.iter().map(disk).collect();
         let mut words = vec!["vm", "create", name, "--vcpus", &vcpus, "--memory", "192MiB"];
         words.extend(["--kernel", KERNEL, "--initrd", INITRD, "--cmdline", "console=ttyS0 quiet"]);
-        if let Some(disk) = &disk {
+        for disk in &disks {
             words.extend(["--disk", disk]);
         }
         if shape.lease {
@@ -89,6 +90,18 @@ impl Guest {
     pub async fn reaches(&self, stage: &Stage, asked: HostId, status: &str, limit: Duration) -> Result<()> {
         let what = format!("{} is {status}", self.name);
         stage.until(&what, limit, async || Ok((self.status(stage, asked).await? == status).then_some(()))).await
+    }
+
+    /// Types lines on its console from `host`, which need not run it, until the answer holds `end`; what was seen.
+    pub async fn console(&self, stage: &Stage, host: HostId, lines: &[&str], end: &str) -> Result<String> {
+        let typed = lines.join("\\n");
+        // The pipe stays open until the answer is there or the time is up: closing it would end the session.
+        let script = format!(
+            "rm -f /tmp/said; (sleep 1; printf '{typed}\\n'; for i in $(seq 60); do grep -q '{end}' /tmp/said && break; sleep 1; done) \
+             | timeout 80 quorate vm console {} >/tmp/said 2>&1; cat /tmp/said",
+            self.name
+        );
+        stage.sh(host, &script).await
     }
 
     pub async fn stop(&self, stage: &Stage, asked: HostId) -> Result<()> {

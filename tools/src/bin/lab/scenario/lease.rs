@@ -22,7 +22,10 @@ const LEASE_S: f64 = 12.0;
 const LAST_WRITE_MAX_S: f64 = 12.1;
 const RUNNER: HostId = HostId(3);
 const ASKER: HostId = HostId(1);
+/// The guest stamps this one every second.
 const DISK: &str = "shared1";
+/// This one hangs in one variant, while the guest writes to it as fast as it can.
+const OTHER_DISK: &str = "shared2";
 
 /// What is done to the host beside cutting its network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,15 +42,16 @@ impl Blow {
             Blow::Nothing => "network cut, CPU load",
             Blow::HostdStopped => "network cut, hostd stopped (SIGSTOP)",
             Blow::HostdDead => "network cut, hostd dead and not restarted",
-            Blow::DiskHangs => "network cut, the guest's disk hangs",
+            Blow::DiskHangs => "network cut, a disk of the guest hangs",
         }
     }
 }
 
 pub async fn tell(stage: &mut Stage, runs: u32) -> Result<()> {
     stage.form_cluster().await?;
-    let leases = Guest::define(stage, ASKER, "lease1", &Shape { vcpus: 1, disk: Some(DISK), lease: true }).await?;
-    let plain = Guest::define(stage, ASKER, "operator1", &Shape { vcpus: 1, disk: None, lease: false }).await?;
+    let leases =
+        Guest::define(stage, ASKER, "lease1", &Shape { vcpus: 1, disks: &[DISK, OTHER_DISK], lease: true }).await?;
+    let plain = Guest::define(stage, ASKER, "operator1", &Shape { vcpus: 1, disks: &[], lease: false }).await?;
     // The leader stays out of it: only the runner is cut.
     ensure!(stage.leader(ASKER).await? != RUNNER, "the runner of this story must not lead");
     leases.start(stage, ASKER, RUNNER).await?;
@@ -99,8 +103,13 @@ struct CutOff {
 
 async fn cut_off(stage: &Stage, leases: &Guest, plain: &Guest, blow: Blow) -> Result<CutOff> {
     let epoch = leases.epoch(stage, ASKER).await?;
+    if blow == Blow::DiskHangs {
+        let flood = "sh (while :; do dd if=/dev/zero of=/dev/vdb bs=4096 count=8 oflag=direct conv=notrunc; done) >/dev/null 2>&1 &";
+        leases.console(stage, ASKER, &[flood], "sh exit").await?;
+        stage.hang_disk(RUNNER, OTHER_DISK, true).await?;
+    }
     let begun_ns = stage.now_ns();
-    stage.sh(RUNNER, "for i in 1 2; do setsid timeout 25 sh -c 'while :; do :; done' >/dev/null 2>&1 & done").await?;
+    stage.sh(RUNNER, "for i in 1 2; do setsid timeout 17 sh -c 'while :; do :; done' >/dev/null 2>&1 & done").await?;
     stage.link(RUNNER, LinkChange::Cut).await?;
     let cut_ns = stage.now_ns();
     let (strike, mend) = match blow {
@@ -111,21 +120,19 @@ async fn cut_off(stage: &Stage, leases: &Guest, plain: &Guest, blow: Blow) -> Re
         }
     };
     stage.sh(RUNNER, strike).await?;
-    if blow == Blow::DiskHangs {
-        stage.hang_disk(RUNNER, DISK, true).await?;
-    }
     tokio::time::sleep(Duration::from_secs(18)).await;
     let status = stage.sh(RUNNER, &format!("lab in-host vmm-status --vm {}", leases.id)).await?;
     let status: serde_json::Value = serde_json::from_str(&status).context("the vmm's status is JSON")?;
     let deadline_ns = status["deadline_ns"].as_u64().context("a lease guest has a deadline")?;
-    ensure!(status["run"].to_string().contains("paused"), "the lease ended and the guest runs: {status}");
-    ensure!(blow == Blow::DiskHangs || status["quiesced"] == true, "paused and not quiesced: {status}");
+    ensure!(status["state"] == "paused", "the lease ended and the guest runs: {status}");
+    // What is in flight on a disk that hangs cannot be called back: paused, and not yet quiesced.
+    ensure!(status["quiesced"] == (blow != Blow::DiskHangs), "{}: {status}", blow.name());
+    if blow == Blow::DiskHangs {
+        stage.hang_disk(RUNNER, OTHER_DISK, false).await?;
+    }
+    // The load has ended by now; and both clocks run by the same crystal.
     let clocks = compare_clocks(stage).await?;
     let last_write_s = last_write(stage, epoch, begun_ns, &clocks, deadline_ns)?;
-
-    if blow == Blow::DiskHangs {
-        stage.hang_disk(RUNNER, DISK, false).await?;
-    }
     stage.link(RUNNER, LinkChange::Heal).await?;
     let healed_ns = stage.now_ns();
     stage.sh(RUNNER, mend).await?;
@@ -169,10 +176,10 @@ struct Clocks {
     uncertainty_s: f64,
 }
 
-/// Reads the host's clock between two readings of ours; the tightest of ten counts.
+/// Reads the host's clock between two readings of ours; the tightest of twenty counts.
 async fn compare_clocks(stage: &Stage) -> Result<Clocks> {
     let mut best: Option<Clocks> = None;
-    for _ in 0..10 {
+    for _ in 0..20 {
         let before_ns = stage.now_ns();
         let said = stage.sh(RUNNER, "lab in-host clock").await?;
         let after_ns = stage.now_ns();

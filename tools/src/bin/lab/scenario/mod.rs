@@ -81,5 +81,5 @@ pub async fn tell(dir: &LabDir, story: Story, options: &StoryOptions) -> Result<
     if let (Ok(()), Some(name)) = (&told, clap::ValueEnum::to_possible_value(&story)) {
         println!("\n{}: ok", name.get_name());
     }
-    stage.leave(told, options.keep)
+    stage.leave(told, options.keep).await
 }

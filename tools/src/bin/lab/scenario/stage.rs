@@ -91,7 +91,7 @@ impl Stage {
     }
 
     /// Takes the lab down; a story that failed says so after showing what its hosts logged last.
-    pub fn leave(self, told: Result<()>, keep: bool) -> Result<()> {
+    pub async fn leave(self, told: Result<()>, keep: bool) -> Result<()> {
         if let Err(error) = &told {
             eprintln!("\nlab: the story broke off: {error:#}");
             for host in self.hosts() {
@@ -99,6 +99,11 @@ impl Stage {
                 let tail: Vec<&str> = log.lines().rev().take(15).collect();
                 eprintln!("--- last lines of {host}'s serial log");
                 tail.iter().rev().for_each(|line| eprintln!("{line}"));
+                let logs = "tail -n 20 /var/log/hostd.log /run/quorate/vm/*/vmm.log 2>/dev/null | cut -c1-300";
+                match self.run(host, &["/bin/sh", "-c", logs]).await {
+                    Ok(said) => eprint!("{}", said.stdout),
+                    Err(error) => eprintln!("its logs cannot be read: {error:#}"),
+                }
             }
         }
         if keep {
