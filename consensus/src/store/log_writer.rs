@@ -65,8 +65,10 @@ pub struct Writer {
     pub group_bytes: usize,
     pub saved_committed: Option<LogId>,
     pub saved_committed_ns: u64,
-    /// Held until the writer ends: the data directory is in use.
-    pub lock: Option<Box<dyn std::any::Any + Send + Sync>>,
+    /// Ends with the next segment that is being laid out beside the writer.
+    pub spare: Option<oneshot::Receiver<()>>,
+    /// The data directory is in use. The last field, so that it is dropped last: redb writes once more when it closes.
+    pub lock: Box<dyn std::any::Any + Send + Sync>,
 }
 
 impl Writer {
@@ -205,28 +207,35 @@ impl Writer {
         Ok(())
     }
 
-    fn prepare_spare(&self) -> Result<(), StoreError> {
+    fn prepare_spare(&mut self) -> Result<(), StoreError> {
         let Some(work) = self.wal.spare_work() else { return Ok(()) };
         match self.platform.blocking {
             Blocking::Inline => work()?,
             Blocking::Threads => {
                 let exit = self.platform.exit.clone();
+                let (done, spare) = oneshot::channel();
+                self.spare = Some(spare);
                 drop(tokio::task::spawn_blocking(move || {
                     if let Err(error) = work() {
                         exit.fatal(&error);
                     }
+                    drop(done);
                 }));
             }
         }
         Ok(())
     }
 
-    fn finish(&mut self) {
+    /// When this returns, nothing of the data directory is open or written any more.
+    fn finish(mut self) {
         // A hint only: failing to write it loses nothing.
         if let Err(error) = self.save_committed(true) {
             tracing::warn!("the last committed position was not saved: {error}");
         }
-        self.lock = None;
+        if let Some(spare) = self.spare.take() {
+            // Its sender is dropped, never used.
+            let _ = spare.blocking_recv();
+        }
     }
 
     fn view(&self) -> std::sync::MutexGuard<'_, LogView> {

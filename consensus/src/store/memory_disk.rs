@@ -30,6 +30,8 @@ struct Platter {
     next_file: u64,
     names: BTreeMap<PathBuf, u64>,
     synced_names: BTreeMap<PathBuf, u64>,
+    /// Paths of the files that are held open, as they were named when they were opened.
+    open: Vec<PathBuf>,
     /// Rises at each power cut.
     incarnation: u64,
     /// Changes that still succeed; then the power is gone.
@@ -136,6 +138,11 @@ impl MemoryDisk {
         self.platter().changes
     }
 
+    /// What is held open: nothing of a store that was closed.
+    pub fn open_files(&self) -> Vec<PathBuf> {
+        self.platter().open.clone()
+    }
+
     /// Damages one bit of a file, below all caches.
     pub fn flip_bit(&self, path: &Path, bit: u64) -> bool {
         let mut platter = self.platter();
@@ -170,7 +177,9 @@ impl MemoryDisk {
         spent.and_then(|()| change(&mut platter)).map_err(|source| DiskError::new(operation, path, source))
     }
 
-    fn handle(&self, path: &Path, file: u64, incarnation: u64) -> Arc<dyn DiskFile> {
+    fn handle(&self, platter: &mut Platter, path: &Path, file: u64) -> Arc<dyn DiskFile> {
+        platter.open.push(path.to_owned());
+        let incarnation = platter.incarnation;
         Arc::new(MemoryFile { disk: self.clone(), path: path.to_owned(), file, incarnation })
     }
 }
@@ -185,15 +194,15 @@ impl Disk for MemoryDisk {
     }
 
     fn open(&self, path: &Path) -> Result<Arc<dyn DiskFile>, DiskError> {
-        let platter = self.platter();
-        match platter.names.get(path) {
-            Some(file) => Ok(self.handle(path, *file, platter.incarnation)),
+        let mut platter = self.platter();
+        match platter.names.get(path).copied() {
+            Some(file) => Ok(self.handle(&mut platter, path, file)),
             None => Err(DiskError::new("open", path, not_found())),
         }
     }
 
     fn create(&self, path: &Path) -> Result<Arc<dyn DiskFile>, DiskError> {
-        let (file, incarnation) = self.change("create", path, |platter| {
+        self.change("create", path, |platter| {
             let file = match platter.names.get(path) {
                 Some(file) => *file,
                 None => {
@@ -205,9 +214,8 @@ impl Disk for MemoryDisk {
             let content = platter.files.entry(file).or_default();
             content.bytes.clear();
             content.pending.push(Pending::SetLen(0));
-            Ok((file, platter.incarnation))
-        })?;
-        Ok(self.handle(path, file, incarnation))
+            Ok(self.handle(platter, path, file))
+        })
     }
 
     fn preallocate(&self, path: &Path, len: u64) -> Result<Arc<dyn DiskFile>, DiskError> {
@@ -268,6 +276,15 @@ impl Disk for MemoryDisk {
 
     fn is_real(&self) -> bool {
         false
+    }
+}
+
+impl Drop for MemoryFile {
+    fn drop(&mut self) {
+        let open = &mut self.disk.platter().open;
+        if let Some(at) = open.iter().position(|path| *path == self.path) {
+            open.swap_remove(at);
+        }
     }
 }
 

@@ -254,7 +254,8 @@ impl Store {
             group_bytes: config.wal_group_bytes,
             saved_committed: values.committed,
             saved_committed_ns: 0,
-            lock: Some(lock),
+            spare: None,
+            lock,
         };
         Ok(OpenParts { writer, segments, snapshots, applied })
     }
