@@ -118,14 +118,16 @@ fn a_killed_host_that_returns_is_reachable_at_once() {
     let ping = || caller.call(Peer { host: HostId(2), address: address.clone() }, Channel::Ping, Bytes::new(), limit);
     caller_runtime.block_on(ping()).unwrap();
 
-    // Its runtime goes away with it: no farewell leaves the socket, as after a SIGKILL.
-    drop(first);
+    // Its runtime goes first, and nobody is left to send a farewell: as after a SIGKILL.
     life.shutdown_timeout(limit);
+    drop(first);
     let life = runtime();
     let _second = life.block_on(async { serving(&ca, &address, &keys) });
 
-    let error = caller_runtime.block_on(ping()).unwrap_err();
-    assert!(error.to_string().contains("reset"), "the old connection is reset, it does not time out: {error}");
+    // An acknowledgement or a probe of the path that went out before this call may have met the reset already.
+    if let Err(error) = caller_runtime.block_on(ping()) {
+        assert!(error.to_string().contains("reset"), "the old connection is reset, it does not time out: {error}");
+    }
     caller_runtime.block_on(ping()).unwrap();
 }
 
