@@ -57,6 +57,13 @@ pub enum Step {
     },
 }
 
+impl Step {
+    /// A hand-over was asked for, no more, when it is taken; every other step is in the log.
+    pub fn is_done_when_taken(&self) -> bool {
+        !matches!(self, Step::TransferLeader { .. })
+    }
+}
+
 /// The next step towards what `state` demands; `None` when there is nothing to do, or nothing that may be done now.
 pub fn plan(state: &State, current: &Current) -> Option<Step> {
     if current.is_joint {

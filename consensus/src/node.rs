@@ -185,7 +185,7 @@ impl<R: AsyncRuntime> NodeOn<R> {
     ) -> Result<NodeOn<R>, NodeError> {
         let host = transport.local();
         let raft_config = Arc::new(config.raft().map_err(NodeError::Timers)?);
-        let store = Store::open(platform.clone(), &config.data_dir).await?;
+        let store = Store::open_with(platform.clone(), &config.data_dir, config.store.clone()).await?;
         let fold = store.fold;
         let addresses = Arc::new(Addresses { fold: fold.clone(), members: Mutex::default() });
         let limits = NetworkLimits {
@@ -255,6 +255,10 @@ impl<R: AsyncRuntime> NodeOn<R> {
 
     pub fn host(&self) -> HostId {
         self.inner.host
+    }
+
+    pub fn platform(&self) -> &Platform {
+        &self.inner.platform
     }
 
     /// Whether this host leads, in which session, and whether it decides yet. Duties of the leader hang on this.

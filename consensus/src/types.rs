@@ -8,7 +8,6 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use openraft::AsyncRuntime;
 use openraft::OptionalSend;
 use openraft::vote::RaftLeaderId;
 use serde::Deserialize;
@@ -16,6 +15,8 @@ use serde::Serialize;
 use statemachine::batch::SealedBatch;
 use statemachine::fold::Applied;
 
+/// What a cluster runs on: tokio, or a simulation's.
+pub use openraft::AsyncRuntime;
 /// The product's runtime, under the name that spares a dependency of our own.
 #[allow(deprecated)]
 pub use openraft::impls::TokioRuntime;

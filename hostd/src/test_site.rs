@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
 use consensus::decider::Leadership;
 use consensus::decider::ProposeError;
+use consensus::platform::Platform;
 use consensus::transport::PeerKind;
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -42,6 +44,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::agent::cluster::Cluster;
+use crate::agent::cluster::MembershipStep;
 use crate::agent::cluster::Unanswered;
 use crate::grants::Grants;
 
@@ -201,6 +204,10 @@ impl Site {
 pub struct TestCluster {
     pub site: Arc<Site>,
     host: HostId,
+    platform: Platform,
+    /// What every look at the membership takes as its step.
+    pub membership_step: Mutex<Option<MembershipStep>>,
+    pub membership_looks: AtomicU64,
     leadership: watch::Sender<Leadership>,
     pub has_majority: AtomicBool,
     /// Where heartbeats to the leader go.
@@ -211,7 +218,18 @@ impl TestCluster {
     pub fn of(site: &Arc<Site>, host: HostId) -> Arc<TestCluster> {
         let (leadership, _) = watch::channel(Leadership::Following { leader: None });
         let (site, has_majority, keeper) = (site.clone(), AtomicBool::new(true), OnceLock::new());
-        Arc::new(TestCluster { site, host, leadership, has_majority, keeper })
+        let (membership_step, membership_looks) = (Mutex::default(), AtomicU64::new(0));
+        let platform = Platform::real();
+        Arc::new(TestCluster {
+            site,
+            host,
+            platform,
+            membership_step,
+            membership_looks,
+            leadership,
+            has_majority,
+            keeper,
+        })
     }
 
     pub fn set_leadership(&self, leadership: Leadership) {
@@ -226,6 +244,10 @@ impl TestCluster {
 impl Cluster for TestCluster {
     fn host(&self) -> HostId {
         self.host
+    }
+
+    fn platform(&self) -> &Platform {
+        &self.platform
     }
 
     fn fold(&self) -> Arc<Fold> {
@@ -271,8 +293,10 @@ impl Cluster for TestCluster {
         .boxed()
     }
 
-    fn reconcile_membership(&self) -> BoxFuture<'_, Result<Option<String>, Unanswered>> {
-        async { Ok(None) }.boxed()
+    fn reconcile_membership(&self) -> BoxFuture<'_, Result<Option<MembershipStep>, Unanswered>> {
+        self.membership_looks.fetch_add(1, Ordering::SeqCst);
+        let step = self.membership_step.lock().unwrap().clone();
+        async { Ok(step) }.boxed()
     }
 
     fn transfer_leader(&self, _to: HostId) -> BoxFuture<'_, Result<(), Unanswered>> {

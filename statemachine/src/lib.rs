@@ -29,6 +29,7 @@ pub mod evolve;
 pub mod fold;
 pub mod ids;
 pub mod invariants;
+pub mod mutant;
 pub mod planner;
 pub mod rejection;
 pub mod scheduler;

@@ -12,6 +12,8 @@ use statemachine::command::Request;
 use statemachine::fold::Answer;
 use statemachine::fold::Applied;
 use statemachine::fold::Decision;
+use statemachine::mutant;
+use statemachine::mutant::Mutant;
 
 /// A group commit holds at most this many commands and about this many bytes.
 pub const ENTRY_COMMANDS: usize = 512;
@@ -90,6 +92,14 @@ impl<W> Session<W> {
                 Ok(answer)
             }
         };
+        let hasty = match outcome {
+            Ok(_) => mutant::is_on(Mutant::AcknowledgeBeforeQuorum),
+            Err(_) => mutant::is_on(Mutant::AnswerBeforeGround),
+        };
+        if hasty {
+            self.held.push_front(Held { ground: Seq::ZERO, waiter, outcome });
+            return;
+        }
         self.held.push_back(Held { ground: self.speculative.head.seq, waiter, outcome });
     }
 

@@ -6,6 +6,10 @@ use std::time::Duration;
 
 use openraft::Config;
 use openraft::SnapshotPolicy;
+use statemachine::mutant;
+use statemachine::mutant::Mutant;
+
+use crate::store::StoreConfig;
 
 /// Election and heartbeat times (DESIGN §4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +48,8 @@ pub struct NodeConfig {
     pub read_timeout_ms: u64,
     /// Log entries between two snapshots.
     pub snapshot_every: u64,
+    /// Sizes of the stores' files.
+    pub store: StoreConfig,
     /// Log entries kept behind a snapshot, so that a host that was away briefly needs no snapshot.
     pub keep_behind_snapshot: u64,
 }
@@ -57,6 +63,7 @@ impl NodeConfig {
             timers: Timers::default(),
             propose_timeout_ms: 5_000,
             read_timeout_ms: 2_000,
+            store: StoreConfig::default(),
             snapshot_every: 20_000,
             keep_behind_snapshot: 5_000,
         }
@@ -84,7 +91,7 @@ impl NodeConfig {
             // An isolated node must not raise the term (hazard H25).
             enable_pre_vote: Some(true),
             // A restarted leader must be elected: it would lead under its old id with an unapplied tail (hazard C2).
-            enable_leader_restore: Some(false),
+            enable_leader_restore: Some(mutant::is_on(Mutant::LeaderRestore)),
             // A leader that is refused stops its heartbeats, so that voters who would refuse it for good elect another
             // (hazard C15). openraft asks for at least lease + election.
             quorum_loss_probe_interval: Some(REFUSED_LEADER_MS.max(2 * self.timers.election_max_ms)),

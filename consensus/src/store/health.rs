@@ -15,6 +15,8 @@ pub struct Health {
     wal_entries: AtomicU64,
     wal_sync_ns: AtomicU64,
     wal_disk_bytes: AtomicU64,
+    batches_superseded: AtomicU64,
+    snapshots_installed: AtomicU64,
 }
 
 /// A copy of the counters.
@@ -27,6 +29,9 @@ pub struct HealthCounters {
     pub wal_sync_ns: u64,
     /// Size of the write-ahead log on disk, preallocated space included.
     pub wal_disk_bytes: u64,
+    /// Batches that did not follow the head when they came out of the log (DESIGN §3).
+    pub batches_superseded: u64,
+    pub snapshots_installed: u64,
 }
 
 impl Health {
@@ -47,6 +52,8 @@ impl Health {
             wal_bytes: self.wal_bytes.load(Ordering::Relaxed),
             wal_sync_ns: self.wal_sync_ns.load(Ordering::Relaxed),
             wal_disk_bytes: self.wal_disk_bytes.load(Ordering::Relaxed),
+            batches_superseded: self.batches_superseded.load(Ordering::Relaxed),
+            snapshots_installed: self.snapshots_installed.load(Ordering::Relaxed),
         }
     }
 
@@ -71,6 +78,14 @@ impl Health {
         self.wal_entries.fetch_add(entries as u64, Ordering::Relaxed);
         self.wal_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         self.wal_sync_ns.fetch_add(took_ns, Ordering::Relaxed);
+    }
+
+    pub(crate) fn batch_superseded(&self) {
+        self.batches_superseded.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn snapshot_installed(&self) {
+        self.snapshots_installed.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) fn wal_size(&self, disk_bytes: u64) {

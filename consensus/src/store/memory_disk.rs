@@ -108,8 +108,13 @@ impl MemoryDisk {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Cuts the power and turns it on again. The same seed loses the same sectors.
-    pub fn power_cut(&self, seed: u64) {
+    /// The process that used it is gone; what it wrote is not.
+    pub fn kill(&self) {
+        self.platter().incarnation += 1;
+    }
+
+    /// Cuts the power and turns it on again. The same seed loses the same sectors. Says how many changes were not synced.
+    pub fn power_cut(&self, seed: u64) -> u64 {
         let mut state = seed;
         let mut coin = move || {
             // splitmix64
@@ -125,7 +130,9 @@ impl MemoryDisk {
         platter.names = platter.synced_names.clone();
         let named: Vec<u64> = platter.names.values().copied().collect();
         platter.files.retain(|file, _| named.contains(file));
+        let unsynced = platter.files.values().map(|content| content.pending.len() as u64).sum();
         platter.files.values_mut().for_each(|content| content.lose_power(&mut coin));
+        unsynced
     }
 
     /// Lets this many changes (writes, syncs, names) succeed; all I/O after them fails until [`Self::power_cut`].
@@ -342,8 +349,9 @@ impl DiskFile for MemoryFile {
 
     fn sync_data(&self) -> Result<(), DiskError> {
         self.change("sync", |content| {
-            content.pending.clear();
-            content.synced = content.bytes.clone();
+            for change in std::mem::take(&mut content.pending) {
+                Content::apply(&mut content.synced, &change);
+            }
             Ok(())
         })
     }

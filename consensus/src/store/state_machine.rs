@@ -76,6 +76,9 @@ impl StateMachine {
                     {
                         self.seal_in_background();
                     }
+                    if applied == Applied::Superseded {
+                        self.health.batch_superseded();
+                    }
                     result.applied.push(applied);
                 }
                 if self.segments.is_overfull() {
@@ -171,6 +174,7 @@ impl<R: AsyncRuntime> RaftStateMachine<TypeConfig<R>> for StateMachine {
             Some(Err(error)) => Err(self.fatal(error.into())),
             Some(Ok(applied)) => {
                 self.applied = applied;
+                self.health.snapshot_installed();
                 self.publish::<R>(&mut Vec::new());
                 Ok(())
             }

@@ -1,5 +1,5 @@
 //! What the agent, the lease, the keeper of grants and the leader's duties need of consensus: a door small enough that a test
-//! can stand behind it. The product's is [`consensus::node::Node`].
+//! can stand behind it. The product's is [`consensus::node::Node`], a simulation's the same on another runtime.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,8 +7,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use consensus::decider::Leadership;
 use consensus::decider::ProposeError;
-use consensus::node::Node;
+use consensus::node::NodeOn;
+use consensus::platform::Platform;
 use consensus::transport::PeerKind;
+use consensus::types::AsyncRuntime;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use statemachine::command::Request;
@@ -16,6 +18,8 @@ use statemachine::fold::Answer;
 use statemachine::fold::Fold;
 use statemachine::ids::HostId;
 use statemachine::ids::Seq;
+use statemachine::mutant;
+use statemachine::mutant::Mutant;
 use thiserror::Error;
 use tokio::sync::watch;
 
@@ -24,8 +28,19 @@ use tokio::sync::watch;
 #[error("{0}")]
 pub struct Unanswered(pub String);
 
+/// A step of the membership that was taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MembershipStep {
+    pub what: String,
+    /// The next step may be looked for at once; else this one takes effect later.
+    pub is_done: bool,
+}
+
 pub trait Cluster: Send + Sync + 'static {
     fn host(&self) -> HostId;
+
+    /// The machine below: its clock and its randomness.
+    fn platform(&self) -> &Platform;
 
     /// What this host has applied.
     fn fold(&self) -> Arc<Fold>;
@@ -51,7 +66,7 @@ pub trait Cluster: Send + Sync + 'static {
     ) -> BoxFuture<'_, Result<Bytes, Unanswered>>;
 
     /// Leader only: the next step of the membership, if one is due. Says what it did.
-    fn reconcile_membership(&self) -> BoxFuture<'_, Result<Option<String>, Unanswered>>;
+    fn reconcile_membership(&self) -> BoxFuture<'_, Result<Option<MembershipStep>, Unanswered>>;
 
     fn transfer_leader(&self, to: HostId) -> BoxFuture<'_, Result<(), Unanswered>>;
 }
@@ -60,35 +75,42 @@ fn unanswered(error: impl std::fmt::Display) -> Unanswered {
     Unanswered(error.to_string())
 }
 
-impl Cluster for Node {
+impl<R: AsyncRuntime> Cluster for NodeOn<R> {
     fn host(&self) -> HostId {
-        Node::host(self)
+        NodeOn::host(self)
+    }
+
+    fn platform(&self) -> &Platform {
+        NodeOn::platform(self)
     }
 
     fn fold(&self) -> Arc<Fold> {
-        Node::fold(self)
+        NodeOn::fold(self)
     }
 
     fn watch_fold(&self) -> watch::Receiver<Arc<Fold>> {
-        Node::watch_fold(self)
+        NodeOn::watch_fold(self)
     }
 
     fn leadership(&self) -> watch::Receiver<Leadership> {
-        Node::leadership(self)
+        NodeOn::leadership(self)
     }
 
     fn propose(&self, request: Request) -> BoxFuture<'_, Result<Answer, ProposeError>> {
-        Node::propose(self, request).boxed()
+        NodeOn::propose(self, request).boxed()
     }
 
     fn confirm_lead(&self, session: u64) -> BoxFuture<'_, Result<Seq, Unanswered>> {
-        let leadership = Node::leadership(self);
+        let leadership = NodeOn::leadership(self);
         async move {
             // Sessions never repeat, so one that is current before and after the round was current throughout, and
             // the round was this host's own.
             let still = || leadership.borrow().ready_session() == Some(session);
             if !still() {
                 return Err(Unanswered("this host does not lead in that session any more".to_owned()));
+            }
+            if mutant::is_on(Mutant::GrantByAge) {
+                return Ok(NodeOn::fold(self).head.seq);
             }
             let seq = self.read_index().await.map_err(unanswered)?;
             if !still() {
@@ -106,18 +128,18 @@ impl Cluster for Node {
         body: Bytes,
         timeout: Duration,
     ) -> BoxFuture<'_, Result<Bytes, Unanswered>> {
-        async move { Node::peer_call(self, to, kind, body, timeout).await.map_err(unanswered) }.boxed()
+        async move { NodeOn::peer_call(self, to, kind, body, timeout).await.map_err(unanswered) }.boxed()
     }
 
-    fn reconcile_membership(&self) -> BoxFuture<'_, Result<Option<String>, Unanswered>> {
+    fn reconcile_membership(&self) -> BoxFuture<'_, Result<Option<MembershipStep>, Unanswered>> {
         async move {
-            let step = Node::reconcile_membership(self).await.map_err(unanswered)?;
-            Ok(step.map(|step| format!("{step:?}")))
+            let step = NodeOn::reconcile_membership(self).await.map_err(unanswered)?;
+            Ok(step.map(|step| MembershipStep { what: format!("{step:?}"), is_done: step.is_done_when_taken() }))
         }
         .boxed()
     }
 
     fn transfer_leader(&self, to: HostId) -> BoxFuture<'_, Result<(), Unanswered>> {
-        async move { Node::transfer_leader(self, to).await.map_err(unanswered) }.boxed()
+        async move { NodeOn::transfer_leader(self, to).await.map_err(unanswered) }.boxed()
     }
 }

@@ -25,7 +25,7 @@ pub mod reconcile;
 pub mod reports;
 pub mod run_dir;
 pub mod vmm_client;
-mod work;
+pub mod work;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -39,7 +39,6 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use self::adopt::Found;
 use self::cluster::Cluster;
 use self::group::Groups;
 use self::launcher::Launcher;
@@ -50,6 +49,7 @@ use self::plan::StopTimers;
 use self::reconcile::Reconciler;
 use self::run_dir::RunDir;
 use self::run_dir::RunDirError;
+use self::work::Processes;
 use crate::config::Config;
 use crate::lease::clock::Boottime;
 use crate::lease::record::ConfirmedGrant;
@@ -133,25 +133,25 @@ pub async fn spawn(
         allowed_paths: config.allowed_paths,
         groups: Groups::detect(),
     };
-    let looking = {
-        let launcher = launcher.clone();
-        tokio::task::spawn_blocking(move || look(&launcher))
-    };
-    let (marked, found) = looking.await.map_err(|_| AgentError::Stopping)??;
+    spawn_on(Arc::new(launcher), config.vms_dir, config.stop, cluster, facts, grant, publish).await
+}
+
+/// The same over another machine's processes.
+pub async fn spawn_on(
+    processes: Arc<dyn Processes>,
+    vms_dir: PathBuf,
+    stop_timers: StopTimers,
+    cluster: Arc<dyn Cluster>,
+    facts: watch::Receiver<HostFacts>,
+    grant: watch::Receiver<Option<ConfirmedGrant>>,
+    publish: watch::Sender<Arc<Vec<GuestView>>>,
+) -> Result<AgentHandle, AgentError> {
+    let looked = processes.look().await?;
     let shutdown = CancellationToken::new();
     let guests = publish.subscribe();
-    let reconciler = Reconciler {
-        cluster,
-        facts,
-        launcher,
-        stop_timers: config.stop,
-        grant,
-        publish,
-        shutdown: shutdown.clone(),
-        marked,
-    };
-    let task = tokio::sync::Mutex::new(Some(tokio::spawn(reconciler.run(found))));
-    Ok(AgentHandle { vms_dir: config.vms_dir, guests, shutdown, task })
+    let reconciler = Reconciler { cluster, facts, processes, stop_timers, grant, publish, shutdown: shutdown.clone() };
+    let task = tokio::sync::Mutex::new(Some(tokio::spawn(reconciler.run(looked))));
+    Ok(AgentHandle { vms_dir, guests, shutdown, task })
 }
 
 /// The guests of a moment.
@@ -160,14 +160,6 @@ pub type Guests = Arc<Vec<GuestView>>;
 /// The channel on which the agent publishes its guests.
 pub fn guest_channel() -> (watch::Sender<Guests>, watch::Receiver<Guests>) {
     watch::channel(Arc::new(Vec::new()))
-}
-
-type Looked = (std::collections::BTreeSet<(VmId, Epoch)>, Vec<(VmId, Found)>);
-
-fn look(launcher: &Launcher) -> Result<Looked, AgentError> {
-    let marked = launcher.marks.load()?;
-    let vms = RunDir::list(&launcher.vms_dir)?;
-    Ok((marked, vms.into_iter().map(|vm| (vm, adopt::inspect(launcher, vm))).collect()))
 }
 
 impl AgentHandle {

@@ -21,6 +21,8 @@ use statemachine::ids::Epoch;
 use statemachine::ids::HostId;
 use statemachine::ids::Seq;
 use statemachine::ids::VmId;
+use statemachine::mutant;
+use statemachine::mutant::Mutant;
 use statemachine::state::Desired;
 use statemachine::state::ExitReason;
 use statemachine::state::GuestStatus;
@@ -221,16 +223,20 @@ pub fn plan(view: &View<'_>) -> Vec<Action> {
 
 /// A permit without a guest.
 fn plan_permit(view: &View<'_>, vm: VmId, known: &Vm, permit: Permit) -> Option<Action> {
-    if view.grant.is_none_or(|grant| view.fold.head.seq < grant.applied) {
+    let caught_up = view.grant.is_some_and(|grant| view.fold.head.seq >= grant.applied);
+    if !caught_up && !mutant::is_on(Mutant::StartWithoutGrant) {
         return None;
     }
-    if view.marked.contains(&(vm, permit.epoch)) {
+    if view.marked.contains(&(vm, permit.epoch)) && !mutant::is_on(Mutant::EpochStartedTwice) {
         return Some(Action::LookInto { vm, permit });
     }
     match known.desired {
         Desired::Stopped(_) => Some(Action::Renounce { vm, permit }),
         Desired::Running => {
-            let grant = view.allows(permit.epoch)?;
+            let grant = match mutant::is_on(Mutant::StartWithoutGrant) {
+                true => view.grant?,
+                false => view.allows(permit.epoch)?,
+            };
             Some(Action::Start { vm, permit, deadline: grant.deadline })
         }
     }

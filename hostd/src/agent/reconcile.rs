@@ -14,7 +14,6 @@ use statemachine::state::Permit;
 use statemachine::state::ReleaseClass;
 use tokio::sync::mpsc;
 use tokio::sync::watch;
-use tokio::time::Instant;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
@@ -22,9 +21,7 @@ use super::GuestView;
 use super::adopt::Found;
 use super::cluster::Cluster;
 use super::guest;
-use super::guest::GuestTask;
 use super::guest::Seen;
-use super::launcher::Launcher;
 use super::plan;
 use super::plan::Action;
 use super::plan::Ended;
@@ -36,7 +33,8 @@ use super::plan::View;
 use super::reports;
 use super::reports::Reports;
 use super::reports::Subject;
-use super::work;
+use super::work::Looked;
+use super::work::Processes;
 use super::work::Worked;
 use crate::lease::clock::Boottime;
 use crate::lease::record::ConfirmedGrant;
@@ -48,12 +46,11 @@ const NEWS_MAX: usize = 1024;
 pub struct Reconciler {
     pub(super) cluster: Arc<dyn Cluster>,
     pub(super) facts: watch::Receiver<HostFacts>,
-    pub(super) launcher: Launcher,
+    pub(super) processes: Arc<dyn Processes>,
     pub(super) stop_timers: StopTimers,
     pub(super) grant: watch::Receiver<Option<ConfirmedGrant>>,
     pub(super) publish: watch::Sender<Arc<Vec<GuestView>>>,
     pub(super) shutdown: CancellationToken,
-    pub(super) marked: BTreeSet<(VmId, Epoch)>,
 }
 
 /// A guest and the way to its task.
@@ -76,6 +73,8 @@ impl Line {
 struct Loop {
     own: Reconciler,
     guests: BTreeMap<VmId, Guest>,
+    /// Epochs that were, or may have been, started on this host.
+    marked: BTreeSet<(VmId, Epoch)>,
     lines: BTreeMap<VmId, Line>,
     /// VMs whose files a thread is busy with.
     busy: BTreeSet<VmId>,
@@ -88,8 +87,8 @@ struct Loop {
 }
 
 impl Reconciler {
-    /// Runs until shutdown. `found` is what was on the host when the agent started.
-    pub async fn run(self, found: Vec<(VmId, Found)>) {
+    /// Runs until shutdown. `looked` is what was on the host when the agent started.
+    pub async fn run(self, looked: Looked) {
         let (told, mut told_news) = mpsc::channel(NEWS_MAX);
         let (worked, mut worked_news) = mpsc::channel(NEWS_MAX);
         let (reported, mut reported_news) = mpsc::channel(4);
@@ -97,6 +96,7 @@ impl Reconciler {
         let mut state = Loop {
             reports: Reports::new(self.cluster.host(), boot),
             guests: BTreeMap::new(),
+            marked: looked.marked,
             lines: BTreeMap::new(),
             busy: BTreeSet::new(),
             undone: BTreeSet::new(),
@@ -105,7 +105,7 @@ impl Reconciler {
             reported,
             own: self,
         };
-        for (vm, found) in found {
+        for (vm, found) in looked.found {
             state.take_in(vm, found);
         }
         let mut fold = state.own.cluster.watch_fold();
@@ -119,6 +119,7 @@ impl Reconciler {
             let confirmed = grant.borrow_and_update().clone();
             state.act(&applied, confirmed.as_ref());
             tokio::select! {
+                biased;
                 () = shutdown.cancelled() => return,
                 changed = fold.changed() => if changed.is_err() { return },
                 changed = grant.changed() => if changed.is_err() { return },
@@ -133,8 +134,12 @@ impl Reconciler {
 }
 
 impl Loop {
+    fn now(&self) -> Boottime {
+        Boottime::of(self.own.cluster.platform().clock.as_ref())
+    }
+
     fn act(&mut self, fold: &Arc<Fold>, grant: Option<&ConfirmedGrant>) {
-        let now = Boottime::now();
+        let now = self.now();
         let facts = self.own.facts.borrow().clone();
         let view = View {
             host: self.own.cluster.host(),
@@ -142,7 +147,7 @@ impl Loop {
             fold,
             grant,
             guests: &self.guests,
-            marked: &self.own.marked,
+            marked: &self.marked,
             now,
             stop: self.own.stop_timers,
         };
@@ -162,7 +167,7 @@ impl Loop {
             Action::ReportExited { vm, .. } | Action::ReportStatus { vm, .. } => !self.busy.contains(vm),
             _ => true,
         });
-        if let Some((subject, request)) = self.reports.next(&facts, fold, &owed, Instant::now()) {
+        if let Some((subject, request)) = self.reports.next(&facts, fold, &owed, now) {
             self.report(subject, request);
         }
         self.publish();
@@ -174,7 +179,7 @@ impl Loop {
             return;
         }
         tracing::info!(%vm, epoch = %permit.epoch, name = known.name, "the guest is started");
-        self.own.marked.insert((vm, permit.epoch));
+        self.marked.insert((vm, permit.epoch));
         let mut guest = Guest::launching(permit.epoch, permit.release);
         guest.confirmed = Some(deadline);
         self.guests.insert(vm, guest);
@@ -186,25 +191,25 @@ impl Loop {
             release: permit.release,
             deadline,
         };
-        self.work(vm, work::start(self.own.launcher.clone(), identity, spec));
+        self.work(vm, self.own.processes.start(identity, spec));
     }
 
     fn look_into(&mut self, vm: VmId, permit: Permit) {
         if self.busy.insert(vm) {
-            self.work(vm, work::look_into(self.own.launcher.clone(), vm, permit));
+            self.work(vm, self.own.processes.look_into(vm, permit));
         }
     }
 
     fn renounce(&mut self, vm: VmId, permit: Permit) {
         if self.busy.insert(vm) {
-            self.own.marked.insert((vm, permit.epoch));
-            self.work(vm, work::renounce(self.own.launcher.clone(), vm, permit));
+            self.marked.insert((vm, permit.epoch));
+            self.work(vm, self.own.processes.renounce(vm, permit));
         }
     }
 
     fn forget(&mut self, vm: VmId, vm_exists: bool) {
         if self.busy.insert(vm) {
-            self.work(vm, work::forget(self.own.launcher.clone(), vm, vm_exists));
+            self.work(vm, self.own.processes.forget(vm, vm_exists));
         }
     }
 
@@ -226,9 +231,9 @@ impl Loop {
 
     fn report(&self, subject: Subject, request: statemachine::command::Request) {
         let (cluster, reported) = (self.own.cluster.clone(), self.reported.clone());
-        let launcher = self.own.launcher.clone();
+        let burning = self.own.processes.burn_before(&request);
         tokio::spawn(async move {
-            let told = match work::burn_before(&launcher, &request).await {
+            let told = match burning.await {
                 Ok(()) => reports::tell(cluster, request).await,
                 Err(error) => {
                     tracing::error!("an exit cannot be reported before its epoch is marked as used: {error}");
@@ -243,7 +248,8 @@ impl Loop {
         if let reports::Told::Failed(why) = told {
             tracing::debug!(?subject, "a report was not taken yet: {why}");
         }
-        self.reports.settle(subject, told, Instant::now());
+        let now = self.now();
+        self.reports.settle(subject, told, now);
     }
 
     /// Takes in what is on the host.
@@ -251,12 +257,12 @@ impl Loop {
         match found {
             Found::Alive { epoch, release } => {
                 tracing::info!(%vm, %epoch, "a guest of an earlier hostd is adopted");
-                self.own.marked.insert((vm, epoch));
+                self.marked.insert((vm, epoch));
                 self.guests.insert(vm, Guest::launching(epoch, release));
                 self.attend(vm, epoch);
             }
             Found::Gone { epoch, release, ended } => {
-                self.own.marked.insert((vm, epoch));
+                self.marked.insert((vm, epoch));
                 self.set_gone(vm, epoch, release, ended);
             }
             // Nothing ran: the epoch may still be started.
@@ -264,7 +270,7 @@ impl Loop {
             Found::Unclear(why) => {
                 tracing::warn!(%vm, "what is left of this VM is not clear yet: {why}");
                 if self.busy.insert(vm) {
-                    self.work(vm, work::look_again(self.own.launcher.clone(), vm));
+                    self.work(vm, self.own.processes.look_again(vm));
                 }
             }
         }
@@ -281,9 +287,8 @@ impl Loop {
 
     fn attend(&mut self, vm: VmId, epoch: Epoch) {
         let (sender, orders) = mpsc::channel(guest::ORDERS_MAX);
-        self.lines.insert(vm, Line { orders: sender, since: Boottime::now(), seen: None });
-        let (launcher, told) = (self.own.launcher.clone(), self.told.clone());
-        tokio::spawn(GuestTask { vm, epoch, launcher, orders, told }.run());
+        self.lines.insert(vm, Line { orders: sender, since: self.now(), seen: None });
+        tokio::spawn(self.own.processes.attend(vm, epoch, orders, self.told.clone()));
     }
 
     fn hear(&mut self, vm: VmId, epoch: Epoch, news: guest::Told) {
@@ -325,13 +330,13 @@ impl Loop {
             Worked::Started { epoch } => self.attend(vm, epoch),
             Worked::NotStarted { epoch } => {
                 self.guests.remove(&vm);
-                self.own.marked.remove(&(vm, epoch));
+                self.marked.remove(&(vm, epoch));
             }
             Worked::Ended { epoch, release, ended } => self.set_gone(vm, epoch, release, ended),
             Worked::Found { instead_of, found } => {
                 if let Some(epoch) = instead_of {
                     self.guests.remove(&vm);
-                    self.own.marked.remove(&(vm, epoch));
+                    self.marked.remove(&(vm, epoch));
                 }
                 self.take_in(vm, found);
             }

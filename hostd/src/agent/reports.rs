@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use consensus::decider::ProposeError;
 use statemachine::command::Actor;
@@ -17,14 +16,13 @@ use statemachine::ids::HostId;
 use statemachine::ids::Seq;
 use statemachine::ids::VmId;
 use statemachine::state::Liveness;
-use tokio::time::Instant;
 
 use super::cluster::Cluster;
 use super::plan::Action;
 use crate::lease::clock::Boottime;
 
-const RETRY_MIN: Duration = Duration::from_millis(200);
-const RETRY_MAX: Duration = Duration::from_secs(5);
+const RETRY_MIN_MS: u64 = 200;
+const RETRY_MAX_MS: u64 = 5_000;
 
 /// What a report is about; at most one a subject is under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,7 +37,7 @@ struct Held {
     /// Decided: wait until applied state has reached this.
     seq: Option<Seq>,
     /// Failed: wait until then.
-    until: Instant,
+    until: Boottime,
     failures: u32,
 }
 
@@ -72,7 +70,7 @@ impl Reports {
         facts: &HostFacts,
         fold: &Fold,
         owed: &[Action],
-        now: Instant,
+        now: Boottime,
     ) -> Option<(Subject, Request)> {
         if self.under_way.is_some() {
             return None;
@@ -101,7 +99,7 @@ impl Reports {
         &mut self,
         subject: Subject,
         fold: &Fold,
-        now: Instant,
+        now: Boottime,
         command: impl FnOnce(ReportId) -> Command,
     ) -> Option<(Subject, Request)> {
         let waits = |held: &Held| held.until > now || held.seq.is_some_and(|seq| fold.head.seq < seq);
@@ -110,13 +108,13 @@ impl Reports {
         }
         self.under_way = Some(subject);
         // Rises within the boot, also over a restart of hostd: the clock does.
-        self.counter = Boottime::now().as_ns().max(self.counter + 1);
+        self.counter = now.as_ns().max(self.counter + 1);
         let report = ReportId { host: self.host, boot: self.boot, counter: self.counter };
         let command = command(report);
         Some((subject, Request { actor: Actor::Host(self.host), origin: self.host, idempotency: None, command }))
     }
 
-    pub fn settle(&mut self, subject: Subject, told: &Told, now: Instant) {
+    pub fn settle(&mut self, subject: Subject, told: &Told, now: Boottime) {
         self.under_way = None;
         match told {
             Told::Decided(seq) => {
@@ -124,8 +122,8 @@ impl Reports {
             }
             Told::Failed(_) => {
                 let failures = self.held.get(&subject).map_or(0, |held| held.failures).saturating_add(1);
-                let wait = RETRY_MIN.saturating_mul(1 << failures.min(6)).min(RETRY_MAX);
-                self.held.insert(subject, Held { seq: None, until: now + wait, failures });
+                let wait_ms = (RETRY_MIN_MS << failures.min(6)).min(RETRY_MAX_MS);
+                self.held.insert(subject, Held { seq: None, until: now.plus_ms(wait_ms), failures });
             }
         }
     }
@@ -157,7 +155,7 @@ mod tests {
         let vm = site.define("web", spec(ReleaseClass::Operator));
         let epoch = site.start(vm, host);
         let owed = [Action::ReportStatus { vm, epoch, status: GuestStatus::Up }];
-        let now = Instant::now();
+        let now = Boottime::from_ms(1);
         let mut reports = Reports::new(host, boot(9));
         let (subject, request) = reports.next(&facts(boot(9)), &site.now(), &owed, now).unwrap();
         assert_eq!(subject, Subject::Host);
@@ -185,7 +183,7 @@ mod tests {
             Action::ReportStatus { vm, epoch: site.start(vm, host), status: GuestStatus::Up }
         };
         let owed = [status("a"), status("b")];
-        let now = Instant::now();
+        let now = Boottime::from_ms(1);
         let mut reports = Reports::new(host, boot(1));
         let (first, _) = reports.next(&facts(boot(1)), &site.now(), &owed, now).unwrap();
         reports.settle(first, &Told::Failed("no leader".to_owned()), now);
@@ -193,6 +191,6 @@ mod tests {
         assert_ne!(first, second);
         reports.settle(second, &Told::Failed("no leader".to_owned()), now);
         assert_eq!(reports.next(&facts(boot(1)), &site.now(), &owed, now), None);
-        assert!(reports.next(&facts(boot(1)), &site.now(), &owed, now + RETRY_MAX).is_some());
+        assert!(reports.next(&facts(boot(1)), &site.now(), &owed, now.plus_ms(RETRY_MAX_MS)).is_some());
     }
 }

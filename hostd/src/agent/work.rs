@@ -1,8 +1,13 @@
 //! The agent's work on files and processes, each piece on a thread of the blocking pool, at most one a VM at a time.
+//!
+//! [`Processes`] is all that the agent asks of the machine; the product's is [`Launcher`].
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use statemachine::command::Command;
 use statemachine::command::Request;
 use statemachine::ids::Epoch;
@@ -11,14 +16,19 @@ use statemachine::state::ExitReason;
 use statemachine::state::Permit;
 use statemachine::state::ReleaseClass;
 use statemachine::state::VmSpec;
+use tokio::sync::mpsc;
 
+use super::AgentError;
 use super::adopt;
 use super::adopt::Found;
+use super::guest::GuestTask;
+use super::guest::Told;
 use super::guest_files::GuestIdentity;
 use super::launcher::LaunchError;
 use super::launcher::Launcher;
 use super::marks::MarkError;
 use super::plan::Ended;
+use super::plan::Order;
 use super::run_dir::RunDir;
 
 /// Before something that could not be told, or was in the way, is looked at again.
@@ -50,6 +60,87 @@ pub enum Worked {
     Again,
 }
 
+/// What is on a host when hostd starts: epochs that were used, and what is left of each VM.
+#[derive(Debug, Default)]
+pub struct Looked {
+    pub marked: BTreeSet<(VmId, Epoch)>,
+    pub found: Vec<(VmId, Found)>,
+}
+
+/// News of a guest on their way to the agent's loop.
+pub type News = mpsc::Sender<(VmId, Epoch, Told)>;
+
+/// Guests as processes of this host. Each piece of work says how it ended; a failure is never taken for an end.
+pub trait Processes: Send + Sync + 'static {
+    fn look(&self) -> BoxFuture<'static, Result<Looked, AgentError>>;
+
+    /// Starts the process of a permit whose epoch was never used.
+    fn start(&self, identity: GuestIdentity, spec: Arc<VmSpec>) -> BoxFuture<'static, Worked>;
+
+    /// An epoch that is marked, of which this hostd knows no guest.
+    fn look_into(&self, vm: VmId, permit: Permit) -> BoxFuture<'static, Worked>;
+
+    /// What could not be told a moment ago.
+    fn look_again(&self, vm: VmId) -> BoxFuture<'static, Worked>;
+
+    /// Uses up an epoch that was never started.
+    fn renounce(&self, vm: VmId, permit: Permit) -> BoxFuture<'static, Worked>;
+
+    /// Clears what a guest left, once the log knows its end.
+    fn forget(&self, vm: VmId, vm_exists: bool) -> BoxFuture<'static, Worked>;
+
+    /// Marks the epoch of an exit as used before the exit is reported: once the log has released it, a restarted hostd must
+    /// not find it unused and start it.
+    fn burn_before(&self, request: &Request) -> BoxFuture<'static, Result<(), MarkError>>;
+
+    /// Stays beside a guest: carries orders to it, and tells what becomes of it.
+    fn attend(&self, vm: VmId, epoch: Epoch, orders: mpsc::Receiver<Order>, told: News) -> BoxFuture<'static, ()>;
+}
+
+impl Processes for Launcher {
+    fn look(&self) -> BoxFuture<'static, Result<Looked, AgentError>> {
+        let launcher = self.clone();
+        let looking = blocking(move || -> Result<Looked, AgentError> {
+            let marked = launcher.marks.load()?;
+            let vms = RunDir::list(&launcher.vms_dir)?;
+            let found = vms.into_iter().map(|vm| (vm, adopt::inspect(&launcher, vm))).collect();
+            Ok(Looked { marked, found })
+        });
+        async move { looking.await.unwrap_or(Err(AgentError::Stopping)) }.boxed()
+    }
+
+    fn start(&self, identity: GuestIdentity, spec: Arc<VmSpec>) -> BoxFuture<'static, Worked> {
+        start(self.clone(), identity, spec).boxed()
+    }
+
+    fn look_into(&self, vm: VmId, permit: Permit) -> BoxFuture<'static, Worked> {
+        look_into(self.clone(), vm, permit).boxed()
+    }
+
+    fn look_again(&self, vm: VmId) -> BoxFuture<'static, Worked> {
+        look_again(self.clone(), vm).boxed()
+    }
+
+    fn renounce(&self, vm: VmId, permit: Permit) -> BoxFuture<'static, Worked> {
+        renounce(self.clone(), vm, permit).boxed()
+    }
+
+    fn forget(&self, vm: VmId, vm_exists: bool) -> BoxFuture<'static, Worked> {
+        forget(self.clone(), vm, vm_exists).boxed()
+    }
+
+    fn burn_before(&self, request: &Request) -> BoxFuture<'static, Result<(), MarkError>> {
+        let Command::ReportVmExited { vm, epoch, .. } = request.command else { return async { Ok(()) }.boxed() };
+        let marks = self.marks.clone();
+        let burning = blocking(move || if marks.contains(vm, epoch) { Ok(()) } else { marks.burn(vm, epoch) });
+        async move { burning.await.unwrap_or(Ok(())) }.boxed()
+    }
+
+    fn attend(&self, vm: VmId, epoch: Epoch, orders: mpsc::Receiver<Order>, told: News) -> BoxFuture<'static, ()> {
+        GuestTask { vm, epoch, launcher: self.clone(), orders, told }.run().boxed()
+    }
+}
+
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     tokio::task::spawn_blocking(work).await.ok()
 }
@@ -60,7 +151,7 @@ async fn inspect(launcher: &Launcher, vm: VmId) -> Found {
     found.unwrap_or_else(|| Found::Unclear("hostd is stopping".to_owned()))
 }
 
-pub async fn start(launcher: Launcher, identity: GuestIdentity, spec: Arc<VmSpec>) -> Worked {
+async fn start(launcher: Launcher, identity: GuestIdentity, spec: Arc<VmSpec>) -> Worked {
     let (vm, epoch, release) = (identity.vm, identity.epoch, identity.release);
     let launched = {
         let launcher = launcher.clone();
@@ -84,8 +175,7 @@ pub async fn start(launcher: Launcher, identity: GuestIdentity, spec: Arc<VmSpec
     }
 }
 
-/// An epoch that is marked, of which this hostd knows no guest.
-pub async fn look_into(launcher: Launcher, vm: VmId, permit: Permit) -> Worked {
+async fn look_into(launcher: Launcher, vm: VmId, permit: Permit) -> Worked {
     match inspect(&launcher, vm).await {
         Found::Alive { epoch, release } => Worked::Found { instead_of: None, found: Found::Alive { epoch, release } },
         Found::Gone { epoch, release, ended } if epoch == permit.epoch => Worked::Ended { epoch, release, ended },
@@ -100,13 +190,12 @@ pub async fn look_into(launcher: Launcher, vm: VmId, permit: Permit) -> Worked {
     }
 }
 
-pub async fn look_again(launcher: Launcher, vm: VmId) -> Worked {
+async fn look_again(launcher: Launcher, vm: VmId) -> Worked {
     tokio::time::sleep(AGAIN).await;
     Worked::Found { instead_of: None, found: inspect(&launcher, vm).await }
 }
 
-/// Uses up an epoch that was never started.
-pub async fn renounce(launcher: Launcher, vm: VmId, permit: Permit) -> Worked {
+async fn renounce(launcher: Launcher, vm: VmId, permit: Permit) -> Worked {
     let renounced = {
         let launcher = launcher.clone();
         blocking(move || -> Result<bool, Box<dyn std::error::Error + Send + Sync>> {
@@ -134,8 +223,7 @@ pub async fn renounce(launcher: Launcher, vm: VmId, permit: Permit) -> Worked {
     }
 }
 
-/// Clears what a guest left, once the log knows its end.
-pub async fn forget(launcher: Launcher, vm: VmId, vm_exists: bool) -> Worked {
+async fn forget(launcher: Launcher, vm: VmId, vm_exists: bool) -> Worked {
     let cleared = blocking(move || {
         let run_dir = RunDir::of(&launcher.vms_dir, vm);
         run_dir.create()?;
@@ -158,12 +246,4 @@ pub async fn forget(launcher: Launcher, vm: VmId, vm_exists: bool) -> Worked {
         }
         None => Worked::Again,
     }
-}
-
-/// Marks the epoch of an exit as used before the exit is reported: once the log has released it, a restarted hostd must not find
-/// it unused and start it.
-pub async fn burn_before(launcher: &Launcher, request: &Request) -> Result<(), MarkError> {
-    let Command::ReportVmExited { vm, epoch, .. } = request.command else { return Ok(()) };
-    let marks = launcher.marks.clone();
-    blocking(move || if marks.contains(vm, epoch) { Ok(()) } else { marks.burn(vm, epoch) }).await.unwrap_or(Ok(()))
 }

@@ -79,6 +79,7 @@ pub fn spawn(cluster: Arc<dyn Cluster>) -> DutiesHandle {
 /// Waits until the state or the lead changed, or a second has passed. False when nobody will tell any more.
 async fn wait(fold: &mut watch::Receiver<Arc<Fold>>, leadership: &mut watch::Receiver<Leadership>) -> bool {
     tokio::select! {
+        biased;
         changed = fold.changed() => changed.is_ok(),
         changed = leadership.changed() => changed.is_ok(),
         () = tokio::time::sleep(LOOK_EVERY) => true,
@@ -150,6 +151,7 @@ async fn keep_membership(cluster: Arc<dyn Cluster>, counters: Arc<DutyCounters>)
     let mut known = Vec::new();
     loop {
         tokio::select! {
+            biased;
             _ = look.tick() => {}
             // Whoever joins waits for it.
             changed = fold.wait_for(|fold| host_ids(fold) != known) => match changed {
@@ -165,7 +167,10 @@ async fn keep_membership(cluster: Arc<dyn Cluster>, counters: Arc<DutyCounters>)
             match cluster.reconcile_membership().await {
                 Ok(Some(step)) => {
                     counters.membership_steps.fetch_add(1, Ordering::Relaxed);
-                    tracing::info!("membership: {step}");
+                    tracing::info!("membership: {}", step.what);
+                    if !step.is_done {
+                        break;
+                    }
                 }
                 Ok(None) => break,
                 Err(error) => {
@@ -205,3 +210,6 @@ async fn give_up_storage(cluster: Arc<dyn Cluster>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,3 +1,4 @@
+use consensus::platform::Platform;
 use statemachine::ids::BootId;
 use statemachine::state::Liveness;
 use statemachine::state::ReleaseClass;
@@ -15,7 +16,7 @@ fn beat(host: HostId, boot: BootId) -> Heartbeat {
         boot,
         nonce: Nonce(7),
         applied: Seq(0),
-        wall_ms: wall_ms(),
+        wall_ms: Platform::real().clock.wall_ms(),
         watchdog_armed: false,
         running: Vec::new(),
     }

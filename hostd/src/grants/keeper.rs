@@ -19,6 +19,8 @@ use statemachine::command::Command;
 use statemachine::fold::Fold;
 use statemachine::ids::HostId;
 use statemachine::ids::Seq;
+use statemachine::mutant;
+use statemachine::mutant::Mutant;
 use statemachine::state::Liveness;
 
 use super::wire::Grant;
@@ -317,6 +319,9 @@ impl Keeper {
 
 impl Session {
     fn in_no_grant(&self, host: HostId, fold: &Fold) -> bool {
+        if mutant::is_on(Mutant::GrantWhileFencing) {
+            return false;
+        }
         let condemned = self.hosts.get(&host).is_some_and(|known| known.condemned);
         condemned || fold.state.hosts.get(&host).is_none_or(|host| host.liveness == Liveness::Unreachable)
     }

@@ -49,7 +49,6 @@ use self::wire::Heartbeat;
 use self::wire::Refusal;
 use crate::agent::cluster::Cluster;
 use crate::config::Config;
-use crate::lease::wall_ms;
 
 /// Heartbeats on their way to the keeper. It takes each at once, so more than this is a flood.
 const ARRIVALS_MAX: usize = 1024;
@@ -199,16 +198,18 @@ impl Task {
             self.follow_leadership(led);
             self.begin_round();
             let next_round = lock(&self.keeper).next_round_at().map(|at| self.began + at);
+            // In this order, so that a flood of heartbeats starves nothing, and a simulation repeats.
             tokio::select! {
+                biased;
+                _ = look.tick() => self.look_at_hosts(),
+                changed = leadership.changed() => if changed.is_err() { return },
+                Some((round, read)) = rounds.recv() => self.end_round(round, read),
+                Some((host, word, outcome)) = words.recv() => self.settle(host, word, outcome),
+                () = sleep_until(next_round) => {}
                 arrival = inbox.recv() => match arrival {
                     Some(arrival) => self.arrive(arrival),
                     None => return,
                 },
-                Some((round, read)) = rounds.recv() => self.end_round(round, read),
-                Some((host, word, outcome)) = words.recv() => self.settle(host, word, outcome),
-                changed = leadership.changed() => if changed.is_err() { return },
-                () = sleep_until(next_round) => {}
-                _ = look.tick() => self.look_at_hosts(),
             }
         }
     }
@@ -232,7 +233,8 @@ impl Task {
     }
 
     fn arrive(&mut self, arrival: Arrival) {
-        let (ticket, verdicts) = lock(&self.keeper).heartbeat(arrival.heartbeat, self.now(), wall_ms());
+        let wall_ms = self.cluster.platform().clock.wall_ms();
+        let (ticket, verdicts) = lock(&self.keeper).heartbeat(arrival.heartbeat, self.now(), wall_ms);
         self.waiting.insert(ticket, arrival.answer);
         self.answer(verdicts);
     }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use consensus::platform::Clock;
 use rustix::time::ClockId;
 use rustix::time::clock_gettime;
 
@@ -11,6 +12,11 @@ use rustix::time::clock_gettime;
 pub struct Boottime(u64);
 
 impl Boottime {
+    /// What a host's clock shows: the machine's, or a simulation's.
+    pub fn of(clock: &dyn Clock) -> Boottime {
+        Boottime(clock.boottime_ns())
+    }
+
     pub fn now() -> Boottime {
         let now = clock_gettime(ClockId::Boottime);
         Boottime(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64)

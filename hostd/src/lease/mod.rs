@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use consensus::decider::Leadership;
+use consensus::platform::Clock;
 use statemachine::fold::Fold;
 use statemachine::ids::BootId;
 use statemachine::ids::Epoch;
@@ -70,8 +71,8 @@ pub struct LeaseStatus {
     pub epochs: usize,
 }
 
-#[derive(Debug)]
 pub struct LeaseHandle {
+    clock: Arc<dyn Clock>,
     grant: watch::Receiver<Option<ConfirmedGrant>>,
     counters: Arc<LeaseCounters>,
     shutdown: CancellationToken,
@@ -90,7 +91,7 @@ impl LeaseHandle {
     pub fn status(&self) -> LeaseStatus {
         let grant = self.grant.borrow();
         let Some(grant) = grant.as_ref() else { return LeaseStatus::default() };
-        let (now, deadline) = (Boottime::now(), grant.deadline);
+        let (now, deadline) = (Boottime::of(self.clock.as_ref()), grant.deadline);
         let ahead = deadline.ms_since(now) as i64;
         let remaining_ms = if now < deadline { ahead } else { -(now.ms_since(deadline) as i64) };
         LeaseStatus { remaining_ms: Some(remaining_ms), epochs: grant.epochs.len() }
@@ -111,9 +112,10 @@ pub fn spawn(
     let counters = Arc::new(LeaseCounters::default());
     let shutdown = CancellationToken::new();
     let record = LeaseRecord::new(cluster.host(), config.boot, config.lease.as_millis() as u64);
+    let clock = cluster.platform().clock.clone();
     let sender = Sender { config, cluster, guests, record, publish, counters: counters.clone() };
     tokio::spawn(shutdown.clone().run_until_cancelled_owned(sender.run()));
-    LeaseHandle { grant, counters, shutdown }
+    LeaseHandle { clock, grant, counters, shutdown }
 }
 
 struct Sender {
@@ -135,6 +137,7 @@ impl Sender {
             let granted = match leader {
                 None => false,
                 Some(leader) => tokio::select! {
+                    biased;
                     granted = self.beat(leader) => granted,
                     // The answer of a leader that is none any more is not worth waiting for.
                     changed = leader_changes(&mut leadership, leader, own) => {
@@ -145,6 +148,7 @@ impl Sender {
             };
             let wait = if granted { self.config.heartbeat } else { RETRY };
             tokio::select! {
+                biased;
                 () = tokio::time::sleep_until(began + wait) => {}
                 live = self.worth_a_heartbeat(&mut leadership) => {
                     if !live { return }
@@ -165,6 +169,7 @@ impl Sender {
                 return true;
             }
             tokio::select! {
+                biased;
                 changed = leadership.changed() => return changed.is_ok(),
                 changed = fold.changed() => if changed.is_err() { return false },
             }
@@ -179,7 +184,11 @@ impl Sender {
 
     /// One heartbeat; did it bring a grant?
     async fn beat(&mut self, leader: HostId) -> bool {
-        let nonce = Nonce(rand::random());
+        let platform = self.cluster.platform();
+        let clock = platform.clock.clone();
+        let mut random = [0; 8];
+        platform.entropy.fill(&mut random);
+        let nonce = Nonce(u64::from_ne_bytes(random));
         let epochs = |guests: &[GuestView]| guests.iter().filter(|it| it.is_alive()).map(|it| it.epoch).collect();
         let running = epochs(&self.guests.borrow());
         let heartbeat = Heartbeat {
@@ -187,12 +196,12 @@ impl Sender {
             boot: self.config.boot,
             nonce,
             applied: self.cluster.fold().head.seq,
-            wall_ms: wall_ms(),
+            wall_ms: clock.wall_ms(),
             watchdog_armed: self.config.watchdog_armed,
             running,
         };
         // Noted before the bytes leave: the deadline may be early, never late.
-        self.record.send(nonce, Boottime::now());
+        self.record.send(nonce, Boottime::of(clock.as_ref()));
         self.counters.sent.fetch_add(1, Ordering::Relaxed);
         let answer = self.cluster.peer_call(leader, HEARTBEAT, heartbeat.encode(), self.config.heartbeat).await;
         let answer = match answer {
@@ -204,7 +213,7 @@ impl Sender {
             }
         };
         match answer {
-            Ok(GrantAnswer::Granted(grant)) => match self.record.accept(&grant, Boottime::now()) {
+            Ok(GrantAnswer::Granted(grant)) => match self.record.accept(&grant, Boottime::of(clock.as_ref())) {
                 Ok(confirmed) => {
                     self.counters.granted.fetch_add(1, Ordering::Relaxed);
                     self.publish.send_replace(Some(confirmed.clone()));
@@ -242,12 +251,6 @@ fn leader(leadership: Leadership, own: HostId) -> Option<HostId> {
 /// Returns when another host leads, or none does; false when nobody will ever tell.
 async fn leader_changes(leadership: &mut watch::Receiver<Leadership>, from: HostId, own: HostId) -> bool {
     leadership.wait_for(|now| leader(*now, own) != Some(from)).await.is_ok()
-}
-
-/// Milliseconds since the Unix epoch, for people and for the comparison of clocks.
-pub(crate) fn wall_ms() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |since| since.as_millis() as u64)
 }
 
 #[cfg(test)]

@@ -11,6 +11,8 @@ use statemachine::ids::BootId;
 use statemachine::ids::Epoch;
 use statemachine::ids::HostId;
 use statemachine::ids::Seq;
+use statemachine::mutant;
+use statemachine::mutant::Mutant;
 use thiserror::Error;
 
 use super::clock::Boottime;
@@ -91,7 +93,8 @@ impl LeaseRecord {
         let open = self.sent.iter().position(|sent| sent.nonce == grant.nonce).ok_or(GrantFault::UnknownNonce)?;
         let sent = self.sent[open];
         self.sent.drain(..=open);
-        let deadline = sent.at.plus_ms(self.lease_ms);
+        let from = if mutant::is_on(Mutant::LeaseFromReceive) { now } else { sent.at };
+        let deadline = from.plus_ms(self.lease_ms);
         if now >= deadline {
             return Err(GrantFault::TooLate);
         }

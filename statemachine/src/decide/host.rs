@@ -24,6 +24,8 @@ use crate::event::VmDesiredChanged;
 use crate::event::VmObservedExit;
 use crate::event::VmPermitReleased;
 use crate::ids::HostId;
+use crate::mutant;
+use crate::mutant::Mutant;
 use crate::rejection::Noun;
 use crate::rejection::Rejection;
 use crate::rejection::TokenFault;
@@ -99,7 +101,11 @@ pub(super) fn join(
     let Some(cluster) = context.state.clusters.iter().next().map(|(id, _)| *id) else {
         return Err(Rejection::NotInitialised);
     };
-    let host = HostId(context.seq.0);
+    let removed = context.state.removed_hosts.iter().next().map(|(id, _)| *id);
+    let host = match removed.filter(|_| mutant::is_on(Mutant::HostIdReused)) {
+        Some(removed) => removed,
+        None => HostId(context.seq.0),
+    };
     let events =
         vec![HostJoined { host, cluster, candidate: candidate.clone() }.into(), TokenUsed { token, host }.into()];
     Ok(Decided::many(events).creating(Created::Host(host)))

@@ -11,6 +11,8 @@ mod site;
 mod spm;
 mod vm;
 
+pub use self::host::HOSTS_MAX;
+
 use crate::command::Command;
 use crate::command::IdempotencyKey;
 use crate::command::Request;

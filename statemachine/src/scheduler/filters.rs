@@ -7,6 +7,8 @@ use serde::Serialize;
 
 use super::Candidate;
 use super::Question;
+use crate::mutant;
+use crate::mutant::Mutant;
 use crate::state::Administrative;
 use crate::state::Host;
 use crate::state::Liveness;
@@ -91,7 +93,7 @@ fn cpu_overload(question: &Question<'_>, candidate: &Candidate<'_>) -> Objection
 
 fn memory(question: &Question<'_>, candidate: &Candidate<'_>) -> Objection {
     let limit = memory_limit_mib(candidate.host, &question.cluster.scheduling);
-    let used = candidate.host.usage.memory_mib;
+    let used = if mutant::is_on(Mutant::CapacityIgnoresPending) { 0 } else { candidate.host.usage.memory_mib };
     let wanted = question.vm.spec.memory_mib;
     (used.saturating_add(wanted) > limit)
         .then(|| format!("{wanted} MiB wanted, {} of {limit} MiB free", limit.saturating_sub(used)))

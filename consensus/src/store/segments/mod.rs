@@ -18,6 +18,8 @@ use statemachine::Seq;
 use statemachine::batch::ChainHash;
 use statemachine::batch::Head;
 use statemachine::batch::SealedBatch;
+use statemachine::mutant;
+use statemachine::mutant::Mutant;
 use thiserror::Error;
 
 use self::file::SegmentFile;
@@ -284,6 +286,9 @@ impl Segments {
             added.push(file::open(&self.disk, &self.dir.join(id.file_name()))?);
         }
         let mut state = self.state();
+        if mutant::is_on(Mutant::SegmentDroppedAtInstall) {
+            added.pop();
+        }
         added.into_iter().for_each(|segment| keep(&mut state.sealed, segment));
         if state.sealed_head().seq >= head.seq {
             state.tail.clear();

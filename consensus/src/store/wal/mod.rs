@@ -15,6 +15,8 @@ use std::sync::Arc;
 
 use statemachine::codec;
 use statemachine::codec::RecordKind;
+use statemachine::mutant;
+use statemachine::mutant::Mutant;
 use thiserror::Error;
 
 use self::record::RecordRef;
@@ -273,7 +275,9 @@ impl Wal {
             return Ok(0);
         }
         self.file.write_at(self.end, group)?;
-        self.file.sync_data()?;
+        if !mutant::is_on(Mutant::AppendNotSynced) {
+            self.file.sync_data()?;
+        }
         let written = group.len();
         self.end += written as u64;
         group.clear();

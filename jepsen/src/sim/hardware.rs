@@ -1,0 +1,178 @@
+//! What survives a hostd: the machine's clock and disk, and the processes of its guests. A power cut takes the processes and
+//! what was not synced; a SIGKILL of hostd takes neither; a stopped machine runs nothing while its clocks go on.
+
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+
+use consensus::platform::Clock;
+use consensus::store::memory_disk::MemoryDisk;
+use hostd::agent::plan::Ended;
+use hostd::lease::clock::Boottime;
+use statemachine::BootId;
+use statemachine::ids::Epoch;
+use statemachine::ids::VmId;
+use statemachine::state::ExitReason;
+use statemachine::state::GuestStatus;
+use statemachine::state::ReleaseClass;
+use tokio::sync::oneshot;
+
+use super::clock::HostClock;
+
+/// A vmm stand-in: the part of a vmm that DESIGN §5 speaks of, its deadline.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Vmm {
+    pub epoch: Epoch,
+    pub release: ReleaseClass,
+    pub deadline: Boottime,
+    pub state: VmmState,
+    /// True time at which it will have obeyed the power button.
+    pub off_at_ms: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VmmState {
+    Running,
+    /// Quiesced at its deadline.
+    Lapsed,
+}
+
+impl Vmm {
+    /// Would the next KVM_RUN enter the guest? The check before each entry (DESIGN §5, *Self-fence*).
+    pub fn may_enter(&self, now: Boottime) -> bool {
+        self.state == VmmState::Running && (self.release != ReleaseClass::Lease || now < self.deadline)
+    }
+
+    pub fn status(&self) -> GuestStatus {
+        match self.state {
+            VmmState::Running if self.off_at_ms.is_some() => GuestStatus::PoweringDown,
+            VmmState::Running => GuestStatus::Up,
+            VmmState::Lapsed => GuestStatus::PausedLease,
+        }
+    }
+}
+
+/// A vmm that was asked for and has not started yet. It starts whether hostd lives to see it or not.
+pub struct Launch {
+    pub at_ms: u64,
+    pub vm: VmId,
+    pub vmm: Vmm,
+    pub launched: oneshot::Sender<bool>,
+}
+
+/// What the observer outside sees of guests; the checker takes it after each step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sight {
+    Launched { vm: VmId, epoch: Epoch },
+    Lapsed { vm: VmId, epoch: Epoch },
+    Resumed { vm: VmId, epoch: Epoch },
+    Ended { vm: VmId, epoch: Epoch },
+}
+
+#[derive(Default)]
+pub struct Machine {
+    pub vmms: BTreeMap<VmId, Vmm>,
+    pub launches: Vec<Launch>,
+    /// Used epochs, on a disk that survives.
+    pub marks: BTreeSet<(VmId, Epoch)>,
+    /// Exit reports and configurations, in `/run`: gone after a reboot.
+    pub remains: BTreeMap<VmId, (Epoch, ReleaseClass, Ended)>,
+    pub sights: Vec<Sight>,
+    pub now_ms: u64,
+}
+
+#[derive(Clone)]
+pub struct Hardware {
+    pub clock: Arc<HostClock>,
+    pub disk: MemoryDisk,
+    pub boot: BootId,
+    machine: Arc<Mutex<Machine>>,
+}
+
+impl Hardware {
+    pub fn new(boot: BootId) -> Hardware {
+        let (clock, disk) = (Arc::default(), MemoryDisk::new());
+        Hardware { clock, disk, boot, machine: Arc::default() }
+    }
+
+    pub fn machine(&self) -> MutexGuard<'_, Machine> {
+        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn now(&self) -> Boottime {
+        Boottime::from_ns(self.clock.boottime_ns())
+    }
+
+    /// The power goes and comes back: no process is left, and a part of what was not synced.
+    pub fn power_cut(&mut self, seed: u64, next_boot: BootId) -> u64 {
+        let lost = self.disk.power_cut(seed);
+        self.boot = next_boot;
+        let mut machine = self.machine();
+        machine.vmms.clear();
+        machine.launches.clear();
+        machine.remains.clear();
+        lost
+    }
+
+    /// Lets the machine's processes run up to now.
+    pub fn run(&self, now_ms: u64) {
+        let now = self.now();
+        let mut machine = self.machine();
+        machine.now_ms = now_ms;
+        machine.launch_due();
+        machine.run_guests(now);
+    }
+}
+
+impl Machine {
+    fn launch_due(&mut self) {
+        let now_ms = self.now_ms;
+        for launch in self.launches.extract_if(.., |launch| launch.at_ms <= now_ms).collect::<Vec<_>>() {
+            let Launch { vm, vmm, launched, .. } = launch;
+            // The lock that a vmm holds for life (hazard H20), then the mark, before the first instruction.
+            let taken = self.vmms.contains_key(&vm);
+            let starts = !taken && self.marks.insert((vm, vmm.epoch));
+            if starts {
+                self.sights.push(Sight::Launched { vm, epoch: vmm.epoch });
+                self.vmms.insert(vm, vmm);
+            }
+            let _ = launched.send(starts);
+        }
+    }
+
+    fn run_guests(&mut self, now: Boottime) {
+        let mut off = Vec::new();
+        for (vm, vmm) in &mut self.vmms {
+            if vmm.state == VmmState::Running && !vmm.may_enter(now) {
+                vmm.state = VmmState::Lapsed;
+                self.sights.push(Sight::Lapsed { vm: *vm, epoch: vmm.epoch });
+            }
+            if vmm.state == VmmState::Running && vmm.off_at_ms.is_some_and(|at| at <= self.now_ms) {
+                off.push(*vm);
+            }
+        }
+        for vm in off {
+            self.end(vm, ExitReason::GuestPoweredOff, "the guest powered off");
+        }
+    }
+
+    /// hostd confirms an epoch up to a deadline of its own boot.
+    pub fn confirm(&mut self, vm: VmId, epoch: Epoch, deadline: Boottime, now: Boottime) {
+        let Some(vmm) = self.vmms.get_mut(&vm).filter(|vmm| vmm.epoch == epoch) else { return };
+        vmm.deadline = vmm.deadline.max(deadline);
+        if vmm.state == VmmState::Lapsed && now < vmm.deadline {
+            vmm.state = VmmState::Running;
+            self.sights.push(Sight::Resumed { vm, epoch });
+        }
+    }
+
+    pub fn end(&mut self, vm: VmId, reason: ExitReason, detail: &str) {
+        let Some(vmm) = self.vmms.remove(&vm) else { return };
+        let ended = Ended { reason, detail: detail.to_owned() };
+        self.sights.push(Sight::Ended { vm, epoch: vmm.epoch });
+        self.remains.insert(vm, (vmm.epoch, vmm.release, ended));
+    }
+}

@@ -1,0 +1,251 @@
+//! The agent's files and processes in a simulation: [`Processes`] over a [`Machine`]. hostd's own agent loop, plan, reports
+//! and lease run above it unchanged.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use hostd::agent::AgentError;
+use hostd::agent::adopt::Found;
+use hostd::agent::guest::Seen;
+use hostd::agent::guest::Told;
+use hostd::agent::guest_files::GuestIdentity;
+use hostd::agent::marks::MarkError;
+use hostd::agent::plan::Ended;
+use hostd::agent::plan::Order;
+use hostd::agent::work::Looked;
+use hostd::agent::work::News;
+use hostd::agent::work::Processes;
+use hostd::agent::work::Worked;
+use rand::Rng;
+use statemachine::command::Command;
+use statemachine::command::Request;
+use statemachine::ids::Epoch;
+use statemachine::ids::VmId;
+use statemachine::mutant;
+use statemachine::mutant::Mutant;
+use statemachine::state::ExitReason;
+use statemachine::state::Permit;
+use statemachine::state::VmSpec;
+use tokio::sync::mpsc;
+use tokio::sync::oneshot;
+
+use super::hardware::Hardware;
+use super::hardware::Launch;
+use super::hardware::Machine;
+use super::hardware::Vmm;
+use super::hardware::VmmState;
+use super::random::Seeded;
+
+/// Between two looks of an attendant.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+const AGAIN: Duration = Duration::from_secs(1);
+
+#[derive(Clone)]
+pub struct StandIns(pub Hardware);
+
+/// Some milliseconds, from the product's generator: what a real process would take.
+fn some_ms(least: u64, most: u64) -> Duration {
+    Duration::from_millis(least + Seeded.next_u64() % (most - least))
+}
+
+fn found(machine: &Machine, vm: VmId) -> Found {
+    if let Some(vmm) = machine.vmms.get(&vm) {
+        return Found::Alive { epoch: vmm.epoch, release: vmm.release };
+    }
+    // A launch that is under way holds the lock.
+    if machine.launches.iter().any(|launch| launch.vm == vm) {
+        return Found::Unclear("it is being launched".to_owned());
+    }
+    match machine.remains.get(&vm) {
+        Some((epoch, release, ended)) => Found::Gone { epoch: *epoch, release: *release, ended: ended.clone() },
+        None => Found::Nothing,
+    }
+}
+
+impl Processes for StandIns {
+    fn look(&self) -> BoxFuture<'static, Result<Looked, AgentError>> {
+        let machine = self.0.machine();
+        let mut vms: Vec<VmId> = machine.vmms.keys().chain(machine.remains.keys()).copied().collect();
+        vms.extend(machine.launches.iter().map(|launch| launch.vm));
+        vms.sort_unstable();
+        vms.dedup();
+        let found = vms.into_iter().map(|vm| (vm, found(&machine, vm))).collect();
+        let looked = Looked { marked: machine.marks.clone(), found };
+        futures::future::ready(Ok(looked)).boxed()
+    }
+
+    fn start(&self, identity: GuestIdentity, _spec: Arc<VmSpec>) -> BoxFuture<'static, Worked> {
+        let hardware = self.0.clone();
+        async move {
+            let GuestIdentity { vm, epoch, release, deadline, .. } = identity;
+            tokio::time::sleep(some_ms(2, 40)).await;
+            let (launched, is_launched) = oneshot::channel();
+            {
+                let mut machine = hardware.machine();
+                if mutant::is_on(Mutant::EpochStartedTwice) {
+                    machine.marks.remove(&(vm, epoch));
+                }
+                let vmm = Vmm { epoch, release, deadline, state: VmmState::Running, off_at_ms: None };
+                let at_ms = machine.now_ms + some_ms(2, 60).as_millis() as u64;
+                machine.launches.push(Launch { at_ms, vm, vmm, launched });
+            }
+            if is_launched.await == Ok(true) {
+                return Worked::Started { epoch };
+            }
+            let left = found(&hardware.machine(), vm);
+            match left {
+                Found::Nothing | Found::NeverRan { .. } => Worked::NotStarted { epoch },
+                found => Worked::Found { instead_of: Some(epoch), found },
+            }
+        }
+        .boxed()
+    }
+
+    fn look_into(&self, vm: VmId, permit: Permit) -> BoxFuture<'static, Worked> {
+        let found = found(&self.0.machine(), vm);
+        async move {
+            tokio::time::sleep(some_ms(1, 20)).await;
+            match found {
+                Found::Alive { .. } => Worked::Found { instead_of: None, found },
+                Found::Gone { epoch, release, ended } if epoch == permit.epoch => {
+                    Worked::Ended { epoch, release, ended }
+                }
+                Found::Unclear(_) => {
+                    tokio::time::sleep(AGAIN).await;
+                    Worked::Again
+                }
+                Found::Gone { .. } | Found::NeverRan { .. } | Found::Nothing => {
+                    let ended = Ended { reason: ExitReason::Lost, detail: "no trace of it is left".to_owned() };
+                    Worked::Ended { epoch: permit.epoch, release: permit.release, ended }
+                }
+            }
+        }
+        .boxed()
+    }
+
+    fn look_again(&self, vm: VmId) -> BoxFuture<'static, Worked> {
+        let hardware = self.0.clone();
+        async move {
+            tokio::time::sleep(AGAIN).await;
+            Worked::Found { instead_of: None, found: found(&hardware.machine(), vm) }
+        }
+        .boxed()
+    }
+
+    fn renounce(&self, vm: VmId, permit: Permit) -> BoxFuture<'static, Worked> {
+        let hardware = self.0.clone();
+        async move {
+            tokio::time::sleep(some_ms(1, 20)).await;
+            let mut machine = hardware.machine();
+            match found(&machine, vm) {
+                Found::Alive { epoch, release } => {
+                    Worked::Found { instead_of: None, found: Found::Alive { epoch, release } }
+                }
+                Found::Unclear(_) => Worked::Again,
+                _ => {
+                    machine.marks.insert((vm, permit.epoch));
+                    let detail = "stopped before it was started".to_owned();
+                    let ended = Ended { reason: ExitReason::PoweredOff, detail };
+                    Worked::Ended { epoch: permit.epoch, release: permit.release, ended }
+                }
+            }
+        }
+        .boxed()
+    }
+
+    fn forget(&self, vm: VmId, _vm_exists: bool) -> BoxFuture<'static, Worked> {
+        let mut machine = self.0.machine();
+        let taken = matches!(found(&machine, vm), Found::Alive { .. } | Found::Unclear(_));
+        if !taken {
+            machine.remains.remove(&vm);
+        }
+        async move {
+            if taken {
+                tokio::time::sleep(AGAIN).await;
+                return Worked::Again;
+            }
+            Worked::Forgotten
+        }
+        .boxed()
+    }
+
+    fn burn_before(&self, request: &Request) -> BoxFuture<'static, Result<(), MarkError>> {
+        if let Command::ReportVmExited { vm, epoch, .. } = request.command {
+            self.0.machine().marks.insert((vm, epoch));
+        }
+        futures::future::ready(Ok(())).boxed()
+    }
+
+    fn attend(&self, vm: VmId, epoch: Epoch, orders: mpsc::Receiver<Order>, told: News) -> BoxFuture<'static, ()> {
+        Attendant { hardware: self.0.clone(), vm, epoch, orders, told, seen: None }.run().boxed()
+    }
+}
+
+struct Attendant {
+    hardware: Hardware,
+    vm: VmId,
+    epoch: Epoch,
+    orders: mpsc::Receiver<Order>,
+    told: News,
+    seen: Option<Seen>,
+}
+
+impl Attendant {
+    async fn run(mut self) {
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        loop {
+            tokio::select! {
+                biased;
+                order = self.orders.recv() => match order {
+                    Some(order) => {
+                        tokio::time::sleep(some_ms(1, 5)).await;
+                        self.carry_out(order);
+                    }
+                    None => return,
+                },
+                _ = look.tick() => {}
+            }
+            let Some(news) = self.news() else { continue };
+            let gone = matches!(news, Told::Gone(_));
+            if self.told.send((self.vm, self.epoch, news)).await.is_err() || gone {
+                return;
+            }
+        }
+    }
+
+    fn carry_out(&self, order: Order) {
+        let now = self.hardware.now();
+        let mut machine = self.hardware.machine();
+        match order {
+            Order::Confirm { deadline } => machine.confirm(self.vm, self.epoch, deadline, now),
+            Order::PowerButton => {
+                let off_at_ms = machine.now_ms + some_ms(100, 3_000).as_millis() as u64;
+                if let Some(vmm) = machine.vmms.get_mut(&self.vm) {
+                    vmm.off_at_ms.get_or_insert(off_at_ms);
+                }
+            }
+            Order::PowerOff | Order::Kill => machine.end(self.vm, ExitReason::PoweredOff, "powered off"),
+            Order::Reset { .. } => {}
+        }
+    }
+
+    /// What is new since the last look.
+    fn news(&mut self) -> Option<Told> {
+        let machine = self.hardware.machine();
+        let Some(vmm) = machine.vmms.get(&self.vm).filter(|vmm| vmm.epoch == self.epoch) else {
+            let ended = machine.remains.get(&self.vm).filter(|(epoch, _, _)| *epoch == self.epoch);
+            let lost = || Ended { reason: ExitReason::Lost, detail: "no trace of it is left".to_owned() };
+            return Some(Told::Gone(ended.map_or_else(lost, |(_, _, ended)| ended.clone())));
+        };
+        let quiesced = vmm.state == VmmState::Lapsed;
+        let deadline_ns = Some(vmm.deadline.as_ns());
+        let seen = Seen { status: vmm.status(), quiesced, deadline_ns, pid: None, overhead_bytes: None };
+        if self.seen == Some(seen) {
+            return None;
+        }
+        self.seen = Some(seen);
+        Some(Told::Seen(seen))
+    }
+}
