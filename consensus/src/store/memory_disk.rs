@@ -135,6 +135,26 @@ impl MemoryDisk {
         unsynced
     }
 
+    /// Another disk with the same content, all of it synced.
+    pub fn copy(&self) -> MemoryDisk {
+        let platter = self.platter();
+        let mut files = platter.files.clone();
+        for content in files.values_mut() {
+            content.pending.clear();
+            content.synced = content.bytes.clone();
+        }
+        let (names, next_file) = (platter.names.clone(), platter.next_file);
+        let copied = Platter { files, next_file, synced_names: names.clone(), names, ..Platter::default() };
+        MemoryDisk(Arc::new(Mutex::new(copied)))
+    }
+
+    /// Every file and its size in bytes.
+    pub fn files(&self) -> Vec<(PathBuf, usize)> {
+        let platter = self.platter();
+        let size = |file| platter.files.get(file).map_or(0, |content| content.bytes.len());
+        platter.names.iter().map(|(path, file)| (path.clone(), size(file))).collect()
+    }
+
     /// Lets this many changes (writes, syncs, names) succeed; all I/O after them fails until [`Self::power_cut`].
     pub fn fail_after(&self, changes: u64) {
         self.platter().changes_left = Some(changes);

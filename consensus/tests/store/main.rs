@@ -2,6 +2,7 @@
 
 mod durability;
 mod events;
+mod flips;
 mod log;
 mod snapshots;
 mod suite;

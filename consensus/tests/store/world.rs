@@ -82,6 +82,12 @@ impl World {
         World { platform, disk, fatal, dir: PathBuf::from("/data"), config }
     }
 
+    /// After its disk was replaced by another: opens that one.
+    pub fn on_its_disk(mut self) -> World {
+        self.platform.disk = Arc::new(self.disk.clone());
+        self
+    }
+
     pub async fn open(&self) -> Result<Store, StoreError> {
         Store::open_with(self.platform.clone(), &self.dir, self.config.clone()).await
     }

@@ -34,6 +34,7 @@ const RETRY_MS: u64 = 400;
 const PATIENCE_MS: u64 = 6_000;
 const GIVE_UP: u32 = 12;
 const AT_ONCE: usize = 6;
+const BURST: usize = 30;
 
 enum News {
     Answered { id: u64, outcome: Result<Answer, ProposeError> },
@@ -138,8 +139,11 @@ impl Clients {
         self.hear(checker, trace, now_ms);
         if self.wishes && now_ms >= self.next_at_ms && self.open.len() < AT_ONCE {
             self.next_at_ms = now_ms + dice.range(20..500);
-            let command = wish(dice, &checker.fold, self.next);
-            self.ask(command, now_ms);
+            // Now and then many at once, so that a leader has several entries in flight when something breaks.
+            for _ in 0..if dice.one_in(12) { BURST } else { 1 } {
+                let command = wish(dice, &checker.fold, self.next);
+                self.ask(command, now_ms);
+            }
             if dice.one_in(3) {
                 self.read(hosts, dice);
             }

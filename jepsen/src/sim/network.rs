@@ -38,8 +38,8 @@ use super::trace::Trace;
 
 /// A stream's record meets a cut link: it is tried again after this long.
 const RETRANSMIT_MS: u64 = 200;
-/// A stream whose records met a cut link for so long is broken.
-const STREAM_IDLE_MS: u64 = 6_000;
+/// A connection that is silent for so long is lost, with its streams and open requests (the product's idle timeout).
+const IDLE_MS: u64 = 1_500;
 const HEARTBEATS_KEPT: usize = 256;
 
 #[derive(Clone)]
@@ -289,7 +289,7 @@ impl Wires {
     fn lose(&mut self, packet: Packet) -> Option<Arrival> {
         let Packet { first_try_ms, from, to, load, order, .. } = packet;
         let Load::Record { record } = load else { return None };
-        if self.now_ms.saturating_sub(first_try_ms) > STREAM_IDLE_MS {
+        if self.now_ms.saturating_sub(first_try_ms) > IDLE_MS {
             return Some(Arrival::Broken { wire: record.wire, host: from.host });
         }
         let at_ms = self.now_ms + RETRANSMIT_MS;
@@ -430,8 +430,12 @@ impl Transport for SimTransport {
         }
         self.network.send(self.life, to.host, Load::Request { channel, body, reply });
         async move {
-            // A reply that was dropped is a message that was lost: silence.
-            let answer = async { if let Ok(answer) = answered.await { answer } else { std::future::pending().await } };
+            let answer = async {
+                match answered.await {
+                    Ok(answer) => answer,
+                    Err(_) => Err(silence(to.host).await),
+                }
+            };
             let late = || Err(timed_out(to.host, timeout));
             tokio::time::timeout(timeout, answer).await.unwrap_or_else(|_| late())
         }
@@ -464,7 +468,12 @@ impl Transport for SimTransport {
         let (reply, opened) = oneshot::channel();
         self.network.send(self.life, to.host, Load::Open { channel, far, reply });
         async move {
-            let answer = async { if let Ok(answer) = opened.await { answer } else { std::future::pending().await } };
+            let answer = async {
+                match opened.await {
+                    Ok(answer) => answer,
+                    Err(_) => Err(silence(to.host).await),
+                }
+            };
             match tokio::time::timeout(timeout, answer).await {
                 Ok(Ok(())) => Ok(near),
                 Ok(Err(error)) => Err(error),
@@ -496,6 +505,12 @@ impl Transport for SimTransport {
         }
         .boxed()
     }
+}
+
+/// A message was lost, or the process that worked on it died: the connection says so once it was silent for long.
+async fn silence(host: HostId) -> TransportError {
+    tokio::time::sleep(Duration::from_millis(IDLE_MS)).await;
+    TransportError::Closed { host, why: "the connection was silent for too long".to_owned() }
 }
 
 fn timed_out(host: HostId, after: Duration) -> TransportError {
