@@ -78,8 +78,11 @@ impl<R: AsyncRuntime> Inner<R> {
                 .filter(|(_, matched)| near(matched.as_ref().map(|log_id| log_id.index)))
                 .map(|(host, _)| HostId(*host))
                 .collect(),
-            is_joint: membership.get_joint_config().len() > 1
-                || metrics.membership_config != metrics.committed_membership_config,
+            is_changing: metrics.membership_config != metrics.committed_membership_config,
+            joint: match membership.get_joint_config().as_slice() {
+                [_, .., to] => Some(to.iter().copied().map(HostId).collect()),
+                _ => None,
+            },
         })
     }
 

@@ -1,7 +1,11 @@
 //! The loop of a run: faults, network, hosts, clients, checker; then the faults end and everything must come to rest (L1).
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 
+use consensus::decider::ProposeError;
 use statemachine::HostId;
 use statemachine::SiteId;
 use statemachine::command::Actor;
@@ -67,6 +71,8 @@ pub struct World {
     joins: u64,
     /// Joins asked for and not answered: the candidate's number.
     joining: Vec<u64>,
+    /// Of those, the ones that were told no.
+    refused: Arc<Mutex<Vec<u64>>>,
     removing: Option<HostId>,
     /// The last host that led, in which life.
     led: Option<(HostId, u64)>,
@@ -90,6 +96,7 @@ impl World {
             ends: Vec::new(),
             joins: 0,
             joining: Vec::new(),
+            refused: Arc::default(),
             removing: None,
             led: None,
         }
@@ -231,6 +238,17 @@ impl World {
         self.until("all hosts are alive", alive);
     }
 
+    /// What every host says of itself, for whoever reads the trace of a run that never came to rest.
+    fn describe(&self) {
+        for host in self.hosts.values() {
+            let Some(hostd) = host.hostd() else {
+                self.trace.note(self.now_ms, format_args!("host {} has not started", host.id));
+                continue;
+            };
+            self.trace.note(self.now_ms, format_args!("{:?} {:?}", hostd.node.status(), hostd.node.membership()));
+        }
+    }
+
     /// Runs until it holds; a site that does not come together is a violation of L1.
     fn until(&mut self, what: &str, holds: impl Fn(&World) -> bool) {
         let deadline_ms = self.now_ms + FORMED_MS;
@@ -258,6 +276,8 @@ impl World {
 
     /// What a machine that joins does: shows its token once the site knows it, and starts once it is a host.
     fn take_in_joined(&mut self) {
+        let refused = std::mem::take(&mut *self.refused.lock().unwrap_or_else(PoisonError::into_inner));
+        self.joining.retain(|number| !refused.contains(number));
         for number in self.joining.clone() {
             let state = &self.checker.fold.state;
             let key = candidate(number).public_key;
@@ -282,7 +302,13 @@ impl World {
         let Some(host) = self.dice.pick(&up) else { return };
         let Some(hostd) = host.hostd() else { return };
         let request = Request { actor: Actor::Joiner, origin: host.id, idempotency: None, command };
-        host.spawn(async move { drop(hostd.node.propose(request).await) });
+        let refused = self.refused.clone();
+        host.spawn(async move {
+            // Full, expired: a machine that is told so does not ask again.
+            if let Err(ProposeError::Rejected(_)) = hostd.node.propose(request).await {
+                refused.lock().unwrap_or_else(PoisonError::into_inner).push(number);
+            }
+        });
     }
 
     fn storm(&mut self, planned: &[Planned], until_ms: u64) {
@@ -501,6 +527,11 @@ impl World {
             for id in self.checker.fold.state.removed_hosts.iter().map(|(id, _)| *id).collect::<Vec<_>>() {
                 self.bury_removed(id);
             }
+            if self.clients.is_idle() {
+                // Whose token was never made has nothing to show.
+                let tokens = &self.checker.fold.state.tokens;
+                self.joining.retain(|number| tokens.values().any(|token| token.secret_hash == secret_hash(*number)));
+            }
             let rest = if self.clients.is_idle() && self.joining.is_empty() {
                 self.checker.at_rest(&self.hosts)
             } else {
@@ -508,7 +539,10 @@ impl World {
             };
             match rest {
                 Ok(()) => return,
-                Err(why) if self.now_ms > deadline_ms => return self.checker.never_came(&why),
+                Err(why) if self.now_ms > deadline_ms => {
+                    self.describe();
+                    return self.checker.never_came(&why);
+                }
                 Err(_) => {}
             }
         }
