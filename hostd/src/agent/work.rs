@@ -133,7 +133,14 @@ impl Processes for Launcher {
         let Command::ReportVmExited { vm, epoch, .. } = request.command else { return async { Ok(()) }.boxed() };
         let marks = self.marks.clone();
         let burning = blocking(move || if marks.contains(vm, epoch) { Ok(()) } else { marks.burn(vm, epoch) });
-        async move { burning.await.unwrap_or(Ok(())) }.boxed()
+        async move {
+            match burning.await {
+                Some(burnt) => burnt,
+                // hostd is stopping: without a mark nothing is reported.
+                None => std::future::pending().await,
+            }
+        }
+        .boxed()
     }
 
     fn attend(&self, vm: VmId, epoch: Epoch, orders: mpsc::Receiver<Order>, told: News) -> BoxFuture<'static, ()> {

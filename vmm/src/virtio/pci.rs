@@ -386,7 +386,7 @@ impl VirtioPci {
         inner.base = base;
     }
 
-    /// The BAR access that the PCI access capability asks for now.
+    /// The BAR access that the guest has programmed into the PCI access capability (virtio 1.2, 4.1.4.9).
     fn window_target(&self, inner: &Inner) -> Option<(u64, usize)> {
         let space = &inner.space;
         let at = inner.window_at;
