@@ -11,9 +11,9 @@ use super::guest::Guest;
 use super::guest::Shape;
 use super::stage::Counter;
 use super::stage::Stage;
+use super::stage::first_line;
 use super::stage::largest_gap;
 use super::table::Table;
-use crate::control::PowerAction;
 use crate::state::HostId;
 
 /// The promise for a guest whose hostd restarts (DESIGN §14): it does not notice.
@@ -69,13 +69,9 @@ pub async fn tell(stage: &mut Stage, runs: u32) -> Result<()> {
                 println!("  kill {:2}: {settled}, vmm processes seen at once: {vmms}", up + lost);
             }
             // Known of the emulator, see docs/operations/lab.md. A host that answers has broken a promise instead.
-            Err(error) if emulator_stops < runs / 5 && stage.sh(runner, "true").await.is_err() => {
+            Err(error) if emulator_stops < runs / 5 && stage.revive().await? => {
                 emulator_stops += 1;
-                println!(
-                    "  the emulator stopped {runner} ({error:#}); its power is cycled, and this kill does not count"
-                );
-                stage.power(runner, PowerAction::Reset).await?;
-                stage.hostd_answers(runner).await?;
+                println!("  this kill does not count: {}", first_line(&error));
                 stage.quorate(asker, &["vm", "stop", &guest.name, "--power-off"]).await?;
                 guest.reaches(stage, asker, "Down", Duration::from_secs(90)).await?;
             }

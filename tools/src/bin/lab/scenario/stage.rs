@@ -29,6 +29,10 @@ use crate::state::LabConfig;
 /// Between two looks at something that is awaited.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
+/// A host boots in 15 to 20 s on two cores; a boot that takes longer than this has been stopped by the emulator.
+const UP_WITHIN_S: u64 = 90;
+const BOOT_TRIES: u32 = 3;
+
 /// What a program in a host printed, and its exit code.
 pub struct Finished {
     pub code: i64,
@@ -130,10 +134,37 @@ impl Stage {
         control::ask(&self.dir.control_socket(), &request, &mut |_| {}).await
     }
 
+    /// Changes a host's power, and waits until it is up if that is where it goes. The emulator now and then stops a host
+    /// in its boot (docs/operations/lab.md): its power is then cycled, and said.
     pub async fn power(&self, host: HostId, action: PowerAction) -> Result<()> {
-        let wait_s = matches!(action, PowerAction::On | PowerAction::Reset).then_some(180);
-        self.ask(Request::Power { host, action, wait_s }).await?;
-        Ok(())
+        if !matches!(action, PowerAction::On | PowerAction::Reset) {
+            self.ask(Request::Power { host, action, wait_s: None }).await?;
+            return Ok(());
+        }
+        let mut come_up = self.ask(Request::Power { host, action, wait_s: Some(UP_WITHIN_S) }).await;
+        for _ in 1..BOOT_TRIES {
+            let Err(error) = &come_up else { break };
+            println!("  {host} did not come up ({}); its power is cycled", first_line(error));
+            self.ask(Request::Power { host, action: PowerAction::Off, wait_s: None }).await?;
+            come_up = self.ask(Request::Power { host, action: PowerAction::On, wait_s: Some(UP_WITHIN_S) }).await;
+        }
+        come_up.map(drop)
+    }
+
+    /// Cycles the power of each host that the emulator stopped, which shows in that nothing in it answers. Whether any was.
+    pub async fn revive(&self) -> Result<bool> {
+        let mut revived = false;
+        for host in self.hosts() {
+            if self.sh(host, "true").await.is_ok() {
+                continue;
+            }
+            revived = true;
+            println!("  the emulator stopped {host}; its power is cycled");
+            self.power(host, PowerAction::Off).await?;
+            self.power(host, PowerAction::On).await?;
+            self.hostd_answers(host).await?;
+        }
+        Ok(revived)
     }
 
     pub async fn link(&self, host: HostId, change: LinkChange) -> Result<()> {
@@ -343,6 +374,11 @@ impl Counter {
 pub fn largest_gap(counters: &[Counter]) -> Option<(f64, u64, u64)> {
     let gap = |pair: &[Counter]| ((pair[1].t_ns - pair[0].t_ns) as f64 / 1e9, pair[0].n, pair[1].n);
     counters.windows(2).map(gap).max_by(|a, b| a.0.total_cmp(&b.0))
+}
+
+/// An error's first line: those of the lab carry the ends of logs after it.
+pub fn first_line(error: &anyhow::Error) -> String {
+    format!("{error:#}").lines().next().unwrap_or_default().to_owned()
 }
 
 fn shell_words(words: &[&str]) -> String {
