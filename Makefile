@@ -11,8 +11,9 @@ SHELL := /bin/bash
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 LAB := target/debug/lab
 STAMP := target/.setup-done
+SECONDS := 60
 
-.PHONY: help setup build demo test test-fast lint shows clean-lab
+.PHONY: help setup build demo test test-fast lint shows fuzz clean-lab
 
 help: ## What can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,7 +41,13 @@ lint: ## Format, clippy
 	cargo clippy --workspace --all-targets -- -D warnings
 
 shows: build ## The long runs behind docs/operations/measured.md (about an hour)
-	for story in demo join guest restart failover lease minority; do $(SUDO) $(LAB) show $$story; done
+	for story in demo join guest restart failover lease minority poweroff; do $(SUDO) $(LAB) show $$story; done
+
+fuzz: setup ## Every fuzz target for SECONDS (60)
+	cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
+	for target in batch frames log segment snapshot token body; do \
+		RUSTC_BOOTSTRAP=1 RUSTFLAGS= cargo fuzz run --fuzz-dir fuzz $$target -- -max_total_time=$(SECONDS) -print_final_stats=1; \
+	done
 
 clean-lab: ## Stop the lab and forget its disks
 	-$(SUDO) $(LAB) down

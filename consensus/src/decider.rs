@@ -1,4 +1,5 @@
-//! Decides queued commands on the leader, and holds every answer until its ground is applied (DESIGN §3).
+//! Decides queued commands on the leader, and holds every answer until its ground is applied (DESIGN §3) and the lead proved
+//! since (ADR 10).
 //!
 //! [`session`] is the pure half: a speculative fold, entries in flight, answers held back; no clock, no runtime. [`shell`]
 //! is the task around it: it begins a session with a barrier, feeds it from a bounded queue, proposes what it decides

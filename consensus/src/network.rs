@@ -1,4 +1,5 @@
-//! openraft's network on our [`Transport`]: this side asks, [`serve`] answers, [`exchange`] drives a stream of appends.
+//! openraft's network on our [`Transport`]: this side asks, [`serve`] answers, [`exchange`] drives a stream of appends,
+//! [`reach`] tells the log who falls silent.
 //!
 //! Pre-vote and leader transfer are implemented because openraft's defaults would grant the one and refuse the other
 //! (hazard H25). `soft_ttl` bounds each request; a stream has a bound on the wait for each answer, without which a
@@ -6,6 +7,7 @@
 
 mod exchange;
 mod messages;
+mod reach;
 pub mod serve;
 
 use std::sync::Arc;
@@ -14,6 +16,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::Stream;
+use futures::StreamExt;
 use openraft::AsyncRuntime;
 use openraft::OptionalSend;
 use openraft::base::BoxFuture;
@@ -39,9 +42,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use statemachine::HostId;
 use statemachine::codec;
+use tokio::time::Instant;
 
 use self::exchange::Slot;
 pub use self::messages::SnapshotOffer;
+use self::reach::Reach;
 use crate::store::snapshot::SnapshotHandle;
 use crate::transport::Channel;
 use crate::transport::Peer;
@@ -96,6 +101,7 @@ impl Network {
             fallback: node.address.clone(),
             channel,
             slot: Slot::default(),
+            reach: Reach::default(),
         }
     }
 }
@@ -121,6 +127,8 @@ pub struct PeerClient {
     channel: Channel,
     /// The long stream, between two sessions of openraft.
     slot: Slot,
+    /// Whether its heartbeats are answered, for the log.
+    reach: Reach,
 }
 
 impl PeerClient {
@@ -165,7 +173,7 @@ impl<R: AsyncRuntime> RaftNetworkV2<TypeConfig<R>> for PeerClient {
         let mut answers = RaftNetworkV2::<TypeConfig<R>>::stream_append(self, input, option).await?;
         let mut response = None;
         // Polled to its end, so that the long stream is kept.
-        while let Some(answer) = futures::StreamExt::next(&mut answers).await {
+        while let Some(answer) = answers.next().await {
             response = Some(AppendEntriesResponse::from(answer?));
         }
         response.ok_or_else(|| NetworkError::from_string("the stream ended without an answer").into())
@@ -186,6 +194,11 @@ impl<R: AsyncRuntime> RaftNetworkV2<TypeConfig<R>> for PeerClient {
         S: Stream<Item = AppendEntriesRequest<TypeConfig<R>>> + OptionalSend + Unpin + 'static,
     {
         async move {
+            // A heartbeat whose answer openraft did not wait for is known as unanswered when the next one leaves.
+            let reach = (self.channel == Channel::Heartbeats).then(|| self.reach.clone());
+            if let Some(reach) = &reach {
+                reach.leaves(self.host, Instant::now());
+            }
             let peer = self.peer().map_err(rpc_error)?;
             let kept = self.slot.take();
             let stream = match kept {
@@ -200,7 +213,15 @@ impl<R: AsyncRuntime> RaftNetworkV2<TypeConfig<R>> for PeerClient {
                 Channel::Heartbeats => option.hard_ttl(),
                 _ => self.network.limits.append_answer.max(option.soft_ttl()),
             };
-            Ok(exchange::exchange(self.host, self.slot.clone(), stream, input, limit))
+            let answers = exchange::exchange(self.host, self.slot.clone(), stream, input, limit);
+            let Some(reach) = reach else { return Ok(answers) };
+            let host = self.host;
+            let noted = move |answer: &Result<_, _>| {
+                if answer.is_ok() {
+                    reach.answers(host, Instant::now());
+                }
+            };
+            Ok(answers.inspect(noted).boxed())
         }
         .boxed()
     }

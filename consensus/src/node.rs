@@ -35,6 +35,7 @@ use statemachine::Fold;
 use statemachine::HostId;
 use statemachine::command::Request;
 use thiserror::Error;
+use tokio::sync::mpsc;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -126,6 +127,8 @@ pub(crate) struct Inner<R: AsyncRuntime> {
     health: Arc<Health>,
     closing: Closing,
     decider: Decider,
+    /// Reads that wait for a ReadIndex round.
+    reads: mpsc::Sender<reads::Waiting>,
     service: RaftService<R, StateMachine>,
     addresses: Arc<Addresses>,
     peer_handler: RwLock<Option<Arc<dyn PeerHandler>>>,
@@ -197,8 +200,10 @@ impl<R: AsyncRuntime> NodeOn<R> {
             .await
             .map_err(|error| NodeError::Core { why: error.to_string() })?;
         let limits = DeciderLimits { entry: config.propose_timeout() };
+        let (reads, reads_waiting) = mpsc::channel(reads::READS_WAITING);
         let inner = Arc::new(Inner {
             host,
+            reads,
             decider: Decider::start(raft.clone(), fold.clone(), platform.clock.clone(), limits),
             service: RaftService::new(raft.clone(), store.snapshot_files, transport.clone()),
             feed: MemberFeed::new(fold.clone(), store.events.clone()),
@@ -219,6 +224,8 @@ impl<R: AsyncRuntime> NodeOn<R> {
         });
         inner.transport.serve(Arc::new(handler::NodeHandler::new(&inner)));
         tokio::spawn(inner.stop.clone().run_until_cancelled_owned(guard::watch_over(Arc::downgrade(&inner))));
+        let sharing = reads::share_rounds(Arc::downgrade(&inner), reads_waiting);
+        tokio::spawn(inner.stop.clone().run_until_cancelled_owned(sharing));
         Ok(NodeOn { inner })
     }
 

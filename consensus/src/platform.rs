@@ -46,8 +46,8 @@ pub enum Blocking {
 }
 
 impl Blocking {
-    /// Runs work that may block. `None` when the runtime is shutting down.
-    pub async fn run<T, F>(self, work: F) -> Option<T>
+    /// Runs work that may block.
+    async fn run<T, F>(self, work: F) -> Option<T>
     where
         T: Send + 'static,
         F: FnOnce() -> T + Send + 'static,
@@ -75,6 +75,18 @@ impl fmt::Debug for Platform {
 }
 
 impl Platform {
+    /// Runs work that reads or writes the disk. `None` when the runtime is shutting down.
+    pub async fn on_disk<T, F>(&self, work: F) -> Option<T>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        if let Some(goes_on) = self.disk.hangs() {
+            goes_on.await;
+        }
+        self.blocking.run(work).await
+    }
+
     /// The machine itself.
     pub fn real() -> Platform {
         Platform {

@@ -12,6 +12,8 @@ use serde::Deserialize;
 use statemachine::VmId;
 use thiserror::Error;
 
+use crate::duties::retention::Retention;
+
 /// Where `hostd` looks when nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/quorate/hostd.toml";
 /// The one port number: QUIC for Raft on udp, HTTPS on tcp.
@@ -51,6 +53,8 @@ pub struct Config {
     pub timers: Timers,
     #[serde(default)]
     pub raft: Raft,
+    #[serde(default)]
+    pub events: Events,
     #[serde(default)]
     pub log: Log,
     #[serde(default)]
@@ -154,6 +158,36 @@ impl Timers {
         match rules.into_iter().find(|(_, holds, _)| !holds) {
             None => Ok(()),
             Some((key, _, fix)) => Err((key, fix.to_owned())),
+        }
+    }
+}
+
+/// How much of the stream of events is kept; equal on every host of a site, since the leader's word counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Events {
+    pub keep_days: u64,
+    /// A batch holds the events of one command.
+    pub keep_batches: u64,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        Events { keep_days: 30, keep_batches: 10_000_000 }
+    }
+}
+
+impl Events {
+    pub fn retention(&self) -> Retention {
+        let keep_for = Duration::from_secs(self.keep_days * 24 * 3600);
+        Retention { keep_for, keep_batches: self.keep_batches, ..Retention::default() }
+    }
+
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        match ((1..=36_500).contains(&self.keep_days), self.keep_batches >= 1_000) {
+            (false, _) => Err(("events.keep_days", "write 1 to 36500".to_owned())),
+            (_, false) => Err(("events.keep_batches", "write at least 1000".to_owned())),
+            _ => Ok(()),
         }
     }
 }
@@ -265,6 +299,7 @@ impl Config {
             return Err(("run_dir", format!("write a path of at most {} bytes", 107 - LONGEST_BELOW)));
         }
         self.raft.check()?;
+        self.events.check()?;
         self.timers.check()
     }
 

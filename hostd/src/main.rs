@@ -71,10 +71,10 @@ fn main() -> ExitCode {
 
 /// One line an event, on standard error, as text or as JSON.
 fn start_logging(config: &Config) -> Result<(), tracing_subscriber::filter::ParseError> {
-    // openraft tells at `info` what only its developers read; who wants it names it.
+    // openraft says at every heartbeat that a host is away, which is told once by us; who wants more names it.
     let level = match config.log.level.contains("openraft") {
         true => config.log.level.clone(),
-        false => format!("openraft=warn,{}", config.log.level),
+        false => format!("openraft=error,{}", config.log.level),
     };
     let filter = EnvFilter::builder().parse(level)?;
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(true);

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use consensus::decider::Leadership;
 use consensus::decider::ProposeError;
 use consensus::platform::Platform;
+use consensus::store::event_store::EventStore;
 use consensus::transport::PeerKind;
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -291,6 +292,10 @@ impl Cluster for TestCluster {
             answered.map_err(|_| Unanswered("timeout".to_owned()))
         }
         .boxed()
+    }
+
+    fn events(&self) -> Option<Arc<EventStore>> {
+        None
     }
 
     fn reconcile_membership(&self) -> BoxFuture<'_, Result<Option<MembershipStep>, Unanswered>> {

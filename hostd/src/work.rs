@@ -68,7 +68,14 @@ pub async fn start(config: &Config, member: &Arc<Member>) -> Result<Work, WorkEr
     let (facts_sender, facts) = watch::channel(facts);
     let agent = agent::spawn(AgentConfig::from(config), cluster.clone(), facts, lease.grant(), publish).await?;
     let watchdog = watchdog.map(|watchdog| watchdog.spawn(guests));
-    Ok(Work { agent, lease, grants, duties: duties::spawn(cluster), watchdog, _facts: facts_sender })
+    Ok(Work {
+        agent,
+        lease,
+        grants,
+        duties: duties::spawn(cluster, config.events.retention()),
+        watchdog,
+        _facts: facts_sender,
+    })
 }
 
 impl Work {

@@ -4,6 +4,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::Subcommand;
+use jepsen::bench;
+use jepsen::bench::BenchArgs;
 use jepsen::campaign;
 use jepsen::campaign::SimArgs;
 use jepsen::mutants;
@@ -23,6 +25,8 @@ enum Command {
     Sim(SimArgs),
     /// Switches on one deliberate fault of the product after the other, and shows which seed catches it
     Mutants(MutantsArgs),
+    /// Measures three hosts with fsync on, beside a peer on the same machine if asked
+    Bench(BenchArgs),
 }
 
 fn main() -> ExitCode {
@@ -34,6 +38,7 @@ fn main() -> ExitCode {
     let passed = match Args::parse().command {
         Command::Sim(args) => campaign::run(&args),
         Command::Mutants(args) => mutants::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match passed {
         Ok(true) => ExitCode::SUCCESS,

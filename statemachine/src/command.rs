@@ -8,13 +8,17 @@ use crate::ids::ClusterId;
 use crate::ids::DataCenterId;
 use crate::ids::Epoch;
 use crate::ids::HostId;
+use crate::ids::Seq;
 use crate::ids::SiteId;
 use crate::ids::TokenId;
 use crate::ids::VmId;
 use crate::state::Capacity;
+use crate::state::Disk;
 use crate::state::ExitReason;
 use crate::state::Fingerprint;
 use crate::state::GuestStatus;
+use crate::state::MachineType;
+use crate::state::ReleaseClass;
 use crate::state::RunStrategy;
 use crate::state::StopMode;
 use crate::state::TokenPurpose;
@@ -207,6 +211,12 @@ pub enum Command {
         detail: String,
     },
 
+    // -- the stream
+    /// Batches up to here are no longer wanted.
+    EventsTrim {
+        upto: Seq,
+    },
+
     // -- storage manager
     SpmGrant {
         data_center: DataCenterId,
@@ -223,5 +233,42 @@ pub struct VmChange {
     pub name: Option<String>,
     pub run_strategy: Option<RunStrategy>,
     /// Takes effect at the next start.
-    pub spec: Option<VmSpec>,
+    pub spec: VmSpecChange,
+}
+
+/// What may change of what a guest is made of; `None` keeps. It is put over the spec that the VM has when this is decided: of two
+/// who change different things at once, neither undoes the other.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct VmSpecChange {
+    pub machine: Option<MachineType>,
+    pub vcpus: Option<u32>,
+    pub memory_mib: Option<u64>,
+    pub kernel: Option<String>,
+    /// An empty path takes it away.
+    pub initrd: Option<String>,
+    pub cmdline: Option<String>,
+    /// All of them.
+    pub disks: Option<Vec<Disk>>,
+    pub highly_available: Option<bool>,
+    pub release: Option<ReleaseClass>,
+}
+
+impl VmSpecChange {
+    pub fn over(&self, present: &VmSpec) -> VmSpec {
+        let changed = self.clone();
+        VmSpec {
+            machine: changed.machine.unwrap_or(present.machine),
+            vcpus: changed.vcpus.unwrap_or(present.vcpus),
+            memory_mib: changed.memory_mib.unwrap_or(present.memory_mib),
+            kernel: changed.kernel.unwrap_or_else(|| present.kernel.clone()),
+            initrd: match changed.initrd {
+                Some(initrd) => (!initrd.is_empty()).then_some(initrd),
+                None => present.initrd.clone(),
+            },
+            cmdline: changed.cmdline.unwrap_or_else(|| present.cmdline.clone()),
+            disks: changed.disks.unwrap_or_else(|| present.disks.clone()),
+            highly_available: changed.highly_available.unwrap_or(present.highly_available),
+            release: changed.release.or(present.release),
+        }
+    }
 }

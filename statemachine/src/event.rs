@@ -18,6 +18,7 @@ use crate::ids::ClusterId;
 use crate::ids::DataCenterId;
 use crate::ids::Epoch;
 use crate::ids::HostId;
+use crate::ids::Seq;
 use crate::ids::SiteId;
 use crate::ids::TokenId;
 use crate::ids::VmId;
@@ -94,6 +95,8 @@ events! {
     1 SiteInitialised { site: SiteId, name: String, ca: Fingerprint, feature_level: u32 }
     2 DataCenterCreated { data_center: DataCenterId, name: String }
     3 ClusterCreated { cluster: ClusterId, data_center: DataCenterId, name: String, scheduling: SchedulingPolicy }
+    /// Hosts need not keep batches up to here any longer.
+    4 EventsTrimmed { upto: Seq }
 
     10 TokenCreated { token: TokenId, purpose: TokenPurpose, secret_hash: [u8; 32], expires_ms: u64, note: String }
     11 TokenRevoked { token: TokenId }
@@ -152,6 +155,7 @@ impl Event {
             Event::SiteInitialised(e) => vec![format!("site/{}", e.site)],
             Event::DataCenterCreated(e) => vec![format!("data_center/{}", e.data_center)],
             Event::ClusterCreated(e) => vec![format!("cluster/{}", e.cluster)],
+            Event::EventsTrimmed(_) => Vec::new(),
             Event::TokenCreated(e) => vec![format!("token/{}", e.token)],
             Event::TokenRevoked(e) => vec![format!("token/{}", e.token)],
             Event::TokenUsed(e) => vec![format!("token/{}", e.token), host(&e.host)],

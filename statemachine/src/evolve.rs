@@ -40,7 +40,18 @@ pub struct At {
 pub fn evolve(state: &mut State, event: &Event, at: At) {
     match event {
         Event::SiteInitialised(e) => {
-            state.site = Some(Site { id: e.site, name: e.name.clone(), ca: e.ca, feature_level: e.feature_level });
+            state.site = Some(Site {
+                id: e.site,
+                name: e.name.clone(),
+                ca: e.ca,
+                feature_level: e.feature_level,
+                trimmed_upto: Seq::ZERO,
+            });
+        }
+        Event::EventsTrimmed(e) => {
+            if let Some(site) = state.site.as_mut() {
+                site.trimmed_upto = e.upto;
+            }
         }
         Event::DataCenterCreated(e) => {
             state.data_centers.insert(e.data_center, DataCenter { name: e.name.clone(), spm: None });

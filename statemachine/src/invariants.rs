@@ -8,6 +8,7 @@ use crate::ids::VmId;
 use crate::scheduler;
 use crate::state::HostUsage;
 use crate::state::State;
+use crate::state::Vm;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
@@ -83,7 +84,9 @@ fn check_volumes(state: &State, found: &mut Vec<Violation>) {
 pub fn check_step(before: &State, after: &State) -> Vec<Violation> {
     let mut found = Vec::new();
     for (id, vm) in after.vms.iter() {
-        let old = before.vms.get(id).and_then(|vm| vm.permit);
+        let known = before.vms.get(id);
+        let old = known.and_then(|vm| vm.permit);
+        check_news_of_a_guest(*id, known, vm, &mut found);
         let Some(new) = vm.permit.filter(|new| old.is_none_or(|old| old.epoch != new.epoch)) else { continue };
         check_new_permit(*id, old.map(|old| old.epoch), new.epoch, &mut found);
         check_fit(after, *id, &mut found);
@@ -97,6 +100,23 @@ pub fn check_step(before: &State, after: &State) -> Vec<Violation> {
         }
     }
     found
+}
+
+/// R2: what is heard of a guest is about the epoch that holds the permit; late words of older epochs change nothing (hazard
+/// H16).
+fn check_news_of_a_guest(vm: VmId, before: Option<&Vm>, after: &Vm, found: &mut Vec<Violation>) {
+    let permit = before.and_then(|vm| vm.permit).map(|permit| permit.epoch);
+    let exit = after.last_exit.as_ref().filter(|exit| before.and_then(|vm| vm.last_exit.as_ref()) != Some(exit));
+    let seen = after.observed.filter(|seen| before.and_then(|vm| vm.observed) != Some(*seen));
+    for epoch in exit.map(|exit| exit.epoch).into_iter().chain(seen.map(|seen| seen.epoch)) {
+        if permit != Some(epoch) {
+            let holder = permit.map_or("none".to_owned(), |epoch| epoch.to_string());
+            found.push(violation(
+                "R2",
+                format!("news of epoch {epoch} of vm {vm} was believed, its permit is {holder}"),
+            ));
+        }
+    }
 }
 
 /// R2: a next permit exists only after the last was released, and epochs rise.

@@ -53,6 +53,7 @@ fn samples() -> Vec<Event> {
         SiteInitialised { site: SiteId(Uuid::from_u128(9)), name: text(), ca: print, feature_level: 1 }.into(),
         DataCenterCreated { data_center, name: text() }.into(),
         ClusterCreated { cluster, data_center, name: text(), scheduling: SchedulingPolicy::default() }.into(),
+        EventsTrimmed { upto: Seq(7_000) }.into(),
         TokenCreated { token, purpose: TokenPurpose::Join, secret_hash: [8; 32], expires_ms: 99, note: text() }.into(),
         TokenRevoked { token }.into(),
         TokenUsed { token, host }.into(),

@@ -6,6 +6,8 @@ use cluster::Cluster;
 use cluster::boot;
 use statemachine::command::Actor;
 use statemachine::command::Command;
+use statemachine::command::VmChange;
+use statemachine::command::VmSpecChange;
 use statemachine::fold::Decision;
 use statemachine::ids::DataCenterId;
 use statemachine::ids::Epoch;
@@ -373,14 +375,30 @@ fn what_rests_on_a_batch_in_flight_is_decided_on_the_speculative_fold_only() {
 }
 
 #[test]
+fn two_who_change_different_things_of_a_vm_at_once_do_not_undo_each_other() {
+    let mut cluster = Cluster::of(1);
+    cluster.root(Cluster::define("web1", 1, 64, RunStrategy::Manual)).expect("defined");
+    let vm = cluster.vm("web1");
+    // Both were written by people who looked at the same VM.
+    for spec in [
+        VmSpecChange { memory_mib: Some(1024), ..VmSpecChange::default() },
+        VmSpecChange { cmdline: Some("quiet".to_owned()), ..VmSpecChange::default() },
+    ] {
+        let change = VmChange { spec, ..VmChange::default() };
+        cluster.root(Command::VmChange { vm, change }).expect("changed");
+    }
+    let spec = &cluster.fold.state.vms.get(&vm).expect("defined").spec;
+    assert_eq!((spec.memory_mib, spec.cmdline.as_str(), spec.vcpus), (1024, "quiet", 1));
+}
+
+#[test]
 fn a_running_vm_keeps_the_resources_that_it_was_started_with() {
     let mut cluster = Cluster::of(1);
     cluster.root(Cluster::define("web1", 1, 64, RunStrategy::Manual)).expect("defined");
     cluster.start("web1").expect("room");
     let vm = cluster.vm("web1");
-    let mut spec = (*cluster.fold.state.vms.get(&vm).expect("defined").spec).clone();
-    spec.memory_mib = 1024;
-    let change = statemachine::command::VmChange { spec: Some(spec), ..Default::default() };
+    let spec = VmSpecChange { memory_mib: Some(1024), ..VmSpecChange::default() };
+    let change = VmChange { spec, ..VmChange::default() };
     cluster.root(Command::VmChange { vm, change }).expect("takes effect at the next start");
     let host = cluster.host(0);
     assert_eq!(cluster.fold.state.hosts.get(&host).expect("joined").usage.memory_mib, 64);

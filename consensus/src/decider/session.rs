@@ -19,7 +19,7 @@ use statemachine::mutant::Mutant;
 pub const ENTRY_COMMANDS: usize = 512;
 pub const ENTRY_BYTES: usize = 512 << 10;
 
-/// What a caller is told, once the head on which it was decided is applied.
+/// What a caller is told, once an entry that was proposed after the decision is applied.
 pub type Outcome = Result<Answer, Rejection>;
 
 /// Why a session may not go on.
@@ -42,8 +42,10 @@ impl std::fmt::Display for Broken {
 }
 
 struct Held<W> {
-    /// The speculative head on which this was decided.
-    ground: Seq,
+    /// Number of the entry that must be applied first: the one that closes this decision's group. It holds all that was decided
+    /// before, or comes after it; and a leader whose entry is applied led when it was decided. A refusal, or a yes that changes
+    /// nothing, would else come from a leader that was deposed meanwhile.
+    entry: u64,
     waiter: W,
     outcome: Outcome,
 }
@@ -57,9 +59,11 @@ pub struct Session<W> {
     open: Vec<SealedBatch>,
     open_bytes: usize,
     open_commands: usize,
-    /// Seqs of each proposed entry, oldest first.
+    /// Seqs of each proposed entry, oldest first; none in an entry that only proves the lead.
     in_flight: VecDeque<(Seq, Seq)>,
-    /// In order of ground, since grounds only rise.
+    /// Entries that were applied, since the session began.
+    entries_applied: u64,
+    /// In the order of decisions, so in order of entries.
     held: VecDeque<Held<W>>,
 }
 
@@ -73,11 +77,12 @@ impl<W> Session<W> {
             open_bytes: 0,
             open_commands: 0,
             in_flight: VecDeque::new(),
+            entries_applied: 0,
             held: VecDeque::new(),
         }
     }
 
-    /// Decides one request; its waiter is answered by [`Self::release`] when the ground is applied.
+    /// Decides one request; its waiter is answered by [`Self::release`] when the entry of its group is applied.
     pub fn decide(&mut self, request: &Request, wall_ms: u64, waiter: W) {
         self.open_commands += 1;
         let outcome = match self.speculative.decide(request, wall_ms) {
@@ -97,10 +102,11 @@ impl<W> Session<W> {
             Err(_) => mutant::is_on(Mutant::AnswerBeforeGround),
         };
         if hasty {
-            self.held.push_front(Held { ground: Seq::ZERO, waiter, outcome });
+            self.held.push_front(Held { entry: 0, waiter, outcome });
             return;
         }
-        self.held.push_back(Held { ground: self.speculative.head.seq, waiter, outcome });
+        let entry = self.entries_applied + self.in_flight.len() as u64 + 1;
+        self.held.push_back(Held { entry, waiter, outcome });
     }
 
     /// The open entry takes no more commands.
@@ -108,16 +114,15 @@ impl<W> Session<W> {
         self.open_commands >= ENTRY_COMMANDS || self.open_bytes >= ENTRY_BYTES
     }
 
-    /// Closes the open entry for proposing; `None` if nothing was decided that the log must hold.
+    /// Closes the open entry for proposing; `None` if nothing was decided. It is empty when what was decided changes nothing.
     pub fn take_entry(&mut self) -> Option<Vec<SealedBatch>> {
+        if mem::take(&mut self.open_commands) == 0 {
+            return None;
+        }
         self.open_bytes = 0;
-        self.open_commands = 0;
         let batches = mem::take(&mut self.open);
         let last = self.speculative.head.seq;
         let first = Seq(last.0 + 1 - batches.len() as u64);
-        if batches.is_empty() {
-            return None;
-        }
         self.in_flight.push_back((first, last));
         Some(batches)
     }
@@ -141,12 +146,13 @@ impl<W> Session<W> {
             }
         }
         self.applied = last;
+        self.entries_applied += 1;
         Ok(())
     }
 
-    /// The next waiter whose ground is applied, with its answer.
+    /// The next waiter whose entry is applied, with its answer.
     pub fn release(&mut self) -> Option<(W, Outcome)> {
-        if self.held.front()?.ground > self.applied {
+        if self.held.front()?.entry > self.entries_applied {
             return None;
         }
         self.held.pop_front().map(|held| (held.waiter, held.outcome))

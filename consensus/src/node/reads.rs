@@ -1,6 +1,7 @@
 //! Reads: what this host has applied, and what the cluster has committed (DESIGN §4: never lease reads).
 
 use std::sync::Arc;
+use std::sync::Weak;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,6 +12,8 @@ use statemachine::HostId;
 use statemachine::Seq;
 use statemachine::codec;
 use thiserror::Error;
+use tokio::sync::mpsc;
+use tokio::sync::oneshot;
 use tokio::sync::watch;
 
 use super::Inner;
@@ -29,6 +32,11 @@ pub enum ReadError {
     )]
     Lagging { applied: Seq, wanted: Seq, after_ms: u64 },
 }
+
+/// A read that waits for a round.
+pub(super) type Waiting = oneshot::Sender<Result<Seq, ReadError>>;
+/// Reads that wait for the next round; more of them wait outside.
+pub(super) const READS_WAITING: usize = 4096;
 
 impl<R: AsyncRuntime> NodeOn<R> {
     /// What this host has applied. O(1).
@@ -49,15 +57,28 @@ impl<R: AsyncRuntime> NodeOn<R> {
     /// A seq that covers every command that was answered before this call, applied on this host when it returns: the
     /// fold is then linearizable. One ReadIndex round on the leader; also what a grant rests on (hazard C4).
     pub async fn read_index(&self) -> Result<Seq, ReadError> {
-        let inner = &self.inner;
-        let timeout = inner.config.read_timeout();
-        let seq = match inner.leadership_now() {
-            Leadership::Leading { .. } => inner.confirm_lead().await?,
-            Leadership::Following { leader: Some(leader) } => inner.ask_leader(leader, timeout).await?,
-            Leadership::Following { leader: None } => return Err(ReadError::NoLeader),
-        };
-        inner.wait_applied(seq, timeout).await?;
+        let (waiting, round) = oneshot::channel();
+        let stopping = |_| ReadError::NotConfirmed { why: "this host is stopping".to_owned() };
+        self.inner.reads.send(waiting).await.map_err(|_| stopping(()))?;
+        let seq = round.await.map_err(|_| stopping(()))??;
+        self.inner.wait_applied(seq, self.inner.config.read_timeout()).await?;
         Ok(seq)
+    }
+}
+
+/// Gives each round to all reads that wait for one: a thousand readers cost the leader no more than one. Whoever comes while a
+/// round runs waits for the next, because a read may not rest on a round that began before it.
+pub(super) async fn share_rounds<R: AsyncRuntime>(node: Weak<Inner<R>>, mut reads: mpsc::Receiver<Waiting>) {
+    while let Some(first) = reads.recv().await {
+        let Some(inner) = node.upgrade() else { return };
+        let mut together = vec![first];
+        while let Ok(next) = reads.try_recv() {
+            together.push(next);
+        }
+        let seq = inner.read_round().await;
+        for waiting in together {
+            let _ = waiting.send(seq.clone());
+        }
     }
 }
 
@@ -85,6 +106,14 @@ impl<R: AsyncRuntime> Inner<R> {
             .map_err(|error| not_confirmed(error.to_string()))?
             .map_err(|_| not_confirmed("its own apply is behind".to_owned()))?;
         Ok(self.fold.borrow().head.seq)
+    }
+
+    async fn read_round(&self) -> Result<Seq, ReadError> {
+        match self.leadership_now() {
+            Leadership::Leading { .. } => self.confirm_lead().await,
+            Leadership::Following { leader: Some(leader) } => self.ask_leader(leader, self.config.read_timeout()).await,
+            Leadership::Following { leader: None } => Err(ReadError::NoLeader),
+        }
     }
 
     async fn ask_leader(&self, leader: HostId, timeout: Duration) -> Result<Seq, ReadError> {

@@ -12,6 +12,7 @@ use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use futures::future::BoxFuture;
 use thiserror::Error;
 
 /// Zeros are written in pieces of this size when a file is preallocated.
@@ -58,6 +59,11 @@ pub trait Disk: Send + Sync + 'static {
     fn sync_dir(&self, dir: &Path) -> Result<(), DiskError>;
     /// Takes a lock on a file that lasts until the value is dropped; an error when another process holds it.
     fn lock(&self, path: &Path) -> Result<Box<dyn Any + Send + Sync>, DiskError>;
+    /// When this disk hangs: what ends when it goes on. The machine's own disk hangs in the call itself, on a thread of the pool;
+    /// a simulated one cannot block its only thread.
+    fn hangs(&self) -> Option<BoxFuture<'static, ()>> {
+        None
+    }
     /// The paths are the operating system's: sled, which opens files by itself, can use them.
     fn is_real(&self) -> bool;
 }

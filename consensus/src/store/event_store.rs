@@ -59,8 +59,14 @@ impl EventStore {
             return Err(EventStoreError::Trimmed { after, oldest });
         }
         let segments = self.segments.clone();
-        let read = self.platform.blocking.run(move || segments.read_sealed(after, limit_batches, limit_bytes)).await;
-        let mut batches = read.ok_or(EventStoreError::ShuttingDown)??;
+        let read = self.platform.on_disk(move || segments.read_sealed(after, limit_batches, limit_bytes)).await;
+        let mut batches = match read.ok_or(EventStoreError::ShuttingDown)? {
+            // The segment was trimmed while it was being read.
+            Err(_) if after.next() < self.oldest() => {
+                return Err(EventStoreError::Trimmed { after, oldest: self.oldest() });
+            }
+            read => read?,
+        };
         batches.retain(|batch| batch.seq <= head);
         Ok(batches)
     }

@@ -23,6 +23,9 @@ pub trait EventIndex: Send + Sync + 'static {
     /// The last mark of the segment at or before `seq`; `None` when the segment is not known.
     fn find(&self, segment: &SegmentId, seq: Seq) -> Option<(Seq, u64)>;
 
+    /// Forgets the marks of a segment that is gone.
+    fn remove(&self, segment: &SegmentId);
+
     /// Lets go of files; the index answers `None` afterwards.
     fn close(&self);
 }
@@ -57,6 +60,11 @@ impl EventIndex for MemoryIndex {
         let map = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         let (found, offset) = map.range(key(segment, Seq::ZERO)..=key(segment, seq)).next_back()?;
         Some((seq_of(found)?, *offset))
+    }
+
+    fn remove(&self, segment: &SegmentId) {
+        let mut map = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        map.retain(|key, _| *key < self::key(segment, Seq::ZERO) || *key > self::key(segment, Seq(u64::MAX)));
     }
 
     fn close(&self) {}
@@ -121,6 +129,20 @@ impl EventIndex for SledIndex {
                 self.failed("be read", &error);
                 None
             }
+        }
+    }
+
+    fn remove(&self, segment: &SegmentId) {
+        let Some(tree) = self.tree() else { return };
+        let mut batch = sled::Batch::default();
+        for found in tree.range(key(segment, Seq::ZERO)..=key(segment, Seq(u64::MAX))).keys() {
+            match found {
+                Ok(found) => batch.remove(found),
+                Err(error) => return self.failed("be read", &error),
+            }
+        }
+        if let Err(error) = tree.apply_batch(batch) {
+            self.failed("be written", &error);
         }
     }
 

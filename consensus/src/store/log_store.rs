@@ -102,7 +102,7 @@ impl LogReader {
             Source::Memory(entries) => Ok(entries),
             Source::Missing => Err(self.fatal(StoreError::EntryMissing { index: start })),
             Source::Disk(plan) => {
-                let read = self.platform.blocking.run(move || plan.read(READ_CHUNK_BYTES)).await;
+                let read = self.platform.on_disk(move || plan.read(READ_CHUNK_BYTES)).await;
                 match read {
                     Some(Ok(entries)) => Ok(entries),
                     Some(Err(error)) => Err(self.fatal(error.into())),

@@ -134,6 +134,11 @@ impl LogView {
         }
     }
 
+    /// Whether an entry is on disk, or was purged behind a snapshot that is.
+    pub fn is_durable(&self, index: u64) -> bool {
+        index < self.durable_end || self.purged.is_some_and(|purged| index <= purged.index)
+    }
+
     pub fn durable_end(&self) -> u64 {
         self.durable_end
     }

@@ -89,6 +89,10 @@ impl Writer {
             })),
             Blocking::Inline => drop(tokio::spawn(async move {
                 while let Some(job) = jobs.recv().await {
+                    if let Some(goes_on) = self.platform.disk.hangs() {
+                        self.health.append_began(job.submitted_ns);
+                        goes_on.await;
+                    }
                     if !self.round(job, &mut jobs) {
                         break;
                     }
@@ -200,7 +204,11 @@ impl Writer {
     fn save_committed(&mut self, at_once: bool) -> Result<(), StoreError> {
         let now_ns = self.platform.clock.boottime_ns();
         let due = at_once || now_ns.saturating_sub(self.saved_committed_ns) >= SAVE_COMMITTED_EVERY_NS;
-        let committed = self.view().committed;
+        let committed = {
+            let view = self.view();
+            // Never ahead of the log: a start that finds less than what was saved as committed takes it for lost.
+            view.committed.filter(|committed| view.is_durable(committed.index)).or(self.saved_committed)
+        };
         if !due || committed == self.saved_committed {
             return Ok(());
         }

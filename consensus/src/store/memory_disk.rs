@@ -14,6 +14,10 @@ use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tokio::sync::watch;
+
 use crate::store::disk::Disk;
 use crate::store::disk::DiskError;
 use crate::store::disk::DiskFile;
@@ -22,7 +26,10 @@ const SECTOR_BYTES: usize = 512;
 
 /// Copies share the same platter.
 #[derive(Clone, Default)]
-pub struct MemoryDisk(Arc<Mutex<Platter>>);
+pub struct MemoryDisk {
+    platter: Arc<Mutex<Platter>>,
+    hangs: Arc<watch::Sender<bool>>,
+}
 
 #[derive(Default)]
 struct Platter {
@@ -36,6 +43,8 @@ struct Platter {
     incarnation: u64,
     /// Changes that still succeed; then the power is gone.
     changes_left: Option<u64>,
+    /// The first that did not.
+    failed: Option<(&'static str, PathBuf)>,
     changes: u64,
 }
 
@@ -105,7 +114,7 @@ impl MemoryDisk {
     }
 
     fn platter(&self) -> MutexGuard<'_, Platter> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.platter.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The process that used it is gone; what it wrote is not.
@@ -125,6 +134,7 @@ impl MemoryDisk {
             (mixed ^ (mixed >> 31)) & 1 == 0
         };
         let mut platter = self.platter();
+        self.hangs.send_replace(false);
         platter.incarnation += 1;
         platter.changes_left = None;
         platter.names = platter.synced_names.clone();
@@ -145,7 +155,7 @@ impl MemoryDisk {
         }
         let (names, next_file) = (platter.names.clone(), platter.next_file);
         let copied = Platter { files, next_file, synced_names: names.clone(), names, ..Platter::default() };
-        MemoryDisk(Arc::new(Mutex::new(copied)))
+        MemoryDisk { platter: Arc::new(Mutex::new(copied)), hangs: Arc::default() }
     }
 
     /// Every file and its size in bytes.
@@ -160,9 +170,24 @@ impl MemoryDisk {
         self.platter().changes_left = Some(changes);
     }
 
+    /// From now on nothing that is asked of it ends, until it goes on.
+    pub fn hang(&self, hangs: bool) {
+        self.hangs.send_replace(hangs);
+    }
+
+    /// Takes a coming failure back.
+    pub fn mend(&self) {
+        self.platter().changes_left = None;
+    }
+
     /// Changes that were made so far, to place a failure at each of them.
     pub fn changes(&self) -> u64 {
         self.platter().changes
+    }
+
+    /// The change that met the failure first: what it was, and of which file.
+    pub fn failed_at(&self) -> Option<(&'static str, PathBuf)> {
+        self.platter().failed.clone()
     }
 
     /// What is held open: nothing of a store that was closed.
@@ -192,13 +217,15 @@ impl MemoryDisk {
         change: impl FnOnce(&mut Platter) -> io::Result<T>,
     ) -> Result<T, DiskError> {
         let mut platter = self.platter();
-        let spent = match &mut platter.changes_left {
-            Some(0) => Err(io::Error::other("the power is gone")),
-            Some(left) => {
-                *left -= 1;
+        let spent = match platter.changes_left {
+            Some(0) => {
+                platter.failed.get_or_insert_with(|| (operation, path.to_owned()));
+                Err(io::Error::other("the power is gone"))
+            }
+            left => {
+                platter.changes_left = left.map(|left| left - 1);
                 Ok(())
             }
-            None => Ok(()),
         };
         platter.changes += 1;
         spent.and_then(|()| change(&mut platter)).map_err(|source| DiskError::new(operation, path, source))
@@ -259,7 +286,8 @@ impl Disk for MemoryDisk {
     }
 
     fn exists(&self, path: &Path) -> Result<bool, DiskError> {
-        Ok(self.platter().names.contains_key(path))
+        // A folder is there when something is in it.
+        Ok(self.platter().names.keys().any(|name| name.starts_with(path)))
     }
 
     fn list(&self, dir: &Path) -> Result<Vec<String>, DiskError> {
@@ -299,6 +327,15 @@ impl Disk for MemoryDisk {
 
     fn lock(&self, _path: &Path) -> Result<Box<dyn Any + Send + Sync>, DiskError> {
         Ok(Box::new(()))
+    }
+
+    fn hangs(&self) -> Option<BoxFuture<'static, ()>> {
+        let mut hangs = self.hangs.subscribe();
+        if !*hangs.borrow_and_update() {
+            return None;
+        }
+        // An error means that the disk is gone, and with it whoever waits.
+        Some(async move { drop(hangs.wait_for(|hangs| !hangs).await) }.boxed())
     }
 
     fn is_real(&self) -> bool {

@@ -12,10 +12,11 @@
 //! - [`disk`]: file operations, each with its durability; [`memory_disk`]: one that loses power on demand.
 //! - [`wal`], [`meta`], [`log_view`], [`log_writer`], [`log_store`]: the Raft log.
 //! - [`segments`], [`index`], [`event_store`]: events. [`snapshot`], [`snapshot_service`], [`state_machine`]: the fold.
-//! - [`entry_codec`]: a log entry as bytes; [`health`]: numbers.
+//! - [`entry_codec`]: a log entry as bytes; [`health`]: numbers; [`check`]: is a directory sound?
 //!
 //! Start reading at [`Store::open`].
 
+pub mod check;
 pub mod disk;
 pub mod entry_codec;
 pub mod event_store;
@@ -56,6 +57,7 @@ use self::log_writer::QUEUE_LEN;
 use self::log_writer::Writer;
 use self::meta::Meta;
 use self::meta::MetaError;
+use self::meta::MetaValues;
 use self::segments::SegmentError;
 use self::segments::Segments;
 use self::snapshot::SnapshotError;
@@ -66,6 +68,7 @@ use self::wal::Wal;
 use self::wal::WalError;
 use crate::platform::DiskError;
 use crate::platform::Platform;
+use crate::types::LogId;
 
 #[derive(Debug, Error)]
 pub enum StoreError {
@@ -83,6 +86,10 @@ pub enum StoreError {
     Apply(#[from] ApplyError),
     #[error("{path} is in use by another process: stop the hostd that runs with this data directory first", path = path.display())]
     InUse { path: PathBuf },
+    #[error("{path} holds no store of hostd; is `data_dir` another?", path = path.display())]
+    NoStore { path: PathBuf },
+    #[error("{why}. Remove this host from the cluster and join it again with an empty data directory")]
+    CannotRebuild { why: String },
     #[error("log entry {index} is neither in memory nor in the write-ahead log")]
     EntryMissing { index: u64 },
     #[error("log entry {found} was appended where {expected} must follow")]
@@ -92,6 +99,11 @@ pub enum StoreError {
          lost. Remove this host from the cluster and join it again with an empty data directory"
     )]
     CommittedLost { last: u64, committed: u64 },
+    #[error(
+        "the write-ahead log was purged up to entry {purged}, and no snapshot covers it: what it held is lost here. Remove \
+         this host from the cluster and join it again with an empty data directory"
+    )]
+    SnapshotLost { purged: u64 },
     #[error("the log writer has stopped")]
     WriterStopped,
     #[error("this host is shutting down")]
@@ -176,10 +188,10 @@ impl Store {
     pub async fn open_with(platform: Platform, dir: &Path, config: StoreConfig) -> Result<Store, StoreError> {
         let health = Arc::new(Health::default());
         let parts = {
-            let (blocking, platform) = (platform.blocking, platform.clone());
+            let own = platform.clone();
             let (dir, health) = (dir.to_owned(), health.clone());
-            let open = move || Self::open_parts(&platform, &dir, &config, health);
-            blocking.run(open).await.ok_or(StoreError::ShuttingDown)??
+            let open = move || Self::open_parts(&own, &dir, &config, health);
+            platform.on_disk(open).await.ok_or(StoreError::ShuttingDown)??
         };
         let OpenParts { writer, segments, snapshots, applied } = parts;
         let (jobs, queue) = mpsc::channel(QUEUE_LEN);
@@ -188,7 +200,7 @@ impl Store {
         let (head_sender, head) = watch::channel(applied.fold.head.seq);
         let (fold_sender, fold) = watch::channel(Arc::new(applied.fold.clone()));
         let events = Arc::new(EventStore::new(platform.clone(), segments.clone(), head));
-        let snapshot_files = Arc::new(SnapshotService::new(platform.blocking, snapshots.clone()));
+        let snapshot_files = Arc::new(SnapshotService::new(platform.clone(), snapshots.clone()));
         let closing = Closing { ended, segments: segments.clone() };
         let state_machine = StateMachine {
             platform,
@@ -210,10 +222,7 @@ impl Store {
     ) -> Result<OpenParts, StoreError> {
         let disk = &platform.disk;
         disk.create_dir_all(dir)?;
-        let lock = disk.lock(&dir.join("lock")).map_err(|error| match error.source.kind() {
-            io::ErrorKind::WouldBlock => StoreError::InUse { path: dir.to_owned() },
-            _ => StoreError::Disk(error),
-        })?;
+        let lock = lock(disk.as_ref(), dir)?;
         let (manifest, applied) = match Snapshots::load(disk.as_ref(), &dir.join("snapshots"))? {
             Some((manifest, applied)) => (Some(manifest), applied),
             None => (None, snapshot::AppliedState::default()),
@@ -239,11 +248,8 @@ impl Store {
         view.committed = values.committed;
         if opened.torn_tail_cut {
             tracing::info!(last = ?view.last, "the write-ahead log ended in a write that never completed; cut");
-            let known = view.last.max(applied.last_applied).map_or(0, |last| last.index);
-            if let Some(committed) = values.committed.filter(|committed| committed.index > known) {
-                return Err(StoreError::CommittedLost { last: known, committed: committed.index });
-            }
         }
+        nothing_acknowledged_is_missing(&values, view.last, applied.last_applied)?;
         health.wal_size(wal.disk_bytes());
         let writer = Writer {
             platform: platform.clone(),
@@ -259,6 +265,31 @@ impl Store {
         };
         Ok(OpenParts { writer, segments, snapshots, applied })
     }
+}
+
+/// Votes, log and snapshot fit together: what was known as committed is in the log or in the snapshot, and so is what was purged.
+fn nothing_acknowledged_is_missing(
+    values: &MetaValues,
+    last: Option<LogId>,
+    last_applied: Option<LogId>,
+) -> Result<(), StoreError> {
+    let index = |id: Option<LogId>| id.map_or(0, |id| id.index);
+    let known = index(last).max(index(last_applied));
+    if index(values.committed) > known {
+        return Err(StoreError::CommittedLost { last: known, committed: index(values.committed) });
+    }
+    if index(values.purged) > index(last_applied) {
+        return Err(StoreError::SnapshotLost { purged: index(values.purged) });
+    }
+    Ok(())
+}
+
+/// One process uses a data directory.
+fn lock(disk: &dyn disk::Disk, dir: &Path) -> Result<Box<dyn std::any::Any + Send + Sync>, StoreError> {
+    disk.lock(&dir.join("lock")).map_err(|error| match error.source.kind() {
+        io::ErrorKind::WouldBlock => StoreError::InUse { path: dir.to_owned() },
+        _ => StoreError::Disk(error),
+    })
 }
 
 /// sled where there is a real folder for it; it may fail, since it is an index and no more (ADR 0002).

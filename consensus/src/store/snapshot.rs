@@ -17,6 +17,7 @@ use std::sync::PoisonError;
 use serde::Deserialize;
 use serde::Serialize;
 use statemachine::Fold;
+use statemachine::Seq;
 use statemachine::Stamp;
 use statemachine::State;
 use statemachine::batch::Head;
@@ -41,7 +42,7 @@ use crate::types::SnapshotMeta;
 use crate::types::StoredMembership;
 
 /// Version of the manifest's layout.
-pub const MANIFEST_FORMAT: u16 = 1;
+pub const MANIFEST_FORMAT: u16 = 2;
 const CURRENT: &str = "current";
 const STATE_SUFFIX: &str = ".state";
 /// A piece that a peer may ask for at once.
@@ -239,14 +240,28 @@ pub struct Snapshots {
 }
 
 impl Snapshots {
-    /// Reads the current snapshot of a folder, whole: its manifest and its state.
-    pub fn load(disk: &dyn Disk, dir: &Path) -> Result<Option<(Manifest, AppliedState)>, SnapshotError> {
-        disk.create_dir_all(dir)?;
+    /// Reads the current snapshot's manifest.
+    pub fn read_manifest(disk: &dyn Disk, dir: &Path) -> Result<Option<Manifest>, SnapshotError> {
         let path = dir.join(CURRENT);
         if !disk.exists(&path)? {
             return Ok(None);
         }
-        let manifest = Manifest::decode(&disk.read(&path)?, &path)?;
+        Ok(Some(Manifest::decode(&disk.read(&path)?, &path)?))
+    }
+
+    /// Writes the state of a manifest again, which must come out as the very bytes that the manifest names.
+    pub fn rewrite_state(disk: &dyn Disk, dir: &Path, manifest: &Manifest, fold: &Fold) -> Result<(), SnapshotError> {
+        let (state, record) = encode_state(fold)?;
+        if state != manifest.state {
+            return Err(SnapshotError::Digest { expected: manifest.digest, found: fold.state.digest() });
+        }
+        Ok(write_atomically(disk, &state_path(dir, &state), &record)?)
+    }
+
+    /// Reads the current snapshot of a folder, whole: its manifest and its state.
+    pub fn load(disk: &dyn Disk, dir: &Path) -> Result<Option<(Manifest, AppliedState)>, SnapshotError> {
+        disk.create_dir_all(dir)?;
+        let Some(manifest) = Self::read_manifest(disk, dir)? else { return Ok(None) };
         let path = state_path(dir, &manifest.state);
         let state = decode_state(&manifest, &disk.read(&path)?, &path)?;
         Ok(Some((manifest, state)))
@@ -291,23 +306,22 @@ impl Snapshots {
             return Err(SnapshotError::Digest { expected: digest, found });
         }
         self.segments.seal_up_to(fold.head.seq)?;
-        let content =
-            codec::encode(&StateFile { head: fold.head, stamp: fold.stamp, image: StateImage::from(&fold.state) });
-        if content.len() > MAX_PAYLOAD {
-            return Err(SnapshotError::StateTooLarge { bytes: content.len(), limit: MAX_PAYLOAD });
-        }
-        let record = codec::seal(RecordKind::SnapshotState, &content);
-        let state = StateId { bytes: record.len() as u64, hash: *blake3::hash(&record).as_bytes() };
+        let (state, record) = encode_state(fold)?;
+        let trimmed_upto = fold.state.site.as_ref().map_or(Seq::ZERO, |site| site.trimmed_upto);
+        let kept = |id: &SegmentId| id.last > trimmed_upto;
         write_atomically(self.disk.as_ref(), &state_path(&self.dir, &state), &record)?;
-        self.publish(Manifest {
+        let handle = self.publish(Manifest {
             format: MANIFEST_FORMAT,
             last_applied: applied.last_applied,
             membership: applied.membership.clone(),
             head: fold.head,
             digest,
             state,
-            segments: self.segments.ids_up_to(fold.head.seq),
-        })
+            segments: self.segments.ids_up_to(fold.head.seq).into_iter().filter(kept).collect(),
+        })?;
+        // No manifest of this host names them any more.
+        self.segments.trim(trimmed_upto)?;
+        Ok(handle)
     }
 
     /// The moment at which a snapshot counts.
@@ -377,9 +391,10 @@ impl Snapshots {
         // Names before the manifest that counts on them.
         self.disk.sync_dir(self.segments.dir())?;
         self.disk.sync_dir(&self.dir)?;
-        self.segments.install(&arrived, manifest.head)?;
+        let apart = self.segments.install(&arrived, manifest.head)?;
         let own = Manifest { segments: self.segments.ids_up_to(manifest.head.seq), ..Manifest::clone(&manifest) };
         self.publish(own)?;
+        self.segments.discard(&apart)?;
         for name in self.disk.list(&self.incoming)? {
             self.disk.remove(&self.incoming.join(name))?;
         }
@@ -406,6 +421,17 @@ impl Snapshots {
 
 fn state_path(dir: &Path, state: &StateId) -> PathBuf {
     dir.join(format!("{}{STATE_SUFFIX}", hex(&state.hash)))
+}
+
+/// The same state is the same bytes on every host.
+fn encode_state(fold: &Fold) -> Result<(StateId, Vec<u8>), SnapshotError> {
+    let file = StateFile { head: fold.head, stamp: fold.stamp, image: StateImage::from(&fold.state) };
+    let content = codec::encode(&file);
+    if content.len() > MAX_PAYLOAD {
+        return Err(SnapshotError::StateTooLarge { bytes: content.len(), limit: MAX_PAYLOAD });
+    }
+    let record = codec::seal(RecordKind::SnapshotState, &content);
+    Ok((StateId { bytes: record.len() as u64, hash: *blake3::hash(&record).as_bytes() }, record))
 }
 
 fn decode_state(manifest: &Manifest, bytes: &[u8], path: &Path) -> Result<AppliedState, SnapshotError> {

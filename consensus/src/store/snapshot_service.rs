@@ -7,7 +7,7 @@ use futures::future::BoxFuture;
 
 use crate::network::serve::ChunkSource;
 use crate::network::serve::SnapshotFiles;
-use crate::platform::Blocking;
+use crate::platform::Platform;
 use crate::store::snapshot::Part;
 use crate::store::snapshot::SnapshotError;
 use crate::store::snapshot::SnapshotHandle;
@@ -17,20 +17,20 @@ use crate::store::snapshot::Snapshots;
 const DAMAGED_PARTS_MAX: u32 = 3;
 
 pub struct SnapshotService {
-    blocking: Blocking,
+    platform: Platform,
     snapshots: Arc<Snapshots>,
 }
 
 impl SnapshotService {
-    pub fn new(blocking: Blocking, snapshots: Arc<Snapshots>) -> SnapshotService {
-        SnapshotService { blocking, snapshots }
+    pub fn new(platform: Platform, snapshots: Arc<Snapshots>) -> SnapshotService {
+        SnapshotService { platform, snapshots }
     }
 
     async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, SnapshotError> + Send + 'static,
     ) -> Result<T, PullError> {
-        match self.blocking.run(work).await {
+        match self.platform.on_disk(work).await {
             Some(Ok(value)) => Ok(value),
             Some(Err(SnapshotError::PartDamaged { part })) => Err(PullError::PartDamaged(part)),
             Some(Err(error)) => Err(PullError::Other(error.to_string())),
@@ -75,10 +75,10 @@ impl From<PullError> for String {
 
 impl SnapshotFiles for SnapshotService {
     fn read(&self, file: String, offset: u64, len: u32) -> BoxFuture<'static, Result<Bytes, String>> {
-        let (blocking, snapshots) = (self.blocking, self.snapshots.clone());
+        let (platform, snapshots) = (self.platform.clone(), self.snapshots.clone());
         Box::pin(async move {
             let part = Part::from_name(&file).ok_or_else(|| format!("{file} is not the name of a snapshot's part"))?;
-            let read = blocking.run(move || snapshots.chunk(&part, offset, u64::from(len))).await;
+            let read = platform.on_disk(move || snapshots.chunk(&part, offset, u64::from(len))).await;
             match read.ok_or("this host is shutting down")? {
                 // A part that is gone is an empty piece: the transfer ends, and the next one offers a newer snapshot.
                 Ok(piece) => Ok(Bytes::from(piece.unwrap_or_default())),

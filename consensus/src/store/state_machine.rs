@@ -83,7 +83,7 @@ impl StateMachine {
                 }
                 if self.segments.is_overfull() {
                     let (segments, upto) = (self.segments.clone(), self.applied.fold.head.seq);
-                    let sealed = self.platform.blocking.run(move || segments.seal_up_to(upto)).await;
+                    let sealed = self.platform.on_disk(move || segments.seal_up_to(upto)).await;
                     sealed.ok_or(StoreError::ShuttingDown)??;
                 }
             }
@@ -100,9 +100,13 @@ impl StateMachine {
                 exit.fatal(&error);
             }
         };
-        match self.platform.blocking {
-            Blocking::Inline => seal(),
-            Blocking::Threads => drop(tokio::task::spawn_blocking(seal)),
+        match self.platform.disk.hangs() {
+            Some(_) => {
+                let platform = self.platform.clone();
+                drop(tokio::spawn(async move { platform.on_disk(seal).await }));
+            }
+            None if self.platform.blocking == Blocking::Inline => seal(),
+            None => drop(tokio::task::spawn_blocking(seal)),
         }
     }
 
@@ -168,7 +172,7 @@ impl<R: AsyncRuntime> RaftStateMachine<TypeConfig<R>> for StateMachine {
 
     async fn install_snapshot(&mut self, _meta: &SnapshotMeta, snapshot: SnapshotHandle) -> io::Result<()> {
         let snapshots = self.snapshots.clone();
-        let installed = self.platform.blocking.run(move || snapshots.install(snapshot)).await;
+        let installed = self.platform.on_disk(move || snapshots.install(snapshot)).await;
         match installed {
             None => Err(StoreError::ShuttingDown.into()),
             Some(Err(error)) => Err(self.fatal(error.into())),
@@ -191,7 +195,7 @@ impl<R: AsyncRuntime> RaftSnapshotBuilder<TypeConfig<R>> for SnapshotBuilder {
 
     async fn build_snapshot(&mut self) -> io::Result<Snapshot> {
         let (snapshots, applied) = (self.snapshots.clone(), self.applied.clone());
-        let built = self.platform.blocking.run(move || snapshots.build(&applied)).await;
+        let built = self.platform.on_disk(move || snapshots.build(&applied)).await;
         match built {
             None => Err(StoreError::ShuttingDown.into()),
             Some(Err(error)) => {

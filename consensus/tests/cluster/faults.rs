@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use consensus::decider::ProposeError;
 use statemachine::Seq;
+use statemachine::command::Command;
 
 use crate::world::Site;
 use crate::world::keyed;
+use crate::world::root;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn when_the_leader_is_lost_another_goes_on_and_the_old_one_comes_back_as_a_follower() {
@@ -84,6 +86,26 @@ async fn a_leader_cut_off_answers_nothing_and_loses_nothing_that_it_answered() {
     seqs.sort();
     seqs.dedup();
     assert_eq!(seqs.len(), 60 * 4, "no seq was given to two commands");
+}
+
+/// A refusal, or a yes that changes nothing, needs no entry of its own; and so a leader that was deposed without knowing it
+/// could give one from the past.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deposed_leader_tells_nobody_what_was_so_before() {
+    let site = Site::over_memory().await.of_three().await;
+    let deposed = site.leader().await;
+    let old = site.node(deposed);
+    site.switchboard().isolate(deposed);
+    let other = site.hosts().into_iter().find(|host| *host != deposed).unwrap();
+    let others_lead = async || site.node(other).status().leader.is_some_and(|leader| leader != deposed);
+    site.until("the others have a leader", others_lead).await;
+    let node = site.node(other);
+    site.until("the others commit", async || node.propose(keyed("web1")).await.is_ok()).await;
+    assert!(old.status().leader == Some(deposed), "it believes that it leads");
+    // Before the others committed this was so. Now it is not.
+    let Some(vm) = node.fold().state.vm_by_name("web1").map(|(vm, _)| vm) else { panic!("web1 was defined") };
+    let outcome = old.propose(root(Command::VmDelete { vm })).await;
+    assert!(matches!(outcome, Err(ProposeError::Retry { .. } | ProposeError::NoLeader)), "{outcome:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,8 +1,6 @@
 //! One bit of one byte of every file of a data directory is flipped while the host is down: the next start says so, or
 //! everything that was acknowledged is there. Never a third thing.
 
-use std::collections::BTreeMap;
-use std::path::Path;
 use std::path::PathBuf;
 
 use consensus::store::Store;
@@ -13,13 +11,6 @@ use crate::world::*;
 
 /// Every so manieth byte; `QUORATE_FLIP_EVERY=1` takes all of them.
 const FLIP_EVERY: usize = 5;
-
-#[derive(Debug, Default, Clone, Copy)]
-struct Tally {
-    detected: usize,
-    harmless: usize,
-    wrong: usize,
-}
 
 /// All that a host says of itself after a start.
 #[derive(Debug, PartialEq)]
@@ -54,7 +45,7 @@ async fn served(store: &Store) -> Result<Vec<u64>, String> {
 }
 
 /// A directory with everything in it: votes, many log segments, a truncation, a purge, two snapshots, event segments.
-async fn a_life(world: &World) {
+pub async fn a_life(world: &World) {
     let mut store = world.open().await.expect("opens");
     let mut chain = Chain::default();
     save_vote(&mut store, 1).await.expect("durable");
@@ -79,12 +70,6 @@ async fn a_life(world: &World) {
     close(store).await;
 }
 
-/// A file's kind, for the table.
-fn kind(path: &Path) -> String {
-    let dir = path.parent().and_then(Path::file_name).map_or(String::new(), |dir| dir.to_string_lossy().into_owned());
-    if dir == "data" { path.file_name().unwrap_or_default().to_string_lossy().into_owned() } else { dir }
-}
-
 #[test]
 fn no_flipped_bit_of_any_file_is_taken_for_true() {
     let every = std::env::var("QUORATE_FLIP_EVERY").ok().and_then(|it| it.parse().ok()).unwrap_or(FLIP_EVERY);
@@ -95,7 +80,7 @@ fn no_flipped_bit_of_any_file_is_taken_for_true() {
         let mut store = copy.open().await.expect("opens");
         told(&mut store).await.expect("is whole")
     });
-    let mut tallies: BTreeMap<String, Tally> = BTreeMap::new();
+    let mut tallies = Tallies::default();
     let mut wrong: Vec<(PathBuf, u64)> = Vec::new();
     for (path, len) in world.disk.files() {
         for byte in (0..len).step_by(every) {
@@ -106,7 +91,7 @@ fn no_flipped_bit_of_any_file_is_taken_for_true() {
                 let mut store = copy.open().await.map_err(|error| error.to_string())?;
                 told(&mut store).await
             });
-            let tally = tallies.entry(kind(&path)).or_default();
+            let tally = tallies.of(&path);
             match after {
                 Err(_) => tally.detected += 1,
                 Ok(after) if after == truth => tally.harmless += 1,
@@ -117,9 +102,6 @@ fn no_flipped_bit_of_any_file_is_taken_for_true() {
             }
         }
     }
-    println!("{:<12} {:>7} {:>9} {:>9} {:>6}", "file", "flips", "detected", "harmless", "wrong");
-    for (kind, Tally { detected, harmless, wrong }) in &tallies {
-        println!("{kind:<12} {:>7} {detected:>9} {harmless:>9} {wrong:>6}", detected + harmless + wrong);
-    }
+    tallies.print("flips in");
     assert_eq!(wrong, [], "flips that nobody noticed");
 }

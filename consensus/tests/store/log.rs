@@ -50,17 +50,21 @@ async fn purged_entries_free_their_segments_and_stay_away() {
     for chunk in entries.chunks(5) {
         append(&mut store, chunk.to_vec()).await.expect("durable");
     }
+    apply(&mut store, entries[..50].to_vec()).await.expect("applied");
+    build_snapshot(&mut store).await.expect("built");
     let before = store.health.counters().wal_disk_bytes;
     purge(&mut store, log_id(1, 50)).await.expect("purged");
     assert!(store.health.counters().wal_disk_bytes < before / 2, "most segments are unlinked");
     let mut store = restart(&world, store).await;
     assert_eq!(all_entries(&store).await, entries[50..]);
-    // A snapshot far beyond the end: the log goes on after it.
+    // A snapshot far beyond the end: the log goes on after it, and is nothing without it.
     purge(&mut store, log_id(4, 500)).await.expect("purged");
     append(&mut store, vec![blank(4, 501)]).await.expect("durable");
-    let store = restart(&world, store).await;
     assert_eq!(all_entries(&store).await, [blank(4, 501)]);
     assert_eq!(store.log.reader().purged(), Some(log_id(4, 500)));
+    close(store).await;
+    let error = world.open().await.map(|_| ()).expect_err("the snapshot is missing");
+    assert!(matches!(error, StoreError::SnapshotLost { purged: 500 }), "{error}");
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! The stores, told as stories: openraft's own suite, restarts, power cuts at every change, damage, snapshots.
 
+mod check;
 mod durability;
 mod events;
 mod flips;

@@ -1,6 +1,7 @@
 //! Snapshots: built, restarted from, sent in pieces, broken off, damaged on the way, installed across power cuts.
 
 use consensus::store::Store;
+use consensus::store::event_store::EventStoreError;
 use consensus::store::snapshot::SnapshotError;
 use openraft::storage::RaftStateMachine;
 use statemachine::Seq;
@@ -115,6 +116,7 @@ fn a_power_cut_at_any_change_of_an_install_leaves_the_old_state_or_the_new() {
     let from = home.block_on(leader(&leader_world));
     let offered = from.snapshots.current().expect("a snapshot");
     let mut interrupted = 0;
+    let mut tallies = Tallies::default();
     for at in 0.. {
         let world = World::new();
         let first = runtime();
@@ -136,12 +138,63 @@ fn a_power_cut_at_any_change_of_an_install_leaves_the_old_state_or_the_new() {
             assert_eq!(all_seqs(&store).await, (1..=head).collect::<Vec<_>>(), "change {at}");
             close(store).await;
         });
-        interrupted += u64::from(!done);
         if done {
             break;
         }
+        interrupted += 1;
+        let (_, path) = world.disk.failed_at().expect("it was interrupted");
+        tallies.of(&path).harmless += 1;
     }
+    tallies.print("install cut");
     assert!(interrupted > 20, "the install was interrupted at {interrupted} places");
+}
+
+/// A site that is born, and then trims its stream.
+fn trimming(chain: &mut Chain, upto: u64) -> statemachine::batch::SealedBatch {
+    let events = vec![statemachine::event::EventsTrimmed { upto: Seq(upto) }.into()];
+    chain.seal(events)
+}
+
+#[tokio::test]
+async fn a_trim_takes_effect_with_the_next_snapshot_and_whoever_reads_behind_it_is_told() {
+    let world = World::new();
+    let mut store = world.open().await.expect("opens");
+    let mut chain = Chain::default();
+    let born = chain.born();
+    let mut entries = vec![entry(1, 1, vec![born])];
+    entries.extend(chain.entries(1, 2..40));
+    append(&mut store, entries.clone()).await.expect("durable");
+    apply(&mut store, entries).await.expect("applied");
+    build_snapshot(&mut store).await.expect("built");
+    assert_eq!(store.events.oldest(), Seq(1));
+
+    let trim = vec![entry(1, 40, vec![trimming(&mut chain, 50)])];
+    append(&mut store, trim.clone()).await.expect("durable");
+    apply(&mut store, trim).await.expect("applied");
+    assert_eq!(store.events.oldest(), Seq(1), "nothing goes before a snapshot says so");
+    build_snapshot(&mut store).await.expect("built");
+    let oldest = store.events.oldest();
+    assert!(oldest > Seq(1) && oldest <= Seq(51), "oldest is {oldest}");
+    assert!(matches!(store.events.read(Seq(0), 1, 1).await, Err(EventStoreError::Trimmed { .. })));
+    let seqs = all_seqs(&store).await;
+    assert_eq!(seqs, (oldest.0..=78).collect::<Vec<_>>());
+
+    // A host that starts, and one that comes new, begin there too.
+    let offered = store.snapshots.current().expect("a snapshot");
+    let newcomer = World::new();
+    let mut other = newcomer.open().await.expect("opens");
+    let own = Chain::default().entries(1, 1..4);
+    append(&mut other, own.clone()).await.expect("durable");
+    install(&mut other, offered.clone().snapshot()).await.expect("installed");
+    assert_eq!(all_seqs(&other).await, seqs, "what it had before lies before a gap, and is gone");
+    close(other).await;
+    let other = newcomer.open().await.expect("opens");
+    assert_eq!(all_seqs(&other).await, seqs);
+    close(other).await;
+    close(store).await;
+    let store = world.open().await.expect("opens");
+    assert_eq!(all_seqs(&store).await, seqs);
+    close(store).await;
 }
 
 #[tokio::test]

@@ -1,6 +1,8 @@
 //! A host's stores on a disk of the test's choice, and batches to feed them.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -93,6 +95,37 @@ impl World {
     }
 }
 
+/// What became of so many damages or power cuts.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Tally {
+    pub detected: usize,
+    pub harmless: usize,
+    pub wrong: usize,
+}
+
+/// By the part of the directory that they hit.
+#[derive(Default)]
+pub struct Tallies(BTreeMap<String, Tally>);
+
+impl Tallies {
+    pub fn of(&mut self, path: &Path) -> &mut Tally {
+        self.0.entry(part(path)).or_default()
+    }
+
+    pub fn print(&self, what: &str) {
+        println!("{what:<12} {:>7} {:>9} {:>9} {:>6}", "cases", "detected", "harmless", "wrong");
+        for (part, Tally { detected, harmless, wrong }) in &self.0 {
+            println!("{part:<12} {:>7} {detected:>9} {harmless:>9} {wrong:>6}", detected + harmless + wrong);
+        }
+    }
+}
+
+/// The folder below the data directory, or the file in it.
+fn part(path: &Path) -> String {
+    let below = path.strip_prefix("/data").unwrap_or(path);
+    below.components().next().map_or("data".into(), |part| part.as_os_str().to_string_lossy().into_owned())
+}
+
 pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime starts")
 }
@@ -103,6 +136,10 @@ pub fn log_id(term: u64, index: u64) -> LogId {
 
 pub fn vote(term: u64) -> Vote {
     Vote { leader_id: LeaderId::new(term, 1), committed: true }
+}
+
+pub fn entry(term: u64, index: u64, batches: Vec<SealedBatch>) -> Entry {
+    Entry { log_id: log_id(term, index), payload: Payload::Normal(Proposal::new(batches)) }
 }
 
 pub fn blank(term: u64, index: u64) -> Entry {
@@ -117,6 +154,17 @@ pub struct Chain {
 
 impl Chain {
     pub fn next(&mut self) -> SealedBatch {
+        self.seal(Vec::new())
+    }
+
+    /// The batch with which a site begins.
+    pub fn born(&mut self) -> SealedBatch {
+        let (site, ca) = (statemachine::SiteId(Default::default()), statemachine::state::Fingerprint([1; 32]));
+        let born = statemachine::event::SiteInitialised { site, name: "site".to_owned(), ca, feature_level: 1 };
+        self.seal(vec![born.into()])
+    }
+
+    pub fn seal(&mut self, events: Vec<statemachine::Event>) -> SealedBatch {
         let seq = self.head.seq.next();
         let batch = Batch {
             previous: self.head,
@@ -126,7 +174,7 @@ impl Chain {
             // The state remembers keys, so each batch changes it.
             idempotency: Some(IdempotencyKey { key: format!("key {seq}"), body_hash: [seq.0 as u8; 32] }),
             created: None,
-            events: Vec::new(),
+            events,
         };
         let sealed = batch.seal();
         self.head = Head { seq, hash: sealed.hash() };

@@ -99,7 +99,8 @@ impl JoinToken {
         let mut addresses = Vec::new();
         for _ in 0..count {
             let [len] = *take::<1>(&mut fields)?;
-            let (address, rest) = fields.split_at_checked(usize::from(len))?;
+            let (address, rest) =
+                fields.split_at_checked(usize::from(len)).filter(|_| usize::from(len) <= ADDRESS_MAX)?;
             addresses.push(std::str::from_utf8(address).ok()?.to_owned());
             fields = rest;
         }

@@ -10,6 +10,7 @@ use statemachine::HostId;
 use statemachine::Seq;
 use statemachine::State;
 use statemachine::VmId;
+use statemachine::command::VmSpecChange;
 use statemachine::scheduler::Explanation;
 use statemachine::state::Desired;
 use statemachine::state::Disk;
@@ -109,25 +110,22 @@ impl VmSpecBody {
             highly_available: false,
             release: None,
         };
-        self.over(&blank)
+        VmSpecChange::from(self).over(&blank)
     }
+}
 
-    /// `present` with what this body says put over it.
-    pub fn over(self, present: &VmSpec) -> VmSpec {
-        let disks = self.disks.map(|disks| disks.into_iter().map(Disk::from).collect());
-        VmSpec {
-            machine: self.machine.unwrap_or(present.machine),
-            vcpus: self.vcpus.unwrap_or(present.vcpus),
-            memory_mib: self.memory_mib.unwrap_or(present.memory_mib),
-            kernel: self.kernel.unwrap_or_else(|| present.kernel.clone()),
-            initrd: match self.initrd {
-                Some(initrd) => (!initrd.is_empty()).then_some(initrd),
-                None => present.initrd.clone(),
-            },
-            cmdline: self.cmdline.unwrap_or_else(|| present.cmdline.clone()),
-            disks: disks.unwrap_or_else(|| present.disks.clone()),
-            highly_available: self.highly_available.unwrap_or(present.highly_available),
-            release: self.release.or(present.release),
+impl From<VmSpecBody> for VmSpecChange {
+    fn from(body: VmSpecBody) -> VmSpecChange {
+        VmSpecChange {
+            machine: body.machine,
+            vcpus: body.vcpus,
+            memory_mib: body.memory_mib,
+            kernel: body.kernel,
+            initrd: body.initrd,
+            cmdline: body.cmdline,
+            disks: body.disks.map(|disks| disks.into_iter().map(Disk::from).collect()),
+            highly_available: body.highly_available,
+            release: body.release,
         }
     }
 }
@@ -314,7 +312,7 @@ mod tests {
         assert_eq!((spec.vcpus, spec.memory_mib, spec.disks.len()), (1, 512, 1));
 
         let patch: VmPatch = serde_json::from_str(r#"{"spec":{"vcpus":2,"initrd":""}}"#).unwrap();
-        let changed = patch.spec.unwrap().over(&spec);
+        let changed = VmSpecChange::from(patch.spec.unwrap()).over(&spec);
         assert_eq!((changed.vcpus, changed.initrd.as_deref()), (2, None));
         assert_eq!((changed.kernel, changed.disks), (spec.kernel, spec.disks));
     }

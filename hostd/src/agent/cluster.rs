@@ -9,6 +9,7 @@ use consensus::decider::Leadership;
 use consensus::decider::ProposeError;
 use consensus::node::NodeOn;
 use consensus::platform::Platform;
+use consensus::store::event_store::EventStore;
 use consensus::transport::PeerKind;
 use consensus::types::AsyncRuntime;
 use futures::FutureExt;
@@ -64,6 +65,9 @@ pub trait Cluster: Send + Sync + 'static {
         body: Bytes,
         timeout: Duration,
     ) -> BoxFuture<'_, Result<Bytes, Unanswered>>;
+
+    /// The stream of this host, where there is one.
+    fn events(&self) -> Option<Arc<EventStore>>;
 
     /// Leader only: the next step of the membership, if one is due. Says what it did.
     fn reconcile_membership(&self) -> BoxFuture<'_, Result<Option<MembershipStep>, Unanswered>>;
@@ -129,6 +133,10 @@ impl<R: AsyncRuntime> Cluster for NodeOn<R> {
         timeout: Duration,
     ) -> BoxFuture<'_, Result<Bytes, Unanswered>> {
         async move { NodeOn::peer_call(self, to, kind, body, timeout).await.map_err(unanswered) }.boxed()
+    }
+
+    fn events(&self) -> Option<Arc<EventStore>> {
+        Some(NodeOn::events(self).clone())
     }
 
     fn reconcile_membership(&self) -> BoxFuture<'_, Result<Option<MembershipStep>, Unanswered>> {

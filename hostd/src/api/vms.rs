@@ -67,10 +67,8 @@ pub async fn change(
     Path(name): Path<String>,
     body: Body<VmPatch>,
 ) -> Result<Json<WriteAnswer>, Failure> {
-    // A patch is put over what the cluster has now, not over what this host last saw.
-    let fold = administrator.member.read_linearizable().await?;
-    let (vm, known) = find_vm(&fold.state, &name)?;
-    let spec = body.value.spec.map(|spec| spec.over(&known.spec));
+    let vm = known(&administrator, &name).await?;
+    let spec = body.value.spec.unwrap_or_default().into();
     let change = VmChange { name: body.value.name, run_strategy: body.value.run_strategy, spec };
     Ok(Json(administrator.write(body.hash, Command::VmChange { vm, change }).await?.into()))
 }

@@ -23,6 +23,8 @@ use statemachine::Fold;
 use statemachine::HostId;
 use statemachine::command::Actor;
 use statemachine::command::Command;
+use statemachine::command::Request;
+use statemachine::fold::Decision;
 use statemachine::state::Created;
 
 use crate::member::Member;
@@ -67,8 +69,13 @@ fn check(member: &Member, request: &HostJoinRequest) -> Result<JoinToken, Proble
 
 async fn admit(member: &Arc<Member>, request: HostJoinRequest) -> Result<HostJoinAnswer, Problem> {
     let token = check(member, &request)?;
-    let ca = authority(member).await?;
     let command = Command::HostJoin { secret_hash: token.secret.hash(), candidate: request.candidate.clone() };
+    // Whoever asks is nobody yet, and must not make the log work: what the rules refuse as of now goes no further.
+    let asked = Request { actor: Actor::Joiner, origin: member.own(), idempotency: None, command: command.clone() };
+    if let Decision::Rejected(why) = member.read_linearizable().await?.decide(&asked, member.now_ms()) {
+        return Err(Problem::from(&why));
+    }
+    let ca = authority(member).await?;
     let answer = member.propose(Actor::Joiner, None, command).await?;
     let Some(Created::Host(host)) = answer.created else {
         return Err(Problem::new(Code::Internal, "the log answered without a host"));

@@ -1,12 +1,14 @@
 //! Duties: what the leader owes the cluster besides deciding, and what this host owes as storage manager.
 //!
 //! - On the leader: the commands of [`statemachine::planner`], each with its [`backoff`]; one step of the membership a second.
+//!   The trim of the stream, by [`retention`].
 //! - On every host: a storage manager in maintenance gives its duty up.
 //!
 //! `decide` judges every command again, so a duty that was planned on an old state does nothing. Silent hosts and grants are
 //! [`crate::grants`]' own.
 
 pub mod backoff;
+pub mod retention;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -29,6 +31,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use self::backoff::Backoff;
+use self::retention::Retention;
 use crate::agent::cluster::Cluster;
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -60,16 +63,18 @@ impl DutiesHandle {
     }
 }
 
-pub fn spawn(cluster: Arc<dyn Cluster>) -> DutiesHandle {
+pub fn spawn(cluster: Arc<dyn Cluster>, retention: Retention) -> DutiesHandle {
     let counters = Arc::new(DutyCounters::default());
     let shutdown = CancellationToken::new();
     let planning = plan(cluster.clone(), counters.clone());
     let membership = keep_membership(cluster.clone(), counters.clone());
+    let trim = trim_events(cluster.clone(), counters.clone(), retention);
     let storage = give_up_storage(cluster);
     for task in [
         tokio::spawn(shutdown.clone().run_until_cancelled_owned(planning)),
         tokio::spawn(shutdown.clone().run_until_cancelled_owned(membership)),
         tokio::spawn(shutdown.clone().run_until_cancelled_owned(storage)),
+        tokio::spawn(shutdown.clone().run_until_cancelled_owned(trim)),
     ] {
         drop(task);
     }
@@ -178,6 +183,25 @@ async fn keep_membership(cluster: Arc<dyn Cluster>, counters: Arc<DutyCounters>)
                     break;
                 }
             }
+        }
+    }
+}
+
+/// The leader lets events go that are too old or too many.
+async fn trim_events(cluster: Arc<dyn Cluster>, counters: Arc<DutyCounters>, retention: Retention) {
+    let Some(events) = cluster.events() else { return };
+    let leadership = cluster.leadership();
+    let mut look = tokio::time::interval(retention.look_every);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        look.tick().await;
+        if leadership.borrow().ready_session().is_none() {
+            continue;
+        }
+        match retention.look(&events, cluster.platform().clock.wall_ms()).await {
+            Ok(Some(upto)) => issue(&cluster, &counters, Command::EventsTrim { upto }).await,
+            Ok(None) => {}
+            Err(error) => tracing::warn!("the stream was not trimmed: {error}"),
         }
     }
 }

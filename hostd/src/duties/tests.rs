@@ -12,7 +12,7 @@ async fn a_hand_over_is_asked_for_once_a_look() {
     let what = "TransferLeader".to_owned();
     *cluster.membership_step.lock().unwrap() = Some(MembershipStep { what, is_done: false });
     cluster.lead(1);
-    let duties = spawn(cluster.clone());
+    let duties = spawn(cluster.clone(), Retention::default());
     tokio::time::sleep(5 * LOOK_EVERY).await;
     duties.shutdown();
     let looks = cluster.membership_looks.load(Ordering::SeqCst);

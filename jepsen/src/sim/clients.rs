@@ -16,7 +16,6 @@ use statemachine::command::Command;
 use statemachine::command::IdempotencyKey;
 use statemachine::command::Request;
 use statemachine::fold::Answer;
-use statemachine::rejection::Rejection;
 use statemachine::state::MachineType;
 use statemachine::state::ReleaseClass;
 use statemachine::state::RunStrategy;
@@ -37,7 +36,7 @@ const AT_ONCE: usize = 6;
 const BURST: usize = 30;
 
 enum News {
-    Answered { id: u64, outcome: Result<Answer, ProposeError> },
+    Answered { id: u64, through: HostId, outcome: Result<Answer, ProposeError> },
     Read { host: HostId, seen: Seq, acknowledged: Seq },
 }
 
@@ -48,6 +47,8 @@ struct Asked {
     due_ms: u64,
     under_way: bool,
     asked_ms: u64,
+    /// Where the log was when it was first asked.
+    asked_at: Seq,
     /// What it defines, if it defines something: then an acceptance has a batch of its own.
     name: Option<String>,
 }
@@ -119,7 +120,7 @@ impl Clients {
         let body_hash = *blake3::hash(format!("{command:?}").as_bytes()).as_bytes();
         let idempotency = Some(IdempotencyKey { key: format!("k{id}"), body_hash });
         let request = Request { actor: Actor::Token(self.token), origin: HostId(1), idempotency, command };
-        let asked = Asked { request, tries: 0, due_ms: now_ms, under_way: false, asked_ms: 0, name };
+        let asked = Asked { request, tries: 0, due_ms: now_ms, under_way: false, asked_ms: 0, asked_at: Seq(0), name };
         self.open.insert(id, asked);
     }
 
@@ -160,14 +161,17 @@ impl Clients {
             }
             let Some(host) = dice.pick(&up) else { continue };
             let Some(hostd) = host.hostd() else { continue };
+            if asked.tries == 0 {
+                asked.asked_at = checker.fold.head.seq;
+            }
             asked.tries += 1;
             asked.under_way = true;
             asked.asked_ms = now_ms;
             let request = Request { origin: host.id, ..asked.request.clone() };
-            let (news, id) = (self.news.clone(), *id);
+            let (news, id, through) = (self.news.clone(), *id, host.id);
             host.spawn(async move {
                 let outcome = hostd.node.propose(request).await;
-                news.lock().unwrap_or_else(PoisonError::into_inner).push(News::Answered { id, outcome });
+                news.lock().unwrap_or_else(PoisonError::into_inner).push(News::Answered { id, through, outcome });
             });
         }
     }
@@ -190,7 +194,7 @@ impl Clients {
         for news in news {
             match news {
                 News::Read { host, seen, acknowledged } => checker.read(host, seen, acknowledged),
-                News::Answered { id, outcome } => self.answered(id, outcome, checker, trace, now_ms),
+                News::Answered { id, through, outcome } => self.answered(id, through, outcome, checker, trace, now_ms),
             }
         }
     }
@@ -198,6 +202,7 @@ impl Clients {
     fn answered(
         &mut self,
         id: u64,
+        through: HostId,
         outcome: Result<Answer, ProposeError>,
         checker: &mut Checker,
         trace: &Trace,
@@ -211,15 +216,14 @@ impl Clients {
                 if asked.name.is_some() {
                     checker.acknowledged(key(&asked.request), answer.seq);
                 }
+                checker.answered(key(&asked.request), asked.asked_at, answer.seq);
                 self.acknowledged = self.acknowledged.max(answer.seq);
                 self.open.remove(&id);
             }
             Err(ProposeError::Rejected(why)) => {
-                let taken = asked.name.as_ref().filter(|_| matches!(*why, Rejection::NameTaken { .. }));
-                let unfounded = matches!(*why, Rejection::IdempotencyConflict { .. });
-                if unfounded || taken.is_some_and(|name| !checker.knew(name)) {
-                    checker.refused(key(&asked.request), &why.to_string());
-                }
+                trace.note(now_ms, format_args!("{} is refused: {why}", key(&asked.request)));
+                let request = Request { origin: through, ..asked.request.clone() };
+                checker.refused(&request, asked.asked_at, &why);
                 self.open.remove(&id);
             }
             Err(_) => {

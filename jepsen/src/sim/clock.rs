@@ -50,6 +50,11 @@ impl Oscillator {
         (true_ms.saturating_sub(self.booted_ms) + 1_000) * self.rate_ppm
     }
 
+    /// The true time, rounded down, at which this host counts so many nanoseconds since boot.
+    pub fn true_ms(&self, local_ns: u64) -> u64 {
+        (local_ns / self.rate_ppm).saturating_sub(1_000) + self.booted_ms
+    }
+
     pub fn wall_ms(&self, true_ms: u64) -> u64 {
         let drift = true_ms as i64 * (self.rate_ppm as i64 - MILLION as i64) / MILLION as i64;
         (CALENDAR_MS as i64 + true_ms as i64 + drift + self.wall_offset_ms).max(0) as u64
@@ -66,6 +71,7 @@ mod tests {
         let fast = Oscillator { rate_ppm: 1_010_000, ..exact };
         assert_eq!(exact.local_ns(9_000), 10_000 * MILLION);
         assert_eq!(fast.local_ns(9_000), 10_100 * MILLION);
+        assert_eq!(fast.true_ms(fast.local_ns(9_000)), 9_000);
         assert_eq!(fast.wall_ms(10_000) - exact.wall_ms(10_000), 100);
         assert_eq!(Oscillator { booted_ms: 9_000, ..exact }.local_ns(9_000), 1_000 * MILLION);
     }

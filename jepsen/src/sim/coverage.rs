@@ -24,6 +24,10 @@ pub enum Met {
     GuestStarts,
     PowerCuts,
     HostdKills,
+    DiskFailures,
+    DiskHangs,
+    /// Hosts whose stream began later than the log at the end.
+    TrimmedStreams,
     Pauses,
     Partitions,
     HostsLost,
@@ -32,7 +36,7 @@ pub enum Met {
 
 impl Met {
     /// A campaign fails while one of these is zero.
-    pub const REQUIRED: [Met; 11] = [
+    pub const REQUIRED: [Met; 14] = [
         Met::LeaderChanges,
         Met::RestoredLeaders,
         Met::RefusedProposals,
@@ -44,6 +48,9 @@ impl Met {
         Met::LateAnswers,
         Met::LapsedLeases,
         Met::ResumedLeases,
+        Met::DiskFailures,
+        Met::DiskHangs,
+        Met::TrimmedStreams,
     ];
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::hardware::OwnEnd;
 use super::random::Dice;
 
 /// One thing that goes wrong, with its end. Hosts are numbered by their age in the site.
@@ -20,6 +21,14 @@ pub enum Fault {
         host: usize,
         for_ms: u64,
     },
+    /// Guests end by themselves, and hostd dies a moment later, with or without having said so.
+    GuestsEnd {
+        host: usize,
+        how: OwnEnd,
+        number: u64,
+        kill_after_ms: u64,
+        for_ms: u64,
+    },
     /// Everything on the machine stops, its clocks do not.
     Stop {
         host: usize,
@@ -28,6 +37,13 @@ pub enum Fault {
     /// Both ways between one host and all others.
     Isolate {
         host: usize,
+        for_ms: u64,
+    },
+    /// A host is heard and hears nobody, while guests end on it: its reports arrive, and it learns nothing of what becomes of them.
+    EndsUnheard {
+        host: usize,
+        how: OwnEnd,
+        number: u64,
         for_ms: u64,
     },
     /// One way between two hosts.
@@ -65,6 +81,16 @@ pub enum Fault {
     Remove {
         host: usize,
     },
+    /// The disk fails after so many more changes; hostd must end, and its machine gets power and a whole disk again.
+    DiskFails {
+        host: usize,
+        after_changes: u64,
+    },
+    /// Nothing that is asked of the disk ends, until it goes on.
+    DiskHangs {
+        host: usize,
+        for_ms: u64,
+    },
     /// The lead is wherever it is: its machine loses power and returns at once.
     RestartLeader {
         for_ms: u64,
@@ -97,6 +123,14 @@ pub fn plan(dice: &mut Dice, hosts: usize, from_ms: u64, until_ms: u64) -> Vec<P
         planned.push(Planned { at_ms, fault: one(dice, hosts) });
         at_ms += dice.range(pace_ms / 4..2 * pace_ms);
     }
+    // Kinds that came later have dice of their own, so that older seeds keep their faults.
+    let mut later = Dice::new(pace_ms << 32 ^ from_ms);
+    let mut at_ms = from_ms + later.below(3 * pace_ms);
+    while at_ms < until_ms {
+        planned.push(Planned { at_ms, fault: one_of_disks_and_guests(&mut later, hosts) });
+        at_ms += later.range(pace_ms..5 * pace_ms);
+    }
+    planned.sort_by_key(|planned| planned.at_ms);
     planned
 }
 
@@ -125,5 +159,22 @@ fn one(dice: &mut Dice, hosts: usize) -> Fault {
         19 => Fault::Remove { host },
         20..22 => Fault::RestartLeader { for_ms: dice.range(10..400) },
         _ => Fault::MuteLeader { for_ms: dice.range(200..6_000) },
+    }
+}
+
+fn one_of_disks_and_guests(dice: &mut Dice, hosts: usize) -> Fault {
+    let host = dice.below(hosts as u64) as usize;
+    let how = [OwnEnd::PowersOff, OwnEnd::Killed, OwnEnd::Traceless][dice.below(3) as usize];
+    let number = dice.below(2);
+    match dice.below(8) {
+        0 => Fault::DiskFails { host, after_changes: dice.below(40) },
+        // Around what makes a leader gray: two seconds, and two more.
+        1..3 => Fault::DiskHangs { host, for_ms: dice.range(50..8_000) },
+        3..5 => Fault::EndsUnheard { host, how, number, for_ms: dice.range(500..9_000) },
+        _ => {
+            // From before hostd has seen it until its report is in the log.
+            let kill_after_ms = if dice.one_in(3) { 0 } else { dice.below(400) };
+            Fault::GuestsEnd { host, how, number, kill_after_ms, for_ms: dice.range(20..1_500) }
+        }
     }
 }

@@ -63,6 +63,17 @@ pub struct Launch {
     pub launched: oneshot::Sender<bool>,
 }
 
+/// How a guest's process ends without hostd's doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OwnEnd {
+    /// The guest powers itself off; its vmm writes the exit report.
+    PowersOff,
+    /// Its vmm is killed; its configuration tells which epoch it was.
+    Killed,
+    /// The same, and somebody clears `/run` of it: its mark alone is left.
+    Traceless,
+}
+
 /// What the observer outside sees of guests; the checker takes it after each step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sight {
@@ -166,6 +177,21 @@ impl Machine {
         if vmm.state == VmmState::Lapsed && now < vmm.deadline {
             vmm.state = VmmState::Running;
             self.sights.push(Sight::Resumed { vm, epoch });
+        }
+    }
+
+    /// Every second guest's process ends, as the number says.
+    pub fn guests_end(&mut self, how: OwnEnd, number: u64) {
+        let due: Vec<VmId> = self.vmms.keys().copied().filter(|vm| (vm.0.as_u128() as u64 ^ number) & 1 == 0).collect();
+        for vm in due {
+            match how {
+                OwnEnd::PowersOff => self.end(vm, ExitReason::GuestPoweredOff, "the guest powered off"),
+                OwnEnd::Killed => self.end(vm, ExitReason::Lost, "its process is gone"),
+                OwnEnd::Traceless => {
+                    self.end(vm, ExitReason::Lost, "its process is gone");
+                    self.remains.remove(&vm);
+                }
+            }
         }
     }
 

@@ -20,6 +20,7 @@ use hostd::agent::cluster::Cluster;
 use hostd::agent::plan::StopTimers;
 use hostd::duties;
 use hostd::duties::DutiesHandle;
+use hostd::duties::retention::Retention;
 use hostd::grants;
 use hostd::grants::Grants;
 use hostd::lease;
@@ -48,6 +49,9 @@ pub type SimNode = NodeOn<SimRuntime>;
 /// The lease of the product (DESIGN §5).
 pub const LEASE: Duration = Duration::from_secs(12);
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Short, so that a short life trims.
+const RETENTION: Retention =
+    Retention { keep_for: Duration::from_secs(25), keep_batches: 250, look_every: Duration::from_secs(3) };
 
 /// Why the process had to end, if it had to.
 #[derive(Clone, Default)]
@@ -97,6 +101,10 @@ pub struct Host {
     pub is_powered: bool,
     /// SIGSTOP of everything on the machine.
     pub is_stopped: bool,
+    /// Its disk is failing, or will soon.
+    pub disk_fails: bool,
+    /// Its disk hung until lately: hostd may end for it.
+    pub excused_until_ms: u64,
     pub lives: u64,
     pub boots: u64,
 }
@@ -140,7 +148,18 @@ fn node_config(host: HostId) -> NodeConfig {
 impl Host {
     pub fn new(id: HostId, oscillator: Oscillator) -> Host {
         let hardware = Hardware::new(boot_id(id, 1));
-        Host { id, hardware, oscillator, process: None, is_powered: true, is_stopped: false, lives: 0, boots: 1 }
+        Host {
+            id,
+            hardware,
+            oscillator,
+            process: None,
+            is_powered: true,
+            is_stopped: false,
+            disk_fails: false,
+            excused_until_ms: 0,
+            lives: 0,
+            boots: 1,
+        }
     }
 
     pub fn hostd(&self) -> Option<Hostd> {
@@ -203,6 +222,7 @@ impl Host {
         self.process = None;
         self.is_powered = false;
         self.is_stopped = false;
+        self.disk_fails = false;
         lost
     }
 
@@ -282,7 +302,7 @@ async fn start_hostd(node: SimNode, hardware: &Hardware) -> Result<Hostd, String
         lease: Arc::new(lease),
         grants,
         _agent: Arc::new(agent),
-        _duties: Arc::new(duties::spawn(cluster)),
+        _duties: Arc::new(duties::spawn(cluster, RETENTION)),
         _facts: Arc::new(facts_sender),
     })
 }

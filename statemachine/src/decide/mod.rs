@@ -104,6 +104,8 @@ pub fn decide(state: &State, request: &Request, seq: Seq, stamp: Stamp) -> Resul
             vm::report_exited(&context, report, *vm, *epoch, *reason, detail)
         }
 
+        Command::EventsTrim { upto } => site::events_trim(&context, *upto),
+
         Command::SpmGrant { data_center, host } => spm::grant(&context, *data_center, *host),
         Command::SpmRelease { data_center } => spm::release(&context, *data_center),
     }

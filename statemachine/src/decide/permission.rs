@@ -29,6 +29,7 @@ fn needs(command: &Command) -> Needs {
         | Command::HostLost { .. }
         | Command::HostRecover { .. }
         | Command::VmPlace { .. }
+        | Command::EventsTrim { .. }
         | Command::SpmGrant { .. } => Needs::Duty,
         Command::SpmRelease { .. } => Needs::HolderOrAdministrator,
         Command::HostJoin { .. } => Needs::Joiner,

@@ -7,6 +7,7 @@ use super::host;
 use crate::command::HostCandidate;
 use crate::event::ClusterCreated;
 use crate::event::DataCenterCreated;
+use crate::event::EventsTrimmed;
 use crate::event::HostJoined;
 use crate::event::SiteInitialised;
 use crate::event::TokenCreated;
@@ -14,6 +15,7 @@ use crate::event::TokenRevoked;
 use crate::ids::ClusterId;
 use crate::ids::DataCenterId;
 use crate::ids::HostId;
+use crate::ids::Seq;
 use crate::ids::SiteId;
 use crate::ids::TokenId;
 use crate::rejection::Noun;
@@ -50,6 +52,18 @@ pub(super) fn init(
         HostJoined { host, cluster, candidate: first_host.clone() }.into(),
     ];
     Ok(Decided::many(events).creating(Created::Host(host)))
+}
+
+/// Trims rise, and end before the batch that decides them: a cursor at the head stays good.
+pub(super) fn events_trim(context: &Context<'_>, upto: Seq) -> Result<Decided, Rejection> {
+    if upto.next() >= context.seq {
+        let why = format!("events up to {upto} cannot be trimmed by batch {}", context.seq);
+        return Err(form::invalid("upto", &why));
+    }
+    match context.state.site.as_ref().is_some_and(|site| upto > site.trimmed_upto) {
+        true => Ok(Decided::one(EventsTrimmed { upto })),
+        false => Ok(Decided::nothing()),
+    }
 }
 
 pub(super) fn token_create(

@@ -89,9 +89,10 @@ pub(super) fn change(context: &Context<'_>, vm: VmId, change: &VmChange) -> Resu
         }
         events.push(VmRenamed { vm, name: name.clone() }.into());
     }
-    if let Some(spec) = change.spec.as_ref().filter(|spec| **spec != *known.spec) {
-        form::vm_spec(spec)?;
-        events.push(VmSpecChanged { vm, spec: Arc::new(spec.clone()) }.into());
+    let spec = change.spec.over(&known.spec);
+    if spec != *known.spec {
+        form::vm_spec(&spec)?;
+        events.push(VmSpecChanged { vm, spec: Arc::new(spec) }.into());
     }
     if let Some(run_strategy) = change.run_strategy.filter(|strategy| *strategy != known.run_strategy) {
         events.push(VmRunStrategyChanged { vm, run_strategy }.into());

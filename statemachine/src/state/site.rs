@@ -41,6 +41,8 @@ pub struct Site {
     /// Fingerprint of the certificate authority's public key. The key itself is a file on voters (hazard H27).
     pub ca: Fingerprint,
     pub feature_level: u32,
+    /// Batches up to here need not be kept; hosts let them go with their next snapshot.
+    pub trimmed_upto: Seq,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -9,11 +9,13 @@ use statemachine::command::IdempotencyKey;
 use statemachine::command::ReportId;
 use statemachine::command::Request;
 use statemachine::command::VmChange;
+use statemachine::command::VmSpecChange;
 use statemachine::fold::Fold;
 use statemachine::ids::BootId;
 use statemachine::ids::DataCenterId;
 use statemachine::ids::Epoch;
 use statemachine::ids::HostId;
+use statemachine::ids::Seq;
 use statemachine::ids::SiteId;
 use statemachine::ids::TokenId;
 use statemachine::ids::VmId;
@@ -202,7 +204,7 @@ impl World {
                     run_strategy: b.is_multiple_of(3).then(|| {
                         [RunStrategy::Always, RunStrategy::Manual, RunStrategy::Halted][usize::from(b % 9 / 3)]
                     }),
-                    spec: b.is_multiple_of(5).then(|| spec(b / 3)),
+                    spec: some_change(b),
                 };
                 (root, leader, Command::VmChange { vm, change })
             }
@@ -240,6 +242,7 @@ impl World {
                 let owed = planner::due(state, leader);
                 let stray = match b % 3 {
                     0 => Command::SpmGrant { data_center: DataCenterId(1), host: any_host },
+                    1 if a.is_multiple_of(2) => Command::EventsTrim { upto: Seq(u64::from(b % 64)) },
                     _ => Command::VmPlace { vm },
                 };
                 let command = owed.get(usize::from(b) % (owed.len() + 1)).cloned().unwrap_or(stray);
@@ -249,6 +252,18 @@ impl World {
         let idempotency =
             step.keyed.then(|| IdempotencyKey { key: format!("k{}", a % 8), body_hash: [(b % 2) as u8; 32] });
         Request { actor, origin, idempotency, command }
+    }
+}
+
+/// Of some of what a guest is made of.
+fn some_change(number: u16) -> VmSpecChange {
+    let VmSpec { vcpus, memory_mib, disks, release, .. } = spec(number / 3);
+    VmSpecChange {
+        vcpus: number.is_multiple_of(5).then_some(vcpus),
+        memory_mib: number.is_multiple_of(3).then_some(memory_mib),
+        disks: number.is_multiple_of(7).then_some(disks),
+        release: release.filter(|_| number.is_multiple_of(2)),
+        ..VmSpecChange::default()
     }
 }
 

@@ -108,11 +108,17 @@ fn a_rejection_and_a_duplicate_wait_for_the_batch_that_they_rest_on() {
 }
 
 #[test]
-fn what_rests_on_applied_ground_is_answered_at_once() {
+fn what_changes_nothing_waits_for_an_empty_entry_that_proves_the_lead() {
     let mut session = Session::begin(&site());
+    assert_eq!(session.take_entry(), None, "nobody asked");
+    session.decide(&define("web1"), NOW_MS, "creates");
+    assert_eq!(session.take_entry().unwrap().len(), 1);
     session.decide(&root(Command::HostActivate { host: HostId(1) }), NOW_MS, "nothing to change");
     session.decide(&root(Command::HostActivate { host: HostId(9) }), NOW_MS, "no such host");
-    assert_eq!(session.take_entry(), None, "nothing for the log");
+    assert_eq!(session.take_entry(), Some(Vec::new()), "nothing for the log");
+    session.entry_applied(&seqs(2..=2)).unwrap();
+    assert_eq!(released(&mut session), ["creates"], "an entry from before the question proves nothing");
+    session.entry_applied(&[]).unwrap();
     assert_eq!(released(&mut session), ["nothing to change", "no such host"]);
 }
 

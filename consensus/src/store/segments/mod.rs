@@ -105,21 +105,13 @@ impl Segments {
                 false => disk.remove(&path)?,
             }
         }
-        found.sort_by_key(|segment| (segment.id.last, segment.id.first));
         for id in named {
             if !found.iter().any(|segment| segment.id == *id) {
                 return Err(SegmentError::Missing { first: id.first, last: id.last });
             }
         }
-        let mut sealed: Vec<SegmentFile> = Vec::new();
-        for segment in &found {
-            let next = sealed.last().map_or(Seq(1), |last| last.id.last.next());
-            let fits = segment.id.first <= next && segment.id.last >= next;
-            if fits || named.contains(&segment.id) {
-                keep(&mut sealed, segment.clone());
-            }
-        }
-        for leftover in found.iter().filter(|segment| !sealed.iter().any(|kept| kept.id == segment.id)) {
+        let (sealed, leftovers) = select(found, named);
+        for leftover in leftovers {
             tracing::info!(segment = %leftover.path.display(), "an interrupted snapshot left this segment; removed");
             disk.remove(&leftover.path)?;
         }
@@ -278,8 +270,9 @@ impl Segments {
         self.state().sealed.iter().any(|segment| segment.id == *id)
     }
 
-    /// Takes over segments whose verified, synced files were moved into the folder, and forgets the tail up to `head`.
-    pub fn install(&self, ids: &[SegmentId], head: Head) -> Result<(), SegmentError> {
+    /// Takes over segments whose verified, synced files were moved into the folder, and forgets the tail up to `head`. Returns
+    /// what lies before a gap now: for [`Self::discard`], once no manifest names it.
+    pub fn install(&self, ids: &[SegmentId], head: Head) -> Result<Vec<SegmentFile>, SegmentError> {
         let _one_at_a_time = self.sealing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut added = Vec::new();
         for id in ids.iter().filter(|id| !self.holds(id)) {
@@ -290,10 +283,36 @@ impl Segments {
             added.pop();
         }
         added.into_iter().for_each(|segment| keep(&mut state.sealed, segment));
+        let apart = cut_before_gap(&mut state.sealed);
         if state.sealed_head().seq >= head.seq {
             state.tail.clear();
             state.tail_bytes = 0;
             state.unsealed_bytes = 0;
+        }
+        Ok(apart)
+    }
+
+    /// Lets go of segments that hold nothing after this seq.
+    pub fn trim(&self, upto: Seq) -> Result<(), SegmentError> {
+        let _one_at_a_time = self.sealing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
+        // The last one stays: the next continues its chain.
+        let gone = state.sealed.partition_point(|segment| segment.id.last <= upto).min(state.sealed.len().max(1) - 1);
+        let gone: Vec<SegmentFile> = state.sealed.drain(..gone).collect();
+        while state.tail.front().is_some_and(|batch| batch.seq <= upto) {
+            if let Some(batch) = state.tail.pop_front() {
+                state.tail_bytes -= batch.sealed.as_bytes().len();
+            }
+        }
+        drop(state);
+        self.discard(&gone)
+    }
+
+    /// Removes the files of segments that are no longer served.
+    pub fn discard(&self, segments: &[SegmentFile]) -> Result<(), SegmentError> {
+        for segment in segments {
+            self.index.remove(&segment.id);
+            self.disk.remove(&segment.path)?;
         }
         Ok(())
     }
@@ -307,9 +326,32 @@ impl Segments {
     }
 }
 
+/// The segments that a start serves, and those that it removes: what neither is named nor continues the chain, and what lies
+/// before a gap.
+pub fn select(mut found: Vec<SegmentFile>, named: &[SegmentId]) -> (Vec<SegmentFile>, Vec<SegmentFile>) {
+    found.sort_by_key(|segment| (segment.id.last, segment.id.first));
+    let mut sealed: Vec<SegmentFile> = Vec::new();
+    for segment in &found {
+        let next = sealed.last().map_or(Seq(1), |last| last.id.last.next());
+        let fits = segment.id.first <= next && segment.id.last >= next;
+        if fits || named.contains(&segment.id) {
+            keep(&mut sealed, segment.clone());
+        }
+    }
+    cut_before_gap(&mut sealed);
+    let leftovers = found.into_iter().filter(|segment| !sealed.iter().any(|kept| kept.id == segment.id)).collect();
+    (sealed, leftovers)
+}
+
 /// Adds a segment and drops those that it contains, so that first and last seqs both rise.
 fn keep(sealed: &mut Vec<SegmentFile>, segment: SegmentFile) {
     sealed.retain(|other| other.id.first < segment.id.first || other.id.last > segment.id.last);
     let at = sealed.partition_point(|other| other.id.last < segment.id.last);
     sealed.insert(at, segment);
+}
+
+/// Takes out what lies before the last gap: a snapshot that begins later than this host's events end has been trimmed between.
+fn cut_before_gap(sealed: &mut Vec<SegmentFile>) -> Vec<SegmentFile> {
+    let gap = sealed.windows(2).rposition(|pair| pair[1].id.first > pair[0].id.last.next());
+    gap.map_or_else(Vec::new, |gap| sealed.drain(..=gap).collect())
 }

@@ -1,33 +1,52 @@
-//! `lab show failover`: the leader loses its power, again and again; how long until the next commit?
+//! `lab show failover`: the leader loses its power, or its disk hangs, again and again; how long until the next commit? With
+//! `--delay-ms` on slow links.
 
 use std::time::Duration;
 
 use anyhow::Result;
 
+use super::StoryOptions;
 use super::probe::Probe;
 use super::stage::Stage;
 use super::stage::first_line;
 use super::table::Table;
 use super::table::spread;
+use crate::control::LinkChange;
 use crate::control::PowerAction;
+use crate::nbd::OWN_DISK;
 use crate::state::HostId;
 
 /// `election_min_ms` of `lab/hostd.toml.in`, less what clocks are apart.
 const ELECTION_MIN_NS: u64 = 500_000_000;
 
-pub async fn tell(stage: &mut Stage, runs: u32) -> Result<()> {
+/// How the leader is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Blow {
+    PowerOff,
+    /// Its own disk takes no write and answers nothing: a gray leader.
+    DiskHangs,
+}
+
+pub async fn tell(stage: &mut Stage, runs: u32, options: &StoryOptions) -> Result<()> {
+    let blow = if options.hang { Blow::DiskHangs } else { Blow::PowerOff };
     stage.form_cluster().await?;
+    if options.delay_ms > 0 {
+        stage.say(&format!("every link is {} ms slower, one way", options.delay_ms));
+        for host in stage.hosts() {
+            stage.link(host, LinkChange::Delay { ms: options.delay_ms }).await?;
+        }
+    }
     let probe = Probe::start(stage).await?;
     stage.echo = false;
     let (mut seconds, mut emulator_stops) = (Vec::new(), 0);
     while seconds.len() < runs as usize {
-        match power_off_the_leader(stage, &probe).await {
+        match lose_the_leader(stage, &probe, blow).await {
             Ok(Failover { lost, next, took_s }) => {
                 seconds.push(took_s);
-                println!("  run {:2}: {lost} off, {next} leads, next commit after {took_s:.2} s", seconds.len());
+                println!("  run {:2}: {lost} lost, {next} leads, next commit after {took_s:.2} s", seconds.len());
             }
             // Known of the emulator, see docs/operations/lab.md. Hosts that all answer have broken a promise instead.
-            Err(error) if emulator_stops < runs / 5 && stage.revive().await? => {
+            Err(error) if emulator_stops < runs / 5 && stage.revive(None).await? => {
                 emulator_stops += 1;
                 println!("  this run does not count: {}", first_line(&error));
             }
@@ -37,7 +56,11 @@ pub async fn tell(stage: &mut Stage, runs: u32) -> Result<()> {
         caught_up(stage).await?;
     }
     let mut table = Table::default();
-    table.row("leader's power off -> next commit", spread(&mut seconds), "max <= 1.5 s at the default timers");
+    let what = match blow {
+        Blow::PowerOff => "leader's power off -> next commit",
+        Blow::DiskHangs => "leader's disk hangs: largest gap between commits",
+    };
+    table.row(what, spread(&mut seconds), "max <= 1.5 s at the default timers");
     table.row("commits answered in all", probe.commits().to_string(), "");
     table.row("runs that the emulator stopped, not counted", emulator_stops.to_string(), "");
     table.print();
@@ -47,30 +70,44 @@ pub async fn tell(stage: &mut Stage, runs: u32) -> Result<()> {
 struct Failover {
     lost: HostId,
     next: HostId,
-    /// From the power off to the next commit's answer.
+    /// From the power off to the next commit's answer; the largest gap between two answers when the disk hung.
     took_s: f64,
 }
 
-/// Waits for a commit, takes the leader's power, waits for the next commit and leader, and gives the power back.
-async fn power_off_the_leader(stage: &Stage, probe: &Probe) -> Result<Failover> {
+/// Waits for a commit, strikes the leader, waits for the next commit and leader, and makes the one that was lost whole again.
+async fn lose_the_leader(stage: &Stage, probe: &Probe, blow: Blow) -> Result<Failover> {
     let begun_ns = stage.now_ns();
     stage.until("commits", Duration::from_secs(30), async || Ok(probe.first_after(begun_ns))).await?;
     let lost = stage.leader(stage.hosts().next().expect("a lab has hosts")).await?;
     let off_ns = stage.now_ns();
-    stage.power(lost, PowerAction::Off).await?;
+    match blow {
+        Blow::PowerOff => stage.power(lost, PowerAction::Off).await?,
+        Blow::DiskHangs => stage.hang_disk(lost, OWN_DISK, true).await?,
+    }
     // An answer that was under way when the power went is not the next commit, and no follower campaigns sooner than this.
     let soonest_ns = stage.now_ns() + ELECTION_MIN_NS;
-    let next_ns =
-        stage.until("the next commit", Duration::from_secs(30), async || Ok(probe.first_after(soonest_ns))).await;
+    let next_commit = async |after_ns| {
+        stage.until("the next commit", Duration::from_secs(30), async || Ok(probe.first_after(after_ns))).await
+    };
+    let next_ns = next_commit(soonest_ns).await;
     let asked = stage.hosts().find(|host| *host != lost).expect("a lab has hosts");
     let next = stage
-        .until("another leader", Duration::from_secs(10), async || {
+        .until("another leader", Duration::from_secs(30), async || {
             Ok(Some(stage.leader(asked).await?).filter(|next| *next != lost))
         })
         .await;
+    // A leader whose own disk hangs may go on with the disks of two others: the gap comes when it hands over.
+    let took_ns = match (blow, next_ns) {
+        (Blow::PowerOff, next_ns) => next_ns.map(|next_ns| next_ns - off_ns),
+        (Blow::DiskHangs, _) => next_commit(stage.now_ns()).await.map(|last_ns| probe.largest_gap_ns(off_ns, last_ns)),
+    };
+    if blow == Blow::DiskHangs {
+        stage.power(lost, PowerAction::Off).await?;
+        stage.hang_disk(lost, OWN_DISK, false).await?;
+    }
     stage.power(lost, PowerAction::On).await?;
     stage.hostd_answers(lost).await?;
-    Ok(Failover { lost, next: next?, took_s: (next_ns? - off_ns) as f64 / 1e9 })
+    Ok(Failover { lost, next: next?, took_s: took_ns? as f64 / 1e9 })
 }
 
 /// All hosts tell the same digest at the same seq at least once: the one that was away follows again.

@@ -14,6 +14,7 @@ mod guest;
 mod join;
 mod lease;
 mod minority;
+mod poweroff;
 pub mod probe;
 mod restart;
 mod stage;
@@ -41,6 +42,8 @@ pub enum Story {
     Lease,
     /// Two of three hosts are cut off for a minute.
     Minority,
+    /// All hosts lose their power at once while commands are written.
+    Poweroff,
 }
 
 impl Story {
@@ -61,6 +64,15 @@ pub struct StoryOptions {
     /// How often a story with repetitions repeats itself.
     #[arg(long)]
     pub runs: Option<u32>,
+    /// Slow links between all hosts, one way, in milliseconds (story `failover`).
+    #[arg(long, default_value_t = 0)]
+    pub delay_ms: u32,
+    /// The leader's disk hangs, instead of losing power (story `failover`).
+    #[arg(long)]
+    pub hang: bool,
+    /// Disks that lie: FLUSH is answered and nothing becomes durable by it. Stories of power must then break off.
+    #[arg(long)]
+    pub ignore_flush: bool,
     /// Leave the lab up afterwards, to look around.
     #[arg(long)]
     pub keep: bool,
@@ -74,9 +86,14 @@ pub async fn tell(dir: &LabDir, story: Story, options: &StoryOptions) -> Result<
         Story::Join => join::tell(&mut stage).await,
         Story::Guest => first_guest::tell(&mut stage).await,
         Story::Restart => restart::tell(&mut stage, options.runs.unwrap_or(50)).await,
-        Story::Failover => failover::tell(&mut stage, options.runs.unwrap_or(20)).await,
+        Story::Failover => failover::tell(&mut stage, options.runs.unwrap_or(20), options).await,
         Story::Lease => lease::tell(&mut stage, options.runs.unwrap_or(20)).await,
         Story::Minority => minority::tell(&mut stage).await,
+        Story::Poweroff => poweroff::tell(&mut stage, options.runs.unwrap_or(20)).await,
+    };
+    let told = match told {
+        Ok(()) if options.ignore_flush => Err(anyhow::anyhow!("the disks lied, and nothing was found missing")),
+        told => told,
     };
     if let (Ok(()), Some(name)) = (&told, clap::ValueEnum::to_possible_value(&story)) {
         println!("\n{}: ok", name.get_name());

@@ -32,6 +32,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// A host boots in 15 to 20 s on two cores; a boot that takes longer than this has been stopped by the emulator.
 const UP_WITHIN_S: u64 = 90;
 const BOOT_TRIES: u32 = 3;
+/// What a host's kernel writes to its serial line when the emulation of nested guests has broken it.
+const EMULATOR_SAYS: [&str; 2] = ["Kernel panic", "soft lockup"];
 
 /// What a program in a host printed, and its exit code.
 pub struct Finished {
@@ -86,7 +88,7 @@ impl Stage {
             accelerator: options.accel.resolve()?,
             memory_mib: 2048,
             cpus: 2,
-            ignore_flush: false,
+            ignore_flush: options.ignore_flush,
             netns: format!("quorate-lab-{}", dir.tag()),
         };
         let stage = Stage { dir: dir.clone(), hosts, started: Instant::now(), echo: true };
@@ -151,11 +153,28 @@ impl Stage {
         come_up.map(drop)
     }
 
-    /// Cycles the power of each host that the emulator stopped, which shows in that nothing in it answers. Whether any was.
-    pub async fn revive(&self) -> Result<bool> {
+    /// The boot in which each host is, for [`Self::revive`].
+    pub async fn boots(&self) -> Result<BTreeMap<HostId, String>> {
+        let mut boots = BTreeMap::new();
+        for host in self.hosts() {
+            boots.insert(host, self.sh(host, "cat /proc/sys/kernel/random/boot_id").await?);
+        }
+        Ok(boots)
+    }
+
+    /// Cycles the power of each host that the emulator stopped, which shows in that nothing in it answers; one whose kernel
+    /// panicked for it has booted by itself since `before`, where no story did it. Whether there was any.
+    pub async fn revive(&self, before: Option<&BTreeMap<HostId, String>>) -> Result<bool> {
         let mut revived = false;
         for host in self.hosts() {
-            if self.sh(host, "true").await.is_ok() {
+            if let Ok(boot) = self.sh(host, "cat /proc/sys/kernel/random/boot_id").await {
+                let log = std::fs::read_to_string(self.dir.serial_log(host)).unwrap_or_default();
+                let panicked = EMULATOR_SAYS.iter().any(|words| log.contains(words));
+                if panicked && before.is_some_and(|before| before.get(&host) != Some(&boot)) {
+                    revived = true;
+                    println!("  the emulator stopped {host}, whose kernel panicked and booted again");
+                    self.hostd_answers(host).await?;
+                }
                 continue;
             }
             revived = true;

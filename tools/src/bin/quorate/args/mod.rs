@@ -109,6 +109,9 @@ pub enum Command {
     /// The replicated state itself
     #[command(subcommand)]
     State(StateCommand),
+    /// This machine's data directory, while hostd is stopped
+    #[command(subcommand)]
+    Store(StoreCommand),
     /// Print a completion script for a shell
     #[command(after_help = "Example:\n  quorate completion bash > /etc/bash_completion.d/quorate")]
     Completion { shell: clap_complete::Shell },
@@ -210,6 +213,24 @@ pub enum StateCommand {
     /// Compare what the hosts believe: equal seq must mean equal digest
     #[command(after_help = "Example:\n  quorate state digest")]
     Digest,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum StoreCommand {
+    /// Read everything and say what is sound; change nothing
+    #[command(after_help = "Example:\n  systemctl stop hostd && quorate store check")]
+    Check {
+        /// hostd's `data_dir`
+        #[arg(long, default_value = "/var/lib/quorate")]
+        data_dir: PathBuf,
+    },
+    /// Make the event index again, and a damaged snapshot, from the event segments
+    #[command(after_help = "Example:\n  systemctl stop hostd && quorate store rebuild && systemctl start hostd")]
+    Rebuild {
+        /// hostd's `data_dir`
+        #[arg(long, default_value = "/var/lib/quorate")]
+        data_dir: PathBuf,
+    },
 }
 
 /// Whether to wait until what was asked for is so.

@@ -4,6 +4,7 @@ mod console;
 mod events;
 mod host;
 mod site;
+mod store;
 mod token;
 mod vm;
 
@@ -43,6 +44,7 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Why { vm } => output::show(context.format, &context.client.why(&vm).await?),
         Command::Spm => output::show(context.format, &context.client.spm().await?),
         Command::State(StateCommand::Digest) => site::digest(&context).await,
+        Command::Store(command) => store::run(&context, &command),
         Command::Completion { .. } => Ok(()),
     }
 }

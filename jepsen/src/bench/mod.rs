@@ -1,0 +1,77 @@
+//! Measurements beside a peer: three hostd as processes of their own on loopback, with fsync on, and three members of Debian's
+//! etcd on the same disk, taking turns under the same load. Nothing here asserts a time: it prints.
+//!
+//! - [`load`]: clients in a closed loop, and what they measured. [`site`]: three processes and a door to them.
+//! - [`quorate`], [`etcd`]: the two kinds of site; [`compare`]: their rounds as a table.
+//! - [`commit`], [`read`], [`watch`], [`failover`], [`syncs`]: what is measured beside the peer; [`replay`]: one host alone with a long log.
+
+pub mod commit;
+pub mod compare;
+pub mod etcd;
+pub mod failover;
+pub mod load;
+pub mod process;
+pub mod quorate;
+pub mod read;
+pub mod replay;
+pub mod site;
+pub mod syncs;
+pub mod watch;
+
+use std::path::PathBuf;
+
+use clap::Args;
+use clap::Subcommand;
+use clap::ValueEnum;
+
+/// Whom to measure beside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Peer {
+    /// Debian's etcd (package etcd-server), with TLS for clients and members, as Quorate has it
+    Etcd,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    bench: Bench,
+    /// Where the data directories are made; must be on a disk, since fsync in memory costs nothing
+    #[arg(long, global = true, default_value = "target/jepsen-bench")]
+    dir: PathBuf,
+    /// Take turns with it
+    #[arg(long, global = true, value_enum)]
+    peer: Option<Peer>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Commits a second, and how long each takes, with so many clients at once
+    Commit(commit::CommitArgs),
+    /// Linearizable reads a second, and how long each takes
+    Read(read::ReadArgs),
+    /// Events that reach watchers while others commit, and how late
+    Watch(watch::WatchArgs),
+    /// Syncs of each member for one commit, counted by strace
+    Syncs(syncs::SyncsArgs),
+    /// One host with a long log: deciding, storing, starting again, reading the stream, folding it
+    Replay(replay::ReplayArgs),
+    /// From the leader's SIGKILL to the next acknowledged commit
+    Failover(failover::FailoverArgs),
+}
+
+pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
+    // It can be installed once a process; a second time changes nothing.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        match &args.bench {
+            Bench::Commit(commit) => commit::run(commit, &args.dir, args.peer).await,
+            Bench::Read(read) => read::run(read, &args.dir, args.peer).await,
+            Bench::Watch(watch) => watch::run(watch, &args.dir, args.peer).await,
+            Bench::Syncs(syncs) => syncs::run(syncs, &args.dir, args.peer).await,
+            Bench::Replay(replay) => replay::run(replay, &args.dir).await,
+            Bench::Failover(failover) => failover::run(failover, &args.dir, args.peer).await,
+        }
+    })?;
+    Ok(true)
+}
