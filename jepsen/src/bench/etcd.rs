@@ -251,7 +251,7 @@ impl Etcd {
     }
 
     pub async fn leader(&self) -> anyhow::Result<usize> {
-        let mut ids = vec![None; MEMBERS];
+        let mut ids = [None; MEMBERS];
         let mut leader = None;
         for (member, id) in ids.iter_mut().enumerate() {
             let asked = ask::<_, StatusResponse>(
