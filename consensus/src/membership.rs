@@ -86,6 +86,24 @@ pub fn plan(state: &State, current: &Current) -> Option<Step> {
     leaving(state, current).or_else(|| moved(state, current)).or_else(|| joining(state, current))
 }
 
+/// What takes a host that is about to be removed out of the voters; `None` when it is none, or when nobody is left to vote.
+pub fn release(state: &State, current: &Current, host: HostId) -> Option<Step> {
+    if !current.voters.contains(&host) {
+        return None;
+    }
+    let mut without = state.clone();
+    without.hosts.remove(&host);
+    let wanted = wanted_voters(&without, current);
+    if wanted.is_empty() {
+        return None;
+    }
+    if host == current.leader {
+        let heir = current.voters.iter().find(|voter| **voter != host);
+        return heir.map(|to| Step::TransferLeader { to: *to });
+    }
+    Some(Step::SetVoters(wanted))
+}
+
 /// Keeps the voters that still belong, fills up from caught-up learners, and drops to the leader alone when the site
 /// has too few hosts for a majority that survives one of them.
 fn wanted_voters(state: &State, current: &Current) -> BTreeSet<HostId> {

@@ -32,7 +32,18 @@ fn caught(mutant: Mutant) -> bool {
 
 #[test]
 fn mutants_that_are_caught_soon_are_caught() {
-    for mutant in [Mutant::AcknowledgeBeforeQuorum, Mutant::LeaseFromReceive, Mutant::CapacityIgnoresPending] {
+    for mutant in [
+        Mutant::VoteNotSynced,
+        Mutant::AppendNotSynced,
+        Mutant::AcknowledgeBeforeQuorum,
+        Mutant::AnswerBeforeGround,
+        Mutant::DeciderWithoutBarrier,
+        Mutant::LeaderRestore,
+        Mutant::SegmentDroppedAtInstall,
+        Mutant::StartWithoutGrant,
+        Mutant::LeaseFromReceive,
+        Mutant::CapacityIgnoresPending,
+    ] {
         assert!(caught(mutant), "{mutant:?} lives");
     }
 }

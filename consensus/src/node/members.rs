@@ -7,6 +7,7 @@ use openraft::AsyncRuntime;
 use openraft::ChangeMembers;
 use openraft::async_runtime::WatchReceiver;
 use statemachine::HostId;
+use statemachine::State;
 use thiserror::Error;
 
 use super::Inner;
@@ -100,6 +101,25 @@ impl<R: AsyncRuntime> Inner<R> {
         let changed = self.raft.change_membership(change, true).await;
         changed.map_err(|error| MemberError::Refused { why: error.to_string() })?;
         Ok(())
+    }
+
+    /// Takes a host out of the voters, if it is one, with another in its place where there is one.
+    pub(super) async fn release_voter(&self, host: HostId, state: &State) -> Result<(), MemberError> {
+        let current = self.current().ok_or(MemberError::NotLeader)?;
+        match membership::release(state, &current, host) {
+            None => Ok(()),
+            Some(step @ Step::TransferLeader { .. }) => {
+                self.take_step(step).await?;
+                Err(MemberError::Refused { why: "it leads, and hands over first".to_owned() })
+            }
+            Some(_) if current.is_changing => {
+                Err(MemberError::Refused { why: "another change of the membership is under way".to_owned() })
+            }
+            Some(step) => {
+                tracing::info!(?step, "the membership changes");
+                self.take_step(step).await
+            }
+        }
     }
 
     pub(super) async fn transfer(&self, to: HostId) -> Result<(), MemberError> {

@@ -6,8 +6,10 @@ use bytes::Bytes;
 use openraft::AsyncRuntime;
 use statemachine::HostId;
 use statemachine::codec;
+use statemachine::command::Command;
 use statemachine::command::Request;
 use statemachine::fold::Answer;
+use statemachine::fold::Decision;
 
 use super::Inner;
 use super::NodeOn;
@@ -25,7 +27,7 @@ impl<R: AsyncRuntime> NodeOn<R> {
     pub async fn propose(&self, request: Request) -> Result<Answer, ProposeError> {
         let inner = &self.inner;
         let leader = match inner.leadership_now() {
-            Leadership::Leading { .. } => match inner.decider.propose(request.clone()).await {
+            Leadership::Leading { .. } => match inner.decide(request.clone()).await {
                 // It lost the lead between the look and the queue; nothing happened, so forwarding is no retry.
                 Err(ProposeError::NotLeader { leader }) => leader,
                 decided => return decided,
@@ -76,8 +78,28 @@ impl<R: AsyncRuntime> Inner<R> {
     /// A forwarded command: decided here or not at all. It is never forwarded twice, so it cannot circle.
     pub(super) async fn propose_forwarded(&self, request: Request) -> Result<Answer, ProposeError> {
         match self.leadership_now() {
-            Leadership::Leading { .. } => self.decider.propose(request).await,
+            Leadership::Leading { .. } => self.decide(request).await,
             Leadership::Following { leader } => Err(ProposeError::NotLeader { leader }),
+        }
+    }
+
+    /// On the leader. A voter stops being one before its removal is decided: whoever asked for that may switch it off at once,
+    /// and of two voters both would be needed to go on without it (found by the simulation, seed 197).
+    async fn decide(&self, request: Request) -> Result<Answer, ProposeError> {
+        let Command::HostRemove { host } = request.command else {
+            return self.decider.propose(request).await;
+        };
+        let fold = self.fold.borrow().clone();
+        if matches!(fold.decide(&request, self.platform.clock.wall_ms()), Decision::Rejected(_)) {
+            return self.decider.propose(request).await;
+        }
+        // Until it is decided nobody makes it a voter again.
+        let _turn = self.membership.lock().await;
+        let releasing = self.release_voter(host, &fold.state);
+        match tokio::time::timeout(self.config.propose_timeout(), releasing).await {
+            Ok(Ok(())) => self.decider.propose(request).await,
+            Ok(Err(error)) => Err(ProposeError::retry(format!("host {host} still votes: {error}"))),
+            Err(_) => Err(ProposeError::retry(format!("host {host} still votes: no majority took it out in time"))),
         }
     }
 }

@@ -1,22 +1,71 @@
-//! Rounds of two sites that took turns, as a table of medians and ratios.
+//! Commits and reads: how many a second, and how long each takes. Two sites take turns, round by round; the table has medians
+//! and ratios.
 
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
 use comfy_table::CellAlignment;
 use comfy_table::Table;
 use comfy_table::presets::ASCII_MARKDOWN;
 
+use super::Peer;
+use super::load;
+use super::load::Load;
 use super::load::Measured;
+use super::load::Work;
 use super::site::Kind;
 use super::site::Site;
 
-pub struct Row {
-    pub clients: usize,
-    pub kind: Kind,
+#[derive(Debug, Args)]
+pub struct Rounds {
+    /// Clients at once, one measurement each
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 64, 1000])]
+    clients: Vec<usize>,
+    /// Seconds that are counted in each round, after two that are not
+    #[arg(long, default_value_t = 8)]
+    seconds: u64,
+    /// Rounds; with a peer both take turns in each, and who is first changes
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct CommitArgs {
+    #[command(flatten)]
+    pub rounds: Rounds,
+    /// Bytes that each commit carries
+    #[arg(long, default_value_t = 256)]
+    pub bytes: usize,
+}
+
+pub async fn run(rounds: &Rounds, work: Work, dir: &Path, peer: Option<Peer>) -> anyhow::Result<()> {
+    let mut comparison = Comparison::new(&rounds.clients, &Kind::beside(peer));
+    for round in 1..=rounds.rounds {
+        for row in comparison.turns(round) {
+            let site = Arc::new(Site::start(row.kind, dir).await?);
+            let (warm_up, measure) = (Duration::from_secs(2), Duration::from_secs(rounds.seconds));
+            let load = Load { clients: row.clients, work, warm_up, measure };
+            row.take(round, load::put(&site, load).await?, &site);
+        }
+    }
+    comparison.print(match work {
+        Work::Commit { .. } => "commits/s",
+        Work::Read => "reads/s",
+    });
+    Ok(())
+}
+
+struct Row {
+    clients: usize,
+    kind: Kind,
     rounds: Vec<Measured>,
 }
 
 impl Row {
     /// Notes a round, and says it.
-    pub fn take(&mut self, round: usize, measured: Measured, site: &Site) {
+    fn take(&mut self, round: usize, measured: Measured, site: &Site) {
         eprintln!(
             "round {round}: {:<8} {:>4} clients: {:>8.0}/s, p50 {:.2} ms, p99 {:.2} ms, {} errors, {:.0} MiB resident",
             self.kind.name(),
@@ -39,7 +88,7 @@ impl Row {
     }
 }
 
-pub struct Comparison {
+struct Comparison {
     /// By clients, and within them Quorate first.
     rows: Vec<Row>,
     kinds: usize,
@@ -52,14 +101,14 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 impl Comparison {
-    pub fn new(clients: &[usize], kinds: &[Kind]) -> Comparison {
+    fn new(clients: &[usize], kinds: &[Kind]) -> Comparison {
         let row = |clients, kind| Row { clients, kind, rounds: Vec::new() };
         let rows = clients.iter().flat_map(|clients| kinds.iter().map(|kind| row(*clients, *kind)));
         Comparison { rows: rows.collect(), kinds: kinds.len() }
     }
 
     /// The rows in the order of this round: who goes first changes from round to round.
-    pub fn turns(&mut self, round: usize) -> Vec<&mut Row> {
+    fn turns(&mut self, round: usize) -> Vec<&mut Row> {
         let mut turns = Vec::new();
         for pair in self.rows.chunks_mut(self.kinds) {
             match round.is_multiple_of(2) {
@@ -70,7 +119,7 @@ impl Comparison {
         turns
     }
 
-    pub fn print(&self, rate: &str) {
+    fn print(&self, rate: &str) {
         let mut table = Table::new();
         table.load_preset(ASCII_MARKDOWN);
         table.set_header([

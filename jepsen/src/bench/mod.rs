@@ -2,17 +2,15 @@
 //! etcd on the same disk, taking turns under the same load. Nothing here asserts a time: it prints.
 //!
 //! - [`load`]: clients in a closed loop, and what they measured. [`site`]: three processes and a door to them.
-//! - [`quorate`], [`etcd`]: the two kinds of site; [`compare`]: their rounds as a table.
-//! - [`commit`], [`read`], [`watch`], [`failover`], [`syncs`]: what is measured beside the peer; [`replay`]: one host alone with a long log.
+//! - [`quorate`], [`etcd`]: the two kinds of site.
+//! - [`compare`] (commits and reads), [`watch`], [`failover`], [`syncs`]: what is measured beside the peer; [`replay`]: one host alone with a long log.
 
-pub mod commit;
 pub mod compare;
 pub mod etcd;
 pub mod failover;
 pub mod load;
 pub mod process;
 pub mod quorate;
-pub mod read;
 pub mod replay;
 pub mod site;
 pub mod syncs;
@@ -23,6 +21,8 @@ use std::path::PathBuf;
 use clap::Args;
 use clap::Subcommand;
 use clap::ValueEnum;
+
+use self::load::Work;
 
 /// Whom to measure beside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -46,9 +46,9 @@ pub struct BenchArgs {
 #[derive(Debug, Subcommand)]
 enum Bench {
     /// Commits a second, and how long each takes, with so many clients at once
-    Commit(commit::CommitArgs),
+    Commit(compare::CommitArgs),
     /// Linearizable reads a second, and how long each takes
-    Read(read::ReadArgs),
+    Read(compare::Rounds),
     /// Events that reach watchers while others commit, and how late
     Watch(watch::WatchArgs),
     /// Syncs of each member for one commit, counted by strace
@@ -65,8 +65,10 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         match &args.bench {
-            Bench::Commit(commit) => commit::run(commit, &args.dir, args.peer).await,
-            Bench::Read(read) => read::run(read, &args.dir, args.peer).await,
+            Bench::Commit(commit) => {
+                compare::run(&commit.rounds, Work::Commit { bytes: commit.bytes }, &args.dir, args.peer).await
+            }
+            Bench::Read(rounds) => compare::run(rounds, Work::Read, &args.dir, args.peer).await,
             Bench::Watch(watch) => watch::run(watch, &args.dir, args.peer).await,
             Bench::Syncs(syncs) => syncs::run(syncs, &args.dir, args.peer).await,
             Bench::Replay(replay) => replay::run(replay, &args.dir).await,
