@@ -6,6 +6,7 @@ use std::time::Duration;
 use consensus::decider::ProposeError;
 use statemachine::Seq;
 use statemachine::command::Command;
+use statemachine::state::Created;
 
 use crate::world::Site;
 use crate::world::keyed;
@@ -100,10 +101,15 @@ async fn a_deposed_leader_tells_nobody_what_was_so_before() {
     let others_lead = async || site.node(other).status().leader.is_some_and(|leader| leader != deposed);
     site.until("the others have a leader", others_lead).await;
     let node = site.node(other);
-    site.until("the others commit", async || node.propose(keyed("web1")).await.is_ok()).await;
+    let mut made = None;
+    site.until("the others commit", async || {
+        made = node.propose(keyed("web1")).await.ok().and_then(|answer| answer.created);
+        made.is_some()
+    })
+    .await;
     assert!(old.status().leader == Some(deposed), "it believes that it leads");
     // Before the others committed this was so. Now it is not.
-    let Some(vm) = node.fold().state.vm_by_name("web1").map(|(vm, _)| vm) else { panic!("web1 was defined") };
+    let Some(Created::Vm(vm)) = made else { panic!("a VM was defined, not {made:?}") };
     let outcome = old.propose(root(Command::VmDelete { vm })).await;
     assert!(matches!(outcome, Err(ProposeError::Retry { .. } | ProposeError::NoLeader)), "{outcome:?}");
 }
