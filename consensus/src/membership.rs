@@ -86,22 +86,39 @@ pub fn plan(state: &State, current: &Current) -> Option<Step> {
     leaving(state, current).or_else(|| moved(state, current)).or_else(|| joining(state, current))
 }
 
-/// What takes a host that is about to be removed out of the voters; `None` when it is none, or when nobody is left to vote.
-pub fn release(state: &State, current: &Current, host: HostId) -> Option<Step> {
+/// How a host that is about to be removed stops being a voter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Release {
+    /// It is none.
+    NoVoter,
+    Voters(BTreeSet<HostId>),
+    /// It leads: these vote, then that one leads, and takes it out.
+    HandOver {
+        voters: Option<BTreeSet<HostId>>,
+        to: HostId,
+    },
+    /// It is the only voter, and nobody else could be one: the site would end with it.
+    Nobody,
+}
+
+pub fn release(state: &State, current: &Current, host: HostId) -> Release {
     if !current.voters.contains(&host) {
-        return None;
+        return Release::NoVoter;
+    }
+    if host == current.leader {
+        if let Some(to) = current.voters.iter().copied().find(|voter| *voter != host) {
+            return Release::HandOver { voters: None, to };
+        }
+        let able = |other: &HostId| current.caught_up.contains(other) && state.hosts.get(other).is_some_and(is_alive);
+        let heir = current.learners().find(able);
+        return heir.map_or(Release::Nobody, |to| Release::HandOver { voters: Some([host, to].into()), to });
     }
     let mut without = state.clone();
     without.hosts.remove(&host);
-    let wanted = wanted_voters(&without, current);
-    if wanted.is_empty() {
-        return None;
+    match wanted_voters(&without, current) {
+        wanted if wanted.is_empty() => Release::Nobody,
+        wanted => Release::Voters(wanted),
     }
-    if host == current.leader {
-        let heir = current.voters.iter().find(|voter| **voter != host);
-        return heir.map(|to| Step::TransferLeader { to: *to });
-    }
-    Some(Step::SetVoters(wanted))
 }
 
 /// Keeps the voters that still belong, fills up from caught-up learners, and drops to the leader alone when the site

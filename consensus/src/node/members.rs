@@ -14,6 +14,7 @@ use super::Inner;
 use super::NodeOn;
 use crate::membership;
 use crate::membership::Current;
+use crate::membership::Release;
 use crate::membership::Step;
 use crate::types::PeerAddress;
 
@@ -106,19 +107,26 @@ impl<R: AsyncRuntime> Inner<R> {
     /// Takes a host out of the voters, if it is one, with another in its place where there is one.
     pub(super) async fn release_voter(&self, host: HostId, state: &State) -> Result<(), MemberError> {
         let current = self.current().ok_or(MemberError::NotLeader)?;
-        match membership::release(state, &current, host) {
-            None => Ok(()),
-            Some(step @ Step::TransferLeader { .. }) => {
-                self.take_step(step).await?;
-                Err(MemberError::Refused { why: "it leads, and hands over first".to_owned() })
+        let refused = |why: &str| Err(MemberError::Refused { why: why.to_owned() });
+        let release = membership::release(state, &current, host);
+        if release == Release::NoVoter {
+            return Ok(());
+        }
+        if current.is_changing {
+            return refused("another change of the membership is under way");
+        }
+        tracing::info!(%host, ?release, "a host is about to be removed");
+        match release {
+            Release::NoVoter => Ok(()),
+            Release::Voters(voters) => self.take_step(Step::SetVoters(voters)).await,
+            Release::HandOver { voters, to } => {
+                if let Some(voters) = voters {
+                    self.take_step(Step::SetVoters(voters)).await?;
+                }
+                self.take_step(Step::TransferLeader { to }).await?;
+                refused("it leads, and hands over first")
             }
-            Some(_) if current.is_changing => {
-                Err(MemberError::Refused { why: "another change of the membership is under way".to_owned() })
-            }
-            Some(step) => {
-                tracing::info!(?step, "the membership changes");
-                self.take_step(step).await
-            }
+            Release::Nobody => refused("it is the only one, and no other host that is up has the whole log"),
         }
     }
 

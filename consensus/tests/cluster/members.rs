@@ -111,6 +111,20 @@ async fn a_voter_that_is_removed_may_be_switched_off_at_once() {
     }
 }
 
+/// Two hosts have one voter, the leader. Removing it must not take the site with it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_only_voter_is_removed_after_it_has_made_another() {
+    let mut site = Site::over_memory().await;
+    let other = site.join().await;
+    site.settle(1).await;
+    let leader = site.leader().await;
+    site.accept(root(Command::HostMaintenance { host: leader })).await;
+    site.accept(root(Command::HostRemove { host: leader })).await;
+    site.stop(leader).await;
+    site.accept(Request { origin: other, ..keyed("after") }).await;
+    assert_eq!(site.node(other).status().voters, [other]);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_layer_above_calls_its_peers_and_itself() {
     let site = Site::over_memory().await.of_three().await;
