@@ -3,7 +3,7 @@
 //! - [`proposals`]: a command reaches the leader and comes back with its seq.
 //! - [`reads`]: the applied fold, waiting for a seq, linearizable reads from any host.
 //! - [`members`]: membership steps, one at a time; leader transfer.
-//! - [`handler`]: what this host answers its peers.
+//! - [`handler`]: what this host answers its peers. [`pull`]: a host that is no member asks for what was committed.
 //! - [`guard`]: the leader that can no longer lead well gives up; snapshots and purges.
 //! - [`status`]: what people and `/metrics` see.
 //!
@@ -14,6 +14,7 @@ mod guard;
 mod handler;
 mod members;
 mod proposals;
+mod pull;
 mod reads;
 mod status;
 #[cfg(test)]
@@ -53,7 +54,7 @@ use crate::decider::Decider;
 use crate::decider::DeciderLimits;
 use crate::decider::Leadership;
 use crate::decider::ProposeError;
-use crate::feed::MemberFeed;
+use crate::feed::Outlook;
 use crate::network::AddressBook;
 use crate::network::Network;
 use crate::network::NetworkLimits;
@@ -66,6 +67,7 @@ use crate::store::Store;
 use crate::store::StoreError;
 use crate::store::event_store::EventStore;
 use crate::store::health::Health;
+use crate::store::snapshot::Snapshots;
 use crate::store::state_machine::StateMachine;
 use crate::transport::Peer;
 use crate::transport::Transport;
@@ -123,7 +125,7 @@ pub(crate) struct Inner<R: AsyncRuntime> {
     raft: RaftOn<R>,
     fold: watch::Receiver<Arc<Fold>>,
     events: Arc<EventStore>,
-    feed: MemberFeed,
+    snapshots: Arc<Snapshots>,
     health: Arc<Health>,
     closing: Closing,
     decider: Decider,
@@ -132,8 +134,12 @@ pub(crate) struct Inner<R: AsyncRuntime> {
     service: RaftService<R, StateMachine>,
     addresses: Arc<Addresses>,
     peer_handler: RwLock<Option<Arc<dyn PeerHandler>>>,
-    /// When a leader's append or heartbeat last arrived: milliseconds of boottime.
+    /// When a leader's append or heartbeat last arrived, and when a member that knows the leader last answered a pull:
+    /// milliseconds of boottime.
     heard_ms: AtomicU64,
+    pulled_ms: AtomicU64,
+    /// What members say, while this host is none.
+    outlook: watch::Sender<Option<Outlook>>,
     /// One membership change at a time.
     membership: tokio::sync::Mutex<()>,
     guard: Mutex<GuardReport>,
@@ -201,12 +207,14 @@ impl<R: AsyncRuntime> NodeOn<R> {
             .map_err(|error| NodeError::Core { why: error.to_string() })?;
         let limits = DeciderLimits { entry: config.propose_timeout() };
         let (reads, reads_waiting) = mpsc::channel(reads::READS_WAITING);
+        let (outlook, told) = watch::channel(None);
+        let started_ms = platform.clock.boottime_ns() / 1_000_000;
         let inner = Arc::new(Inner {
             host,
             reads,
-            decider: Decider::start(raft.clone(), fold.clone(), platform.clock.clone(), limits),
+            decider: Decider::start(raft.clone(), fold.clone(), told, platform.clock.clone(), limits),
             service: RaftService::new(raft.clone(), store.snapshot_files, transport.clone()),
-            feed: MemberFeed::new(fold.clone(), store.events.clone()),
+            snapshots: store.snapshots,
             events: store.events,
             health: store.health,
             closing: store.closing,
@@ -217,7 +225,9 @@ impl<R: AsyncRuntime> NodeOn<R> {
             fold,
             addresses,
             peer_handler: RwLock::default(),
-            heard_ms: AtomicU64::new(0),
+            heard_ms: AtomicU64::new(started_ms),
+            pulled_ms: AtomicU64::new(0),
+            outlook,
             membership: tokio::sync::Mutex::default(),
             guard: Mutex::default(),
             stop: CancellationToken::new(),
@@ -226,6 +236,8 @@ impl<R: AsyncRuntime> NodeOn<R> {
         tokio::spawn(inner.stop.clone().run_until_cancelled_owned(guard::watch_over(Arc::downgrade(&inner))));
         let sharing = reads::share_rounds(Arc::downgrade(&inner), reads_waiting);
         tokio::spawn(inner.stop.clone().run_until_cancelled_owned(sharing));
+        let pulling = pull::pull_while_outside(Arc::downgrade(&inner));
+        tokio::spawn(inner.stop.clone().run_until_cancelled_owned(pulling));
         Ok(NodeOn { inner })
     }
 
@@ -278,11 +290,6 @@ impl<R: AsyncRuntime> NodeOn<R> {
         &self.inner.events
     }
 
-    /// Where committed batches come from, whether this host is a member or pulls.
-    pub fn feed(&self) -> &MemberFeed {
-        &self.inner.feed
-    }
-
     /// Stops the member: no proposal, no answer, no write after this returns.
     pub async fn shutdown(&self) {
         self.inner.stop.cancel();
@@ -320,12 +327,25 @@ impl<R: AsyncRuntime> Inner<R> {
     /// naming it, since a campaign that gets no pre-vote changes nothing.
     fn leadership_now(&self) -> Leadership {
         let leadership = *self.decider.leadership().borrow();
-        let silence_ms = self.boottime_ms().saturating_sub(self.heard_ms.load(Ordering::Relaxed));
+        let pulled_ms = self.boottime_ms().saturating_sub(self.pulled_ms.load(Ordering::Relaxed));
+        let silence_ms = self.silence_ms().min(pulled_ms);
         match leadership {
             Leadership::Following { .. } if silence_ms > 2 * self.config.timers.election_max_ms => {
                 Leadership::Following { leader: None }
             }
             known => known,
+        }
+    }
+
+    /// Since a leader appended to this host.
+    fn silence_ms(&self) -> u64 {
+        self.boottime_ms().saturating_sub(self.heard_ms.load(Ordering::Relaxed))
+    }
+
+    fn leader_now(&self) -> Option<HostId> {
+        match self.leadership_now() {
+            Leadership::Leading { .. } => Some(self.host),
+            Leadership::Following { leader } => leader,
         }
     }
 

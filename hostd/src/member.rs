@@ -48,6 +48,7 @@ use crate::auth::Right;
 use crate::bootstrap::admit::JoinHandler;
 use crate::bootstrap::authority::Authority;
 use crate::bootstrap::authority::KeyHandler;
+use crate::bootstrap::join;
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::metrics::Reading;
@@ -295,6 +296,7 @@ impl Member {
             consensus::node::Role::Follower => Role::Follower,
             consensus::node::Role::Candidate => Role::Candidate,
             consensus::node::Role::Learner => Role::Learner,
+            consensus::node::Role::Puller => Role::Puller,
         };
         RaftView { role, leader: status.leader, voters: status.voters, learners: status.learners }
     }
@@ -400,6 +402,7 @@ pub fn now_ms() -> u64 {
 
 fn node_config(config: &Config) -> NodeConfig {
     let mut node = NodeConfig::new(config.raft_dir(), config.address, config.address.to_string());
+    node.peers = join::known_peers(&config.identity_dir());
     node.timers = Timers {
         heartbeat_ms: config.timers.heartbeat_ms,
         election_min_ms: config.timers.election_min_ms,

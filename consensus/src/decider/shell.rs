@@ -26,6 +26,7 @@ use tokio::time::Instant;
 use super::Leadership;
 use super::ProposeError;
 use super::session::Session;
+use crate::feed::Outlook;
 use crate::platform::Clock;
 use crate::store::snapshot::SnapshotHandle;
 use crate::types::CommittedLeaderId;
@@ -67,6 +68,7 @@ impl Decider {
     pub fn start<R, SM>(
         raft: Raft<TypeConfig<R>, SM>,
         fold: watch::Receiver<Arc<Fold>>,
+        told: watch::Receiver<Option<Outlook>>,
         clock: Arc<dyn Clock>,
         limits: DeciderLimits,
     ) -> Decider
@@ -76,7 +78,7 @@ impl Decider {
     {
         let (queue, commands) = mpsc::channel(QUEUE);
         let (announce, leadership) = watch::channel(Leadership::Following { leader: None });
-        let shell = Shell { raft, fold, clock, limits, commands, announce, session: 0 };
+        let shell = Shell { raft, fold, told, clock, limits, commands, announce, session: 0 };
         tokio::spawn(shell.run());
         Decider { queue, leadership }
     }
@@ -104,6 +106,8 @@ impl Decider {
 struct Shell<R: AsyncRuntime, SM: RaftStateMachine<TypeConfig<R>, SnapshotData = SnapshotHandle>> {
     raft: Raft<TypeConfig<R>, SM>,
     fold: watch::Receiver<Arc<Fold>>,
+    /// On a host that is no member: what members say.
+    told: watch::Receiver<Option<Outlook>>,
     clock: Arc<dyn Clock>,
     limits: DeciderLimits,
     commands: mpsc::Receiver<Queued>,
@@ -163,7 +167,8 @@ where
         if metrics.state.is_leader() && vote.is_committed() && HostId(*vote.leader_id.node_id()) == local {
             return View::Leader(vote.leader_id.to_committed());
         }
-        View::Other(metrics.current_leader.map(HostId).filter(|leader| *leader != local))
+        let told = || self.told.borrow().as_ref().and_then(|outlook| outlook.leader);
+        View::Other(metrics.current_leader.map(HostId).or_else(told).filter(|leader| *leader != local))
     }
 
     fn announce(&self, leadership: Leadership) {
@@ -189,6 +194,7 @@ where
             tokio::select! {
                 biased;
                 changed = metrics.changed() => changed.map_err(|_| Stop)?,
+                Ok(()) = self.told.changed() => {}
                 command = self.commands.recv() => {
                     let Queued { reply, .. } = command.ok_or(Stop)?;
                     let _ = reply.send(Err(ProposeError::NotLeader { leader }));

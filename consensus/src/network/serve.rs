@@ -14,6 +14,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use statemachine::HostId;
 use statemachine::codec;
+use tokio::sync::MutexGuard;
 
 use super::messages::AppendAnswer;
 use super::messages::ChunkRequest;
@@ -93,11 +94,17 @@ where
     /// Pulls and installs the snapshot that `leader` offers.
     pub async fn install(&self, leader: HostId, body: Bytes) -> Result<Bytes, Refusal> {
         let offer: SnapshotOffer = question(&body)?;
-        let _turn = self.installing.try_lock().map_err(|_| Refusal::new("a snapshot is being installed already"))?;
         let peer = Peer { host: leader, address: offer.address };
-        let source = PeerParts { transport: self.transport.clone(), peer };
-        let handle = self.files.pull(&offer.manifest, &source).await.map_err(Refusal::new)?;
+        let (_turn, handle) = self.fetch(peer, &offer.manifest).await.map_err(Refusal::new)?;
         answer(self.raft.install_full_snapshot(offer.vote, handle.snapshot()).await)
+    }
+
+    /// Pulls what `manifest` names and this host lacks. Nobody else does while the guard lives.
+    pub async fn fetch(&self, from: Peer, manifest: &[u8]) -> Result<(MutexGuard<'_, ()>, SnapshotHandle), String> {
+        let turn = self.installing.try_lock().map_err(|_| "a snapshot is being installed already".to_owned())?;
+        let source = PeerParts { transport: self.transport.clone(), peer: from };
+        let handle = self.files.pull(manifest, &source).await?;
+        Ok((turn, handle))
     }
 
     /// Serves a stream of appends or heartbeats until it ends. `admits` is asked about each record that arrives.

@@ -10,6 +10,7 @@ use statemachine::mutant;
 use statemachine::mutant::Mutant;
 
 use crate::store::StoreConfig;
+use crate::transport::Peer;
 
 /// Election and heartbeat times (DESIGN §4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +42,8 @@ pub struct NodeConfig {
     pub listen: SocketAddr,
     /// `address:port` under which other hosts reach this one.
     pub address: String,
+    /// Hosts of the site that this one was told of when it joined. Asked for what was committed until the log names others.
+    pub peers: Vec<Peer>,
     pub timers: Timers,
     /// From forwarding a command to its answer; beyond it the caller is told to retry.
     pub propose_timeout_ms: u64,
@@ -52,6 +55,8 @@ pub struct NodeConfig {
     pub store: StoreConfig,
     /// Log entries kept behind a snapshot, so that a host that was away briefly needs no snapshot.
     pub keep_behind_snapshot: u64,
+    /// A host that pulls, and lacks more batches than this of a snapshot, takes the snapshot instead.
+    pub snapshot_ahead: u64,
 }
 
 impl NodeConfig {
@@ -60,12 +65,14 @@ impl NodeConfig {
             data_dir: data_dir.into(),
             listen,
             address: address.into(),
+            peers: Vec::new(),
             timers: Timers::default(),
             propose_timeout_ms: 5_000,
             read_timeout_ms: 2_000,
             store: StoreConfig::default(),
             snapshot_every: 20_000,
             keep_behind_snapshot: 5_000,
+            snapshot_ahead: 50_000,
         }
     }
 

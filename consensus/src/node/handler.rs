@@ -14,7 +14,6 @@ use statemachine::command::Request;
 
 use super::Inner;
 use super::NodeOn;
-use crate::feed::PullRequest;
 use crate::transport::Channel;
 use crate::transport::Handler;
 use crate::transport::PeerKind;
@@ -103,11 +102,7 @@ impl<R: AsyncRuntime> Inner<R> {
                 Ok(Bytes::from(codec::encode(&seq)))
             }
             Channel::Ping => Ok(Bytes::new()),
-            Channel::Pull => {
-                let request: PullRequest = codec::decode(&body).map_err(Refusal::new)?;
-                let batches = self.feed.serve(request).await.map_err(Refusal::new)?;
-                Ok(Bytes::from(codec::encode(&batches)))
-            }
+            Channel::Pull => self.serve_pull(&body).await,
             Channel::Peer(kind) => self.serve_peer(from, kind, body).await,
             Channel::Appends | Channel::Heartbeats => Err(Refusal::new("this is a stream, not a request")),
         }

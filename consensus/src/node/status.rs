@@ -19,6 +19,8 @@ pub enum Role {
     Candidate,
     /// Holds the log and does not vote.
     Learner,
+    /// No member of the Raft group: pulls what was committed from one ([`crate::feed`]).
+    Puller,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,16 +76,19 @@ impl<R: AsyncRuntime> NodeOn<R> {
         let metrics = metrics.borrow_watched();
         let membership = metrics.membership_config.membership();
         let leadership = inner.leadership_now();
+        let applied = inner.fold.borrow().head.seq;
+        let leader = inner.leader_now();
+        if let Some(outlook) = &*inner.outlook.borrow() {
+            let (voters, learners) = (outlook.voters.clone(), outlook.learners.clone());
+            return NodeStatus { host: inner.host, role: Role::Puller, leader, voters, learners, applied, leadership };
+        }
         NodeStatus {
             host: inner.host,
             role: role(metrics.state),
-            leader: match leadership {
-                Leadership::Leading { .. } => Some(inner.host),
-                Leadership::Following { leader } => leader,
-            },
+            leader,
             voters: membership.voter_ids().map(HostId).collect(),
             learners: membership.learner_ids().map(HostId).collect(),
-            applied: inner.fold.borrow().head.seq,
+            applied,
             leadership,
         }
     }

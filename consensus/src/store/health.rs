@@ -17,6 +17,7 @@ pub struct Health {
     wal_disk_bytes: AtomicU64,
     batches_superseded: AtomicU64,
     snapshots_installed: AtomicU64,
+    batches_pulled: AtomicU64,
 }
 
 /// A copy of the counters.
@@ -32,6 +33,8 @@ pub struct HealthCounters {
     /// Batches that did not follow the head when they came out of the log (DESIGN §3).
     pub batches_superseded: u64,
     pub snapshots_installed: u64,
+    /// Batches that came from a member and not out of the own log.
+    pub batches_pulled: u64,
 }
 
 impl Health {
@@ -54,6 +57,7 @@ impl Health {
             wal_disk_bytes: self.wal_disk_bytes.load(Ordering::Relaxed),
             batches_superseded: self.batches_superseded.load(Ordering::Relaxed),
             snapshots_installed: self.snapshots_installed.load(Ordering::Relaxed),
+            batches_pulled: self.batches_pulled.load(Ordering::Relaxed),
         }
     }
 
@@ -86,6 +90,10 @@ impl Health {
 
     pub(crate) fn snapshot_installed(&self) {
         self.snapshots_installed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn pulled(&self, batches: usize) {
+        self.batches_pulled.fetch_add(batches as u64, Ordering::Relaxed);
     }
 
     pub(crate) fn wal_size(&self, disk_bytes: u64) {

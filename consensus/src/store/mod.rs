@@ -40,6 +40,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 
 use statemachine::Fold;
+use statemachine::Seq;
 use statemachine::fold::ApplyError;
 use thiserror::Error;
 use tokio::sync::mpsc;
@@ -205,6 +206,7 @@ impl Store {
         let state_machine = StateMachine {
             platform,
             applied,
+            pulled_upto: Seq::ZERO,
             segments,
             snapshots: snapshots.clone(),
             health: health.clone(),

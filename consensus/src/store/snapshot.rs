@@ -222,6 +222,13 @@ impl SnapshotHandle {
         Snapshot { meta: self.manifest.meta(), snapshot: self }
     }
 
+    /// The same state and events, for a host without a log: it claims no place in one.
+    pub fn without_log(self) -> SnapshotHandle {
+        let manifest =
+            Manifest { last_applied: None, membership: StoredMembership::default(), ..(*self.manifest).clone() };
+        SnapshotHandle { manifest: Arc::new(manifest), home: self.home }
+    }
+
     /// A piece of a part, for a peer that pulls it; at most [`MAX_CHUNK_BYTES`].
     pub fn chunk(&self, part: &Part, offset: u64) -> Result<Option<Vec<u8>>, SnapshotError> {
         self.home.chunk(part, offset, MAX_CHUNK_BYTES)
@@ -295,6 +302,7 @@ impl Snapshots {
         let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(current) = self.current()
             && current.manifest.last_applied >= applied.last_applied
+            && current.manifest.head.seq >= applied.fold.head.seq
             && current.manifest.membership == applied.membership
         {
             return Ok(current);
@@ -395,10 +403,16 @@ impl Snapshots {
         let own = Manifest { segments: self.segments.ids_up_to(manifest.head.seq), ..Manifest::clone(&manifest) };
         self.publish(own)?;
         self.segments.discard(&apart)?;
+        self.forget_received()?;
+        Ok(state)
+    }
+
+    /// Lets go of what was received and is not needed. Blocks.
+    pub fn forget_received(&self) -> Result<(), SnapshotError> {
         for name in self.disk.list(&self.incoming)? {
             self.disk.remove(&self.incoming.join(name))?;
         }
-        Ok(state)
+        Ok(())
     }
 
     fn copy_from(self: &Arc<Self>, handle: SnapshotHandle) -> Result<SnapshotHandle, SnapshotError> {

@@ -14,6 +14,7 @@ use openraft::storage::RaftSnapshotBuilder;
 use openraft::storage::RaftStateMachine;
 use statemachine::Fold;
 use statemachine::Seq;
+use statemachine::batch::SealedBatch;
 use statemachine::fold::Applied;
 use tokio::sync::watch;
 
@@ -40,11 +41,22 @@ const PUBLISH_EVERY_ENTRIES: usize = 64;
 pub struct StateMachine {
     pub(super) platform: Platform,
     pub(super) applied: AppliedState,
+    /// What was pulled comes out of the log again when openraft begins to feed this host; that is no proposal that lost.
+    pub(super) pulled_upto: Seq,
     pub(super) segments: Arc<Segments>,
     pub(super) snapshots: Arc<Snapshots>,
     pub(super) health: Arc<Health>,
     pub(super) fold: watch::Sender<Arc<Fold>>,
     pub(super) head: watch::Sender<Seq>,
+}
+
+/// How an append of pulled batches ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PulledEnd {
+    /// The head after it.
+    At(Seq),
+    /// A batch does not follow `after`, this host's head: another chain, or the fold grew meanwhile.
+    Misfit { after: Seq },
 }
 
 /// Writes one snapshot, of the moment at which it was made.
@@ -70,26 +82,119 @@ impl StateMachine {
             }
             Payload::Normal(proposal) => {
                 for sealed in proposal.batches.iter() {
-                    let applied = self.applied.fold.apply_sealed(sealed)?;
-                    if let Applied::Applied(_) = applied
-                        && self.segments.push(self.applied.fold.head, sealed)?
-                    {
-                        self.seal_in_background();
-                    }
-                    if applied == Applied::Superseded {
+                    let applied = self.append(sealed)?;
+                    let is_again = || sealed.previous().is_ok_and(|previous| previous.seq < self.pulled_upto);
+                    if applied == Applied::Superseded && !is_again() {
                         self.health.batch_superseded();
                     }
                     result.applied.push(applied);
                 }
-                if self.segments.is_overfull() {
-                    let (segments, upto) = (self.segments.clone(), self.applied.fold.head.seq);
-                    let sealed = self.platform.on_disk(move || segments.seal_up_to(upto)).await;
-                    sealed.ok_or(StoreError::ShuttingDown)??;
-                }
+                self.seal_overfull().await?;
             }
         }
         self.applied.last_applied = Some(entry.log_id);
         Ok(result)
+    }
+
+    /// Appends one batch to the fold and to the stream, if it follows the head.
+    fn append(&mut self, sealed: &SealedBatch) -> Result<Applied, StoreError> {
+        let applied = self.applied.fold.apply_sealed(sealed)?;
+        if let Applied::Applied(_) = applied
+            && self.segments.push(self.applied.fold.head, sealed)?
+        {
+            self.seal_in_background();
+        }
+        Ok(applied)
+    }
+
+    async fn seal_overfull(&self) -> Result<(), StoreError> {
+        if !self.segments.is_overfull() {
+            return Ok(());
+        }
+        let (segments, upto) = (self.segments.clone(), self.applied.fold.head.seq);
+        let sealed = self.platform.on_disk(move || segments.seal_up_to(upto)).await;
+        Ok(sealed.ok_or(StoreError::ShuttingDown)??)
+    }
+
+    /// Appends batches that a member has committed, on a host that openraft does not feed. Writes a snapshot when the last one is
+    /// `snapshot_every` batches old: nothing else keeps them here.
+    pub async fn append_pulled(
+        &mut self,
+        batches: Vec<Arc<SealedBatch>>,
+        snapshot_every: u64,
+    ) -> Result<PulledEnd, StoreError> {
+        match self.try_append_pulled(&batches, snapshot_every).await {
+            Err(error) if !matches!(error, StoreError::ShuttingDown) => {
+                self.platform.exit.fatal(&error);
+                Err(error)
+            }
+            ended => ended,
+        }
+    }
+
+    async fn try_append_pulled(
+        &mut self,
+        batches: &[Arc<SealedBatch>],
+        snapshot_every: u64,
+    ) -> Result<PulledEnd, StoreError> {
+        for sealed in batches {
+            if self.append(sealed)? == Applied::Superseded {
+                self.show();
+                return Ok(PulledEnd::Misfit { after: self.applied.fold.head.seq });
+            }
+        }
+        self.seal_overfull().await?;
+        self.health.pulled(batches.len());
+        let head = self.applied.fold.head.seq;
+        self.pulled_upto = head;
+        self.show();
+        let kept = self.snapshots.current().map_or(Seq::ZERO, |snapshot| snapshot.manifest.head.seq);
+        // A member's are asked for by openraft's log.
+        if self.applied.last_applied.is_none() && head.0 >= kept.0 + snapshot_every {
+            self.build().await?;
+        }
+        Ok(PulledEnd::At(head))
+    }
+
+    async fn build(&self) -> Result<(), StoreError> {
+        let (snapshots, applied) = (self.snapshots.clone(), self.applied.clone());
+        let built = self.platform.on_disk(move || snapshots.build(&applied)).await;
+        built.ok_or(StoreError::ShuttingDown)??;
+        Ok(())
+    }
+
+    /// Takes over a snapshot that was pulled from a member. What openraft knows of the member's log is left out: this host has none.
+    pub async fn install_pulled(&mut self, snapshot: SnapshotHandle) -> Result<(), StoreError> {
+        if self.applied.last_applied.is_some() || snapshot.manifest.head.seq <= self.applied.fold.head.seq {
+            return Ok(());
+        }
+        let snapshots = self.snapshots.clone();
+        let installed = self.platform.on_disk(move || snapshots.install(snapshot.without_log())).await;
+        match installed.ok_or(StoreError::ShuttingDown)? {
+            Ok(applied) => {
+                self.applied = applied;
+                self.pulled_upto = self.applied.fold.head.seq;
+                self.health.snapshot_installed();
+                self.show();
+                Ok(())
+            }
+            Err(error) => {
+                let error = error.into();
+                self.platform.exit.fatal(&error);
+                Err(error)
+            }
+        }
+    }
+
+    /// openraft begins to feed a host that pulled: the leader's snapshot says where in the log, and the fold that is here already
+    /// goes on. Batches between the two come out of the log once more and change nothing.
+    async fn adopt_log_position(&mut self, snapshot: &SnapshotHandle) -> Result<(), StoreError> {
+        self.applied.last_applied = snapshot.manifest.last_applied;
+        self.applied.membership = snapshot.manifest.membership.clone();
+        self.build().await?;
+        let snapshots = self.snapshots.clone();
+        let forgotten = self.platform.on_disk(move || snapshots.forget_received()).await;
+        Ok(forgotten.ok_or(StoreError::ShuttingDown)??)
     }
 
     fn seal_in_background(&self) {
@@ -112,12 +217,15 @@ impl StateMachine {
 
     /// Readers first, then proposers: who was answered finds what was answered.
     fn publish<R: AsyncRuntime>(&self, answers: &mut Vec<(ApplyResponder<TypeConfig<R>>, ProposalResult)>) {
-        let seq = self.applied.fold.head.seq;
+        self.show();
+        answers.drain(..).for_each(|(responder, result)| responder.send(result));
+    }
+
+    fn show(&self) {
         if self.fold.borrow().head != self.applied.fold.head {
             self.fold.send_replace(Arc::new(self.applied.fold.clone()));
-            self.head.send_replace(seq);
+            self.head.send_replace(self.applied.fold.head.seq);
         }
-        answers.drain(..).for_each(|(responder, result)| responder.send(result));
     }
 
     fn fatal(&self, error: StoreError) -> io::Error {
@@ -171,6 +279,13 @@ impl<R: AsyncRuntime> RaftStateMachine<TypeConfig<R>> for StateMachine {
     }
 
     async fn install_snapshot(&mut self, _meta: &SnapshotMeta, snapshot: SnapshotHandle) -> io::Result<()> {
+        if self.applied.last_applied.is_none() && self.applied.fold.head.seq >= snapshot.manifest.head.seq {
+            return match self.adopt_log_position(&snapshot).await {
+                Err(StoreError::ShuttingDown) => Err(StoreError::ShuttingDown.into()),
+                Err(error) => Err(self.fatal(error)),
+                Ok(()) => Ok(()),
+            };
+        }
         let snapshots = self.snapshots.clone();
         let installed = self.platform.on_disk(move || snapshots.install(snapshot)).await;
         match installed {
@@ -186,7 +301,9 @@ impl<R: AsyncRuntime> RaftStateMachine<TypeConfig<R>> for StateMachine {
     }
 
     async fn get_current_snapshot(&mut self) -> io::Result<Option<Snapshot>> {
-        Ok(self.snapshots.current().map(SnapshotHandle::snapshot))
+        let current = self.snapshots.current();
+        // One of a host that pulls says nothing about openraft's log.
+        Ok(current.filter(|snapshot| snapshot.manifest.last_applied.is_some()).map(SnapshotHandle::snapshot))
     }
 }
 

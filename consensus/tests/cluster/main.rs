@@ -2,6 +2,7 @@
 
 mod faults;
 mod members;
+mod pulling;
 mod quic;
 mod replication;
 mod world;

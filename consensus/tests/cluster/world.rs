@@ -16,6 +16,7 @@ use consensus::pki::Identity;
 use consensus::platform::Exit;
 use consensus::platform::Platform;
 use consensus::store::memory_disk::MemoryDisk;
+use consensus::transport::Peer;
 use consensus::transport::Transport;
 use consensus::transport::memory::Switchboard;
 use consensus::transport::quic::QuicTransport;
@@ -200,6 +201,8 @@ impl Site {
         // Two shared cores: slower than the product's timers, so that no election is the scheduler's.
         config.timers = Timers { heartbeat_ms: 150, election_min_ms: 450, election_max_ms: 900 };
         config.propose_timeout_ms = 4_000;
+        let others = self.machines.iter().filter(|(other, _)| **other != host);
+        config.peers = others.map(|(host, other)| Peer { host: *host, address: other.address.clone() }).collect();
         (self.config)(&mut config);
         let transport: Arc<dyn Transport> = match (&self.net, &machine.identity) {
             (Net::Memory(switchboard), _) => {
@@ -216,6 +219,11 @@ impl Site {
         };
         let node = Node::start_on(config, platform, transport).await.unwrap();
         self.machines.get_mut(&host).unwrap().node = Some(node);
+    }
+
+    /// Its machine is gone for good.
+    pub fn forget(&mut self, host: HostId) {
+        self.machines.remove(&host);
     }
 
     pub async fn stop(&mut self, host: HostId) {

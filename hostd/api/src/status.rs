@@ -55,7 +55,10 @@ pub enum Role {
     Leader,
     Follower,
     Candidate,
+    /// Holds the log and does not vote.
     Learner,
+    /// No member of the Raft group: takes what was committed from one.
+    Puller,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]

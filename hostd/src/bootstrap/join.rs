@@ -1,5 +1,6 @@
 //! `quorate join TOKEN`: this machine asks to belong.
 
+use std::path::Path;
 use std::time::Duration;
 
 use consensus::pki::HostKey;
@@ -13,6 +14,7 @@ use hostd_api::Problem;
 use hostd_api::SecretText;
 use hostd_api::site::HostJoinAnswer;
 use hostd_api::site::HostJoinRequest;
+use hostd_api::site::Peer;
 use statemachine::command::HostCandidate;
 use tokio::time::Instant;
 
@@ -25,6 +27,8 @@ use crate::peer::chain;
 /// For all addresses and repetitions together.
 const PATIENCE: Duration = Duration::from_secs(20);
 const CONNECT_WITHIN: Duration = Duration::from_secs(3);
+/// Hosts of the site as they were at the join, beside the identity.
+const PEERS_FILE: &str = "peers.json";
 const PAUSE: Duration = Duration::from_millis(300);
 
 /// What came of one address.
@@ -53,8 +57,29 @@ pub async fn ask_site(config: &Config, text: &SecretText) -> Result<Identity, Bo
     };
     let answer = ask_all(&token, &request).await?;
     let identity = accept(&token, &key, &answer)?;
+    // Before the identity, which says that the join is done.
+    keep_peers(&config.identity_dir(), &answer.peers)?;
     identity.save(&config.identity_dir())?;
     Ok(identity)
+}
+
+fn keep_peers(directory: &Path, peers: &[Peer]) -> Result<(), BootstrapError> {
+    let text = serde_json::to_vec(peers).map_err(|_| BootstrapError::BadAnswer { why: "its peers cannot be kept" })?;
+    Ok(write_private(&directory.join(PEERS_FILE), &text)?)
+}
+
+/// The hosts that this one was told of when it joined; none on the first host of a site.
+pub fn known_peers(directory: &Path) -> Vec<consensus::transport::Peer> {
+    let path = directory.join(PEERS_FILE);
+    let peers: Vec<Peer> = match std::fs::read(&path).map(|text| serde_json::from_slice(&text)) {
+        Ok(Ok(peers)) => peers,
+        Ok(Err(error)) => {
+            tracing::warn!("{} is damaged ({error}); the leader finds this host, or join it again", path.display());
+            Vec::new()
+        }
+        Err(_) => Vec::new(),
+    };
+    peers.into_iter().map(|peer| consensus::transport::Peer { host: peer.host, address: peer.address }).collect()
 }
 
 /// The key of an earlier try, or a new one that is kept before it is shown to anybody.

@@ -32,11 +32,15 @@ pub enum Met {
     Partitions,
     HostsLost,
     HostsRemoved,
+    /// Batches that hosts outside the Raft group took from a member.
+    PulledBatches,
+    /// Hosts that pulled first and became members.
+    PullersTakenIn,
 }
 
 impl Met {
     /// A campaign fails while one of these is zero.
-    pub const REQUIRED: [Met; 14] = [
+    pub const REQUIRED: [Met; 16] = [
         Met::LeaderChanges,
         Met::RestoredLeaders,
         Met::RefusedProposals,
@@ -51,6 +55,8 @@ impl Met {
         Met::DiskFailures,
         Met::DiskHangs,
         Met::TrimmedStreams,
+        Met::PulledBatches,
+        Met::PullersTakenIn,
     ];
 }
 

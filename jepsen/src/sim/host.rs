@@ -14,6 +14,7 @@ use consensus::platform::Blocking;
 use consensus::platform::Exit;
 use consensus::platform::Platform;
 use consensus::store::StoreConfig;
+use consensus::transport::Peer;
 use hostd::agent;
 use hostd::agent::AgentHandle;
 use hostd::agent::cluster::Cluster;
@@ -95,6 +96,8 @@ pub struct Process {
 
 pub struct Host {
     pub id: HostId,
+    /// Whom it was told of when it joined.
+    peers: Vec<HostId>,
     pub hardware: Hardware,
     pub oscillator: Oscillator,
     pub process: Option<Process>,
@@ -129,12 +132,14 @@ pub fn facts(boot: BootId) -> HostFacts {
 }
 
 /// Small stores, so that a short life crosses many segments, snapshots and purges.
-fn node_config(host: HostId) -> NodeConfig {
+fn node_config(host: HostId, peers: &[HostId]) -> NodeConfig {
     let any = std::net::SocketAddr::from(([0, 0, 0, 0], 0));
     NodeConfig {
+        peers: peers.iter().map(|peer| Peer { host: *peer, address: address(*peer) }).collect(),
         timers: Timers::default(),
         snapshot_every: 60,
         keep_behind_snapshot: 20,
+        snapshot_ahead: 150,
         store: StoreConfig {
             wal_segment_bytes: 32 << 10,
             wal_group_bytes: 16 << 10,
@@ -146,10 +151,11 @@ fn node_config(host: HostId) -> NodeConfig {
 }
 
 impl Host {
-    pub fn new(id: HostId, oscillator: Oscillator) -> Host {
+    pub fn new(id: HostId, peers: Vec<HostId>, oscillator: Oscillator) -> Host {
         let hardware = Hardware::new(boot_id(id, 1));
         Host {
             id,
+            peers,
             hardware,
             oscillator,
             process: None,
@@ -189,10 +195,11 @@ impl Host {
             exit: Arc::new(ending.clone()),
             blocking: Blocking::Inline,
         };
-        let (hardware, slot, exit, id) = (self.hardware.clone(), started.clone(), ending.clone(), self.id);
+        let (hardware, slot, exit) = (self.hardware.clone(), started.clone(), ending.clone());
+        let config = node_config(self.id, &self.peers);
         runtime.spawn(async move {
             let starting = async {
-                let node = SimNode::start_on(node_config(id), platform, transport).await.map_err(|e| chain(&e))?;
+                let node = SimNode::start_on(config, platform, transport).await.map_err(|e| chain(&e))?;
                 if let Some(genesis) = genesis {
                     node.initialise(genesis).await.map_err(|error| chain(&error))?;
                 }

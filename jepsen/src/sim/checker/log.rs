@@ -155,6 +155,11 @@ impl Checker {
         self.coverage.add(Met::SupersededBatches, superseded.saturating_sub(seen.superseded));
         self.coverage.add(Met::Purges, u64::from(metrics.purged_index > seen.purged));
         (seen.installs, seen.superseded, seen.purged) = (installs, superseded, metrics.purged_index);
+        let pulled = metrics.disk.batches_pulled;
+        self.coverage.add(Met::PulledBatches, pulled.saturating_sub(seen.pulled));
+        let taken_in = pulled > 0 && metrics.applied_index > 0;
+        self.coverage.add(Met::PullersTakenIn, u64::from(taken_in && !seen.was_taken_in));
+        (seen.pulled, seen.was_taken_in) = (pulled, taken_in);
         if metrics.is_leader {
             let voters = node.status().voters;
             if voters != self.members {

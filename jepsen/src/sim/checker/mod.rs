@@ -55,6 +55,8 @@ struct Seen {
     installs: u64,
     superseded: u64,
     purged: u64,
+    pulled: u64,
+    was_taken_in: bool,
     /// Since when the log calls it unreachable.
     unreachable_since_ms: Option<u64>,
     /// Where in the log it was unreachable: from a seq, before a seq.

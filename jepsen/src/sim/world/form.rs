@@ -33,7 +33,8 @@ impl World {
 
     fn add_host(&mut self, id: HostId, genesis: Option<Request>) {
         let oscillator = self.oscillator();
-        let mut host = Host::new(id, oscillator);
+        let peers = self.hosts.keys().copied().collect();
+        let mut host = Host::new(id, peers, oscillator);
         host.start(&self.network, self.now_ms, genesis);
         self.hosts.insert(id, host);
     }

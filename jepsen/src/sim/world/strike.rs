@@ -2,7 +2,6 @@
 
 use statemachine::HostId;
 use statemachine::command::Command;
-use statemachine::decide::HOSTS_MAX;
 
 use super::World;
 use crate::sim::coverage::Met;
@@ -10,6 +9,8 @@ use crate::sim::faults::Fault;
 use crate::sim::host::Host;
 use crate::sim::network::Network;
 
+/// Three more than openraft carries.
+const HOSTS: usize = 10;
 /// What a leader whose disk hung may decide about itself, it decides within this time.
 const AFTER_HANG_MS: u64 = 1_000;
 
@@ -167,7 +168,7 @@ impl World {
                 self.after(for_ms, End::DiskGoesOn(id));
             }
             Fault::TransferLead { to } => self.transfer_lead(to),
-            Fault::Join if self.hosts.len() + self.joining.len() < HOSTS_MAX => self.begin_join(),
+            Fault::Join if self.hosts.len() + self.joining.len() < HOSTS => self.begin_join(),
             Fault::Join => {}
             Fault::Remove { host } => self.begin_removal(host),
         }

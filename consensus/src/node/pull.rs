@@ -1,0 +1,211 @@
+//! A host that is no member pulls what was committed; a member serves it ([`crate::feed`], ADR 13).
+//!
+//! The host's log and vote stay empty. What it pulls goes through the same state machine as what openraft applies, so that
+//! everything above sees one fold and one stream. When a slot among the members becomes free, the leader adds the host as a
+//! learner: what comes out of the log then and is in the fold already changes nothing.
+
+use std::sync::Arc;
+use std::sync::PoisonError;
+use std::sync::Weak;
+use std::time::Duration;
+
+use bytes::Bytes;
+use openraft::AsyncRuntime;
+use openraft::async_runtime::WatchReceiver;
+use statemachine::HostId;
+use statemachine::codec;
+use tokio::time::Instant;
+
+use super::Inner;
+use crate::feed::Committed;
+use crate::feed::Outlook;
+use crate::feed::PULL_BATCHES;
+use crate::feed::PULL_BYTES;
+use crate::feed::PullRequest;
+use crate::feed::Pulled;
+use crate::feed::WAIT_MAX_MS;
+use crate::store::event_store::EventStoreError;
+use crate::store::state_machine::PulledEnd;
+use crate::transport::Channel;
+use crate::transport::Peer;
+use crate::transport::Refusal;
+
+/// A busy stream is asked for this often, so that 500 hosts cost each member some thousand small answers a second.
+const BETWEEN: Duration = Duration::from_millis(50);
+/// Pause before the next member is asked when one does not answer well.
+const AFTER_FAILURE: Duration = Duration::from_millis(250);
+/// A member looks this often whether it still is one.
+const MEMBER_LOOKS: Duration = Duration::from_secs(1);
+/// On top of the wait that was asked for.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// The same failure is told again after this long.
+const REPEAT: Duration = Duration::from_secs(60);
+
+/// Pulls whenever this host is no member and no leader appends to it; ends with the node.
+pub(super) async fn pull_while_outside<R: AsyncRuntime>(node: Weak<Inner<R>>) {
+    let mut turn = 0;
+    let mut told: Option<Instant> = None;
+    loop {
+        let Some(inner) = node.upgrade() else { return };
+        if !inner.is_outside() {
+            inner.outlook.send_if_modified(|outlook| outlook.take().is_some());
+            drop(inner);
+            tokio::time::sleep(MEMBER_LOOKS).await;
+            continue;
+        }
+        let pause = match inner.pull(turn).await {
+            Ok(Next::More) => Duration::ZERO,
+            Ok(Next::Later) => BETWEEN,
+            Ok(Next::OtherMember) => {
+                turn += 1;
+                AFTER_FAILURE
+            }
+            Err(why) => {
+                turn += 1;
+                if told.is_none_or(|at| at.elapsed() > REPEAT) {
+                    tracing::warn!("this host pulls what was committed, and cannot now: {why}");
+                    told = Some(Instant::now());
+                }
+                AFTER_FAILURE
+            }
+        };
+        drop(inner);
+        tokio::time::sleep(pause).await;
+    }
+}
+
+enum Next {
+    /// The member has more.
+    More,
+    Later,
+    /// This one knows no leader, or is behind us.
+    OtherMember,
+}
+
+impl<R: AsyncRuntime> Inner<R> {
+    fn is_member(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let membership = metrics.borrow_watched().membership_config.clone();
+        membership.nodes().any(|(host, _)| *host == self.host.0)
+    }
+
+    /// No member, and no leader appends to it: one that is being added hears its leader before it knows.
+    pub(super) fn is_outside(&self) -> bool {
+        !self.is_member() && self.silence_ms() > 3 * self.config.timers.election_max_ms
+    }
+
+    /// On a member: what was committed after what the asker has.
+    pub(super) async fn serve_pull(&self, body: &[u8]) -> Result<Bytes, Refusal> {
+        let request: PullRequest = codec::decode(body).map_err(Refusal::new)?;
+        if !self.is_member() {
+            return Err(Refusal::new("this host is no member of the Raft group; it pulls itself"));
+        }
+        let mut head = self.events.watch_head();
+        let wait = Duration::from_millis(u64::from(request.wait_ms.min(WAIT_MAX_MS)));
+        // Nothing new in time is an answer too: it says who leads.
+        let _ = tokio::time::timeout(wait, head.wait_for(|head| *head > request.after)).await;
+        let what = self.committed_after(request).await.map_err(Refusal::new)?;
+        Ok(Bytes::from(codec::encode(&Pulled { what, outlook: self.outlook_of_member() })))
+    }
+
+    async fn committed_after(&self, request: PullRequest) -> Result<Committed, EventStoreError> {
+        let head = self.events.head();
+        let snapshot = self.snapshots.current();
+        if let Some(snapshot) = &snapshot
+            && snapshot.manifest.head.seq.0 > request.after.0.saturating_add(self.config.snapshot_ahead)
+        {
+            return Ok(Committed::Snapshot { manifest: snapshot.manifest.encode() });
+        }
+        match self.events.read(request.after, PULL_BATCHES, PULL_BYTES).await {
+            Ok(stored) => {
+                let batches = stored.into_iter().map(|batch| batch.sealed).collect();
+                Ok(Committed::Batches { batches, head })
+            }
+            Err(EventStoreError::Ahead { .. }) => Ok(Committed::Batches { batches: Vec::new(), head }),
+            Err(trimmed @ EventStoreError::Trimmed { .. }) => match snapshot {
+                Some(snapshot) => Ok(Committed::Snapshot { manifest: snapshot.manifest.encode() }),
+                None => Err(trimmed),
+            },
+            Err(error) => Err(error),
+        }
+    }
+
+    fn outlook_of_member(&self) -> Outlook {
+        let metrics = self.raft.metrics();
+        let membership = metrics.borrow_watched().membership_config.clone();
+        Outlook {
+            leader: self.leader_now(),
+            voters: membership.voter_ids().map(HostId).collect(),
+            learners: membership.membership().learner_ids().map(HostId).collect(),
+        }
+    }
+
+    /// Members in the order in which this host asks them: spread by its id, the leader last. Until one has answered, every host
+    /// that is known is tried.
+    fn sources(&self, turn: usize) -> Option<Peer> {
+        let mut hosts: Vec<HostId> = Vec::new();
+        if let Some(outlook) = &*self.outlook.borrow() {
+            let leader = outlook.leader;
+            hosts =
+                outlook.voters.iter().chain(&outlook.learners).copied().filter(|host| Some(*host) != leader).collect();
+            let first = self.host.0 as usize % hosts.len().max(1);
+            hosts.rotate_left(first);
+            hosts.extend(leader);
+        }
+        // Members may all have changed while this host was away.
+        let others = self.fold.borrow().state.hosts.iter().map(|(host, _)| *host).collect::<Vec<_>>();
+        hosts.extend(others);
+        hosts.extend(self.config.peers.iter().map(|peer| peer.host));
+        hosts.retain(|host| *host != self.host);
+        let mut seen = std::collections::BTreeSet::new();
+        hosts.retain(|host| seen.insert(*host));
+        let host = *hosts.get(turn % hosts.len().max(1))?;
+        let known = self.addresses.members.lock().unwrap_or_else(PoisonError::into_inner).get(&host).cloned();
+        let told = || self.config.peers.iter().find(|peer| peer.host == host).map(|peer| peer.address.clone());
+        let applied = self.fold.borrow().state.hosts.get(&host).map(|host| host.address.clone());
+        Some(Peer { host, address: applied.or(known).or_else(told)? })
+    }
+
+    async fn pull(self: &Arc<Self>, turn: usize) -> Result<Next, String> {
+        let source = self.sources(turn).ok_or("it knows no other host; join it again")?;
+        let after = self.fold.borrow().head.seq;
+        let wait = Duration::from_millis(self.config.timers.election_max_ms);
+        let request = PullRequest { after, wait_ms: wait.as_millis() as u32 };
+        let body = Bytes::from(codec::encode(&request));
+        let answer = self.transport.call(source.clone(), Channel::Pull, body, wait + ANSWER_WITHIN).await;
+        let answer = answer.map_err(words)?;
+        let Pulled { what, outlook } =
+            codec::decode(&answer).map_err(|error| format!("host {}: {error}", source.host))?;
+        let knows_leader = outlook.leader.is_some();
+        if knows_leader {
+            self.pulled_ms.store(self.boottime_ms(), std::sync::atomic::Ordering::Relaxed);
+            self.outlook.send_if_modified(|known| known.replace(outlook.clone()) != Some(outlook));
+        }
+        let next = match what {
+            Committed::Batches { batches, head } if batches.is_empty() && head < after => Next::OtherMember,
+            Committed::Batches { batches, .. } if batches.is_empty() => Next::Later,
+            Committed::Batches { batches, head } => {
+                let every = self.config.snapshot_every;
+                let appended = self.raft.with_state_machine(move |store| Box::pin(store.append_pulled(batches, every)));
+                match appended.await.map_err(words)?.map_err(words)? {
+                    PulledEnd::At(seq) if seq < head => Next::More,
+                    PulledEnd::At(_) => Next::Later,
+                    PulledEnd::Misfit { after } => {
+                        return Err(format!("what host {} sent does not follow seq {after}", source.host));
+                    }
+                }
+            }
+            Committed::Snapshot { manifest } => {
+                let (_turn, snapshot) = self.service.fetch(source, &manifest).await?;
+                let installed = self.raft.with_state_machine(move |store| Box::pin(store.install_pulled(snapshot)));
+                installed.await.map_err(words)?.map_err(words)?;
+                Next::More
+            }
+        };
+        Ok(if knows_leader { next } else { Next::OtherMember })
+    }
+}
+
+fn words(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
