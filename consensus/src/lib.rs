@@ -9,6 +9,7 @@
 //! - [`store`]: what is durable when (README.md has the table).
 //! - [`pki`], [`transport`]: who a peer is, and how hosts talk. [`network`]: Raft's messages on it.
 //! - [`decider`]: commands become batches on the leader, and answers wait for their ground.
+//! - [`recover`]: one host goes on when the majority is lost.
 //! - [`node`]: one host's member: the door for hostd. [`membership`]: who should vote. [`feed`]: members are pushed to, others pull.
 //!
 //! Start reading at [`node::NodeOn::propose`], and at [`store::Store::open`] for what is on the disk.
@@ -20,6 +21,7 @@ pub mod network;
 pub mod node;
 pub mod pki;
 pub mod platform;
+pub mod recover;
 pub mod store;
 pub mod transport;
 pub mod types;

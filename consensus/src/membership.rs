@@ -1,8 +1,9 @@
 //! Who should be a voter: a pure function from what the cluster believes to the next single step.
 //!
-//! One voter while fewer than three hosts are alive, else three; other hosts are standby learners, at most four; removed
-//! hosts leave (DESIGN §4, hazard H19). Voters are kept as they are: an unreachable voter is not replaced here, since
-//! only `HostFenced` or an operator says that it will not come back. One step at a time, through one controller
+//! One voter while fewer than three hosts are alive, else three, or five where the site asks for them and has them; other hosts
+//! are standby learners, at most four; removed hosts leave (DESIGN §4, hazard H19). Voters are kept as they are, but for two reasons:
+//! one that was away for ten minutes is replaced by a learner that is there, and one that shares a failure domain with
+//! another by a learner of a domain of its own. One step at a time, through one controller
 //! ([`crate::node::NodeOn::reconcile_membership`]): concurrent changes may end in a joint configuration for good; one whose
 //! leader died halfway is ended by the next leader.
 
@@ -14,7 +15,8 @@ use statemachine::State;
 use statemachine::state::Host;
 use statemachine::state::Liveness;
 
-pub const VOTERS: usize = 3;
+/// Below this many hosts one votes alone: two voters are worse than one.
+pub const VOTERS_MIN: usize = 3;
 pub const STANDBY_LEARNERS: usize = 4;
 
 /// The membership as the leader knows it.
@@ -26,6 +28,8 @@ pub struct Current {
     pub addresses: BTreeMap<HostId, String>,
     /// Learners that hold nearly all of the log: promoting another would stall commits until it caught up.
     pub caught_up: BTreeSet<HostId>,
+    /// Hosts that were away for so long that another takes their place among the voters.
+    pub gone: BTreeSet<HostId>,
     /// The newest membership entry is not committed yet: a change is under way.
     pub is_changing: bool,
     /// The voters that a joint configuration leads to.
@@ -125,22 +129,85 @@ pub fn release(state: &State, current: &Current, host: HostId) -> Release {
 /// has too few hosts for a majority that survives one of them.
 fn wanted_voters(state: &State, current: &Current) -> BTreeSet<HostId> {
     let kept: BTreeSet<HostId> = current.voters.iter().copied().filter(|host| state.hosts.contains(host)).collect();
-    if state.hosts.len() < VOTERS {
+    if state.hosts.len() < VOTERS_MIN {
         let alone = if kept.contains(&current.leader) { Some(current.leader) } else { kept.first().copied() };
         return alone.into_iter().collect();
     }
+    let mut choice = Choice { state, current, voters: kept.clone() };
+    let size = voter_count(state);
+    while choice.voters.len() > size && choice.drop_one() {}
+    while choice.voters.len() < size && choice.add_one() {}
+    // One becomes three at once, and three become five: an even number needs one more answer and survives no more losses.
     let alive = state.hosts.iter().filter(|(_, host)| is_alive(host)).count();
-    let candidates = current
-        .learners()
-        .filter(|host| current.caught_up.contains(host) && state.hosts.get(host).is_some_and(is_alive));
-    let missing = VOTERS.saturating_sub(kept.len());
-    let added: Vec<HostId> = candidates.take(missing).collect();
-    // Two voters are worse than one: both must answer. So one becomes three at once.
-    let grows_to_majority = kept.len() + added.len() >= VOTERS;
-    if kept.len() <= 1 && !(grows_to_majority && alive >= VOTERS) {
-        return kept;
+    let alone = kept.len() <= 1 && (choice.voters.len() < VOTERS_MIN || alive < VOTERS_MIN);
+    let even = choice.voters.len() > kept.len() && kept.len() >= VOTERS_MIN && choice.voters.len() < size;
+    if alone || even {
+        choice.voters = kept.clone();
     }
-    kept.into_iter().chain(added).collect()
+    if choice.voters == kept {
+        choice.replace_one();
+    }
+    choice.voters
+}
+
+/// How many hosts should vote in a site of at least three.
+fn voter_count(state: &State) -> usize {
+    let asked = state.site.as_ref().map_or(VOTERS_MIN, |site| site.voters.into());
+    if state.hosts.len() >= asked { asked } else { VOTERS_MIN }
+}
+
+/// A set of voters that is being put together. Whoever leads stays: it cannot take itself out without a gap.
+struct Choice<'a> {
+    state: &'a State,
+    current: &'a Current,
+    voters: BTreeSet<HostId>,
+}
+
+impl Choice<'_> {
+    fn domain(&self, host: HostId) -> Option<&str> {
+        let domain = self.state.hosts.get(&host)?.failure_domain.as_str();
+        (!domain.is_empty()).then_some(domain)
+    }
+
+    /// Another voter would fail together with this host.
+    fn is_doubled(&self, host: HostId) -> bool {
+        let domain = self.domain(host);
+        domain.is_some() && self.voters.iter().any(|other| *other != host && self.domain(*other) == domain)
+    }
+
+    /// Learners that may vote at once, those first that share no domain with a voter.
+    fn candidate(&self) -> Option<HostId> {
+        let able = |host: &HostId| {
+            let is_there = self.state.hosts.get(host).is_some_and(is_alive);
+            is_there && self.current.caught_up.contains(host) && !self.voters.contains(host)
+        };
+        self.current.learners().filter(able).min_by_key(|host| (self.is_doubled(*host), *host))
+    }
+
+    /// The voter that is missed least: away, then doubled, then the newest.
+    fn least(&self) -> Option<HostId> {
+        let others = self.voters.iter().copied().filter(|host| *host != self.current.leader);
+        others.max_by_key(|host| (self.current.gone.contains(host), self.is_doubled(*host), *host))
+    }
+
+    fn drop_one(&mut self) -> bool {
+        self.least().is_some_and(|host| self.voters.remove(&host))
+    }
+
+    fn add_one(&mut self) -> bool {
+        self.candidate().is_some_and(|host| self.voters.insert(host))
+    }
+
+    /// A voter that is away, or doubled, makes room for a learner that is not.
+    fn replace_one(&mut self) {
+        let (Some(old), Some(new)) = (self.least(), self.candidate()) else { return };
+        let is_gone = self.current.gone.contains(&old);
+        let spreads = self.is_doubled(old) && !self.is_doubled(new);
+        if is_gone || spreads {
+            self.voters.remove(&old);
+            self.voters.insert(new);
+        }
+    }
 }
 
 fn leaving(state: &State, current: &Current) -> Option<Step> {
@@ -155,7 +222,8 @@ fn moved(state: &State, current: &Current) -> Option<Step> {
 }
 
 fn joining(state: &State, current: &Current) -> Option<Step> {
-    let standby = VOTERS - current.voters.len().min(VOTERS) + STANDBY_LEARNERS;
+    let count = voter_count(state);
+    let standby = count - current.voters.len().min(count) + STANDBY_LEARNERS;
     if current.learners().count() >= standby {
         return None;
     }
@@ -173,11 +241,14 @@ mod tests {
     use statemachine::BootId;
     use statemachine::ClusterId;
     use statemachine::Seq;
+    use statemachine::SiteId;
     use statemachine::command::HostFacts;
+    use statemachine::decide::FEATURE_LEVEL;
     use statemachine::state::Administrative;
     use statemachine::state::Capacity;
     use statemachine::state::Fingerprint;
     use statemachine::state::HostUsage;
+    use statemachine::state::Site;
     use uuid::Uuid;
 
     use super::*;
@@ -198,7 +269,7 @@ mod tests {
                 facts: HostFacts {
                     boot: BootId(Uuid::from_u128(1)),
                     capacity: Capacity::default(),
-                    feature_level: 1,
+                    feature_level: FEATURE_LEVEL,
                     version: String::new(),
                     clock_runs_while_stopped: true,
                     watchdog_timeout_ms: None,
@@ -209,6 +280,7 @@ mod tests {
                 liveness: *liveness,
                 spm_priority: 5,
                 usage: HostUsage::default(),
+                failure_domain: String::new(),
             };
             state.hosts.insert(HostId(*id), host);
         }
@@ -231,6 +303,7 @@ mod tests {
             voters: ids(voters),
             addresses: all.map(|host| (HostId(*host), address(*host))).collect(),
             caught_up: ids(learners),
+            gone: BTreeSet::new(),
             is_changing: false,
             joint: None,
         }
@@ -283,6 +356,63 @@ mod tests {
         let site =
             state(&[(1, Liveness::Alive), (2, Liveness::Alive), (3, Liveness::Unreachable), (4, Liveness::Alive)]);
         assert_eq!(plan(&site, &members(&[1, 2, 3], &[4])), None);
+    }
+
+    #[test]
+    fn a_voter_that_was_away_for_long_is_replaced_by_one_that_is_there() {
+        let site =
+            state(&[(1, Liveness::Alive), (2, Liveness::Alive), (3, Liveness::Unreachable), (4, Liveness::Alive)]);
+        let current = Current { gone: ids(&[3]), ..members(&[1, 2, 3], &[4]) };
+        assert_eq!(plan(&site, &current), Some(Step::SetVoters(ids(&[1, 2, 4]))));
+        let late = Current { caught_up: BTreeSet::new(), ..current.clone() };
+        assert_eq!(plan(&site, &late), None, "a voter without the log would stall commits");
+        let after = converge(&site, current);
+        assert_eq!(after.learners().collect::<Vec<_>>(), vec![HostId(3)], "it comes back as a learner");
+        let leads = Current { gone: ids(&[1]), ..members(&[1, 2, 3], &[4]) };
+        assert_eq!(plan(&site, &leads), None, "who leads is not away");
+    }
+
+    fn with_domains(mut state: State, domains: &[(u64, &str)]) -> State {
+        for (host, domain) in domains {
+            state.hosts.update(&HostId(*host), |host| host.failure_domain = (*domain).to_owned());
+        }
+        state
+    }
+
+    #[test]
+    fn voters_spread_over_failure_domains() {
+        let racks = [(1, "a"), (2, "a"), (3, "a"), (4, "b"), (5, "c")];
+        let site = with_domains(alive(&[1, 2, 3, 4, 5]), &racks);
+        assert_eq!(converge(&site, members(&[1], &[])).voters, ids(&[1, 4, 5]), "from the beginning");
+        let after = converge(&site, members(&[1, 2, 3], &[4, 5]));
+        assert_eq!(after.voters, ids(&[1, 4, 5]), "one swap after the other");
+        let two = with_domains(alive(&[1, 2, 3, 4]), &[(1, "a"), (2, "a"), (3, "b"), (4, "b")]);
+        assert_eq!(plan(&two, &members(&[1, 2, 3], &[4])), None, "no swap that spreads nothing");
+    }
+
+    #[test]
+    fn five_vote_where_the_site_asks_for_them_and_has_them() {
+        let asks = |hosts: &[u64]| {
+            let mut state = alive(hosts);
+            state.site = Some(Site {
+                id: SiteId(Uuid::from_u128(7)),
+                name: "site".to_owned(),
+                ca: Fingerprint([0; 32]),
+                feature_level: 2,
+                trimmed_upto: Seq::ZERO,
+                voters: 5,
+                generation: 0,
+            });
+            state
+        };
+        assert_eq!(converge(&asks(&[1, 2, 3, 4]), members(&[1], &[])).voters, ids(&[1, 2, 3]));
+        let mut one_short = members(&[1, 2, 3], &[4, 5]);
+        one_short.caught_up = ids(&[4]);
+        assert_eq!(plan(&asks(&[1, 2, 3, 4, 5]), &one_short), None, "four are no better than three");
+        let seven = converge(&asks(&[1, 2, 3, 4, 5, 6, 7]), members(&[1, 2, 3], &[]));
+        assert_eq!((seven.voters, seven.addresses.len()), (ids(&[1, 2, 3, 4, 5]), 7));
+        let fewer = converge(&alive(&[1, 2, 3, 4, 5, 6]), members(&[1, 2, 3, 4, 5], &[6]));
+        assert_eq!(fewer.voters, ids(&[1, 2, 3]), "and three again when it asks for no more");
     }
 
     #[test]

@@ -140,6 +140,8 @@ pub(crate) struct Inner<R: AsyncRuntime> {
     pulled_ms: AtomicU64,
     /// What members say, while this host is none.
     outlook: watch::Sender<Option<Outlook>>,
+    /// Since when a leader knows a host as unreachable: milliseconds of its boottime.
+    away_since_ms: Mutex<BTreeMap<HostId, u64>>,
     /// One membership change at a time.
     membership: tokio::sync::Mutex<()>,
     guard: Mutex<GuardReport>,
@@ -228,6 +230,7 @@ impl<R: AsyncRuntime> NodeOn<R> {
             heard_ms: AtomicU64::new(started_ms),
             pulled_ms: AtomicU64::new(0),
             outlook,
+            away_since_ms: Mutex::default(),
             membership: tokio::sync::Mutex::default(),
             guard: Mutex::default(),
             stop: CancellationToken::new(),

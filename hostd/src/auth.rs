@@ -179,7 +179,15 @@ mod tests {
 
     fn state_with(tokens: &[(u8, TokenPurpose, TokenStatus, u64)]) -> State {
         let ca = Fingerprint([0; 32]);
-        let site = Site { id: site(1), name: "lab".to_owned(), ca, feature_level: 1, trimmed_upto: Seq::ZERO };
+        let site = Site {
+            id: site(1),
+            name: "lab".to_owned(),
+            ca,
+            feature_level: statemachine::decide::FEATURE_LEVEL,
+            trimmed_upto: Seq::ZERO,
+            voters: Site::VOTERS,
+            generation: 0,
+        };
         let mut state = State { site: Some(site), ..State::default() };
         for (index, (secret, purpose, status, expires_ms)) in tokens.iter().enumerate() {
             let token = Token {

@@ -14,6 +14,7 @@ use anyhow::Context;
 use consensus::pki::Clients;
 use consensus::pki::Identity;
 use consensus::pki::identity::CERTIFICATE_FILE;
+use consensus::recover;
 use hostd_api::Problem;
 use hostd_api::SecretText;
 use hostd_api::problem::Code;
@@ -126,6 +127,10 @@ impl Daemon {
     pub async fn resume(self: &Arc<Self>) -> Result<(), BootstrapError> {
         let _turn = self.changing.lock().await;
         let directory = self.config.identity_dir();
+        let half = self.config.data_dir.join(recover::IDENTITY_NEXT);
+        if half.exists() {
+            return Err(BootstrapError::HalfRecovered { path: half });
+        }
         // Written last, so its presence says that the identity is whole.
         if !directory.join(CERTIFICATE_FILE).exists() {
             return Ok(());
@@ -249,6 +254,7 @@ impl Daemon {
         let tls = Arc::new(identity.server_config(Clients::Optional, &[b"http/1.1"])?);
         let metrics = Metrics::new().map_err(|error| Problem::new(Code::Internal, format!("metrics: {error}")))?;
         let begins = genesis.is_some();
+        let recovered = recover::begun(&self.config.identity_dir())?;
         let member = Member::start(&self.config, identity, genesis, Arc::new(metrics), cancel.clone()).await?;
         if let Err(error) = member.start_work(&self.config).await {
             member.stop().await;
@@ -262,6 +268,14 @@ impl Daemon {
             let command = init::first_certificate(member.identity())?;
             member.propose(Actor::Duty(member.own()), None, command).await?;
             init::finish(&self.config)?;
+        }
+        if let Some(begun) = recovered {
+            let command = Command::SiteRecover { generation: begun.generation, ca: begun.ca };
+            member.propose(Actor::Duty(member.own()), None, command).await?;
+            let command = init::first_certificate(member.identity())?;
+            member.propose(Actor::Duty(member.own()), None, command).await?;
+            recover::finished(&self.config.identity_dir())?;
+            tracing::info!(generation = begun.generation, "the site is recovered; join other hosts with new tokens");
         }
         Ok(member)
     }

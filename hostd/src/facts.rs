@@ -5,13 +5,12 @@ use std::path::Path;
 
 use statemachine::BootId;
 use statemachine::command::HostFacts;
+use statemachine::decide::FEATURE_LEVEL;
 use statemachine::state::Capacity;
 use thiserror::Error;
 
 use crate::config::Config;
 
-/// Highest feature level that this build can apply.
-pub const FEATURE_LEVEL: u32 = 1;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 const MEMINFO: &str = "/proc/meminfo";
 const CPUINFO: &str = "/proc/cpuinfo";

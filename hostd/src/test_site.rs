@@ -22,6 +22,7 @@ use statemachine::command::HostCandidate;
 use statemachine::command::HostFacts;
 use statemachine::command::ReportId;
 use statemachine::command::Request;
+use statemachine::decide::FEATURE_LEVEL;
 use statemachine::fold::Answer;
 use statemachine::fold::Decision;
 use statemachine::fold::Fold;
@@ -57,7 +58,7 @@ pub fn facts(boot: BootId) -> HostFacts {
     HostFacts {
         boot,
         capacity: Capacity { cpu_threads: 8, memory_mib: 8192 },
-        feature_level: 1,
+        feature_level: FEATURE_LEVEL,
         version: "0.1.0".to_owned(),
         clock_runs_while_stopped: true,
         watchdog_timeout_ms: None,

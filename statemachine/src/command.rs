@@ -147,9 +147,19 @@ pub enum Command {
     HostRemove {
         host: HostId,
     },
-    HostSpmPriority {
+    HostChange {
         host: HostId,
-        priority: i8,
+        change: HostChange,
+    },
+    /// How many hosts vote: 3 or 5.
+    VoterCount {
+        voters: u8,
+    },
+    /// First command of a host that goes on alone after the majority was lost (`quorate recover`). Every other host is off or
+    /// wiped: a person gave their word. They leave the site, and what ran on them runs no more.
+    SiteRecover {
+        generation: u32,
+        ca: Fingerprint,
     },
     /// First word of a host in an incarnation, or a change of its facts. Another boot id releases its permits.
     ReportHost {
@@ -211,6 +221,11 @@ pub enum Command {
         detail: String,
     },
 
+    // -- the site, duties of the leader
+    /// Every host that is not away supports the level.
+    FeatureLevelActivate {
+        level: u32,
+    },
     // -- the stream
     /// Batches up to here are no longer wanted.
     EventsTrim {
@@ -225,6 +240,15 @@ pub enum Command {
     SpmRelease {
         data_center: DataCenterId,
     },
+}
+
+/// What may change on a host; `None` keeps.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct HostChange {
+    /// -1 never, 0 to 10.
+    pub spm_priority: Option<i8>,
+    /// Hosts of one domain may fail together; empty: it shares none.
+    pub failure_domain: Option<String>,
 }
 
 /// What may change on a defined VM; `None` keeps.

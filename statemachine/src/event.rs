@@ -97,6 +97,12 @@ events! {
     3 ClusterCreated { cluster: ClusterId, data_center: DataCenterId, name: String, scheduling: SchedulingPolicy }
     /// Hosts need not keep batches up to here any longer.
     4 EventsTrimmed { upto: Seq }
+    /// Every host that is not away can apply what this level allows.
+    5 FeatureLevelActivated { level: u32 }
+    /// How many hosts vote, where there are as many.
+    6 VoterCountChanged { voters: u8 }
+    /// The majority of the voters was lost for good, and one host went on alone: a new generation, under a new authority.
+    7 SiteRecovered { generation: u32, host: HostId, ca: Fingerprint }
 
     10 TokenCreated { token: TokenId, purpose: TokenPurpose, secret_hash: [u8; 32], expires_ms: u64, note: String }
     11 TokenRevoked { token: TokenId }
@@ -116,6 +122,8 @@ events! {
     28 HostActivated { host: HostId }
     29 HostRemoved { host: HostId }
     30 HostSpmPriorityChanged { host: HostId, priority: i8 }
+    /// Hosts of one domain may fail together: a rack, a power feed. Empty: a domain of its own.
+    31 HostFailureDomainChanged { host: HostId, domain: String }
 
     40 VmDefined { vm: VmId, name: String, cluster: ClusterId, spec: Arc<VmSpec>, run_strategy: RunStrategy }
     41 VmRenamed { vm: VmId, name: String }
@@ -144,9 +152,19 @@ pub enum ReleaseEvidence {
     Host,
     /// The host came back as another incarnation.
     BootId,
+    /// A person who recovered the site gave their word that the host is off or wiped.
+    Operator,
 }
 
 impl Event {
+    /// The feature level that a site needs before this may enter its log (DESIGN §3, *Schema*).
+    pub fn feature_level(&self) -> u32 {
+        match self {
+            Event::VoterCountChanged(_) | Event::SiteRecovered(_) | Event::HostFailureDomainChanged(_) => 2,
+            _ => 1,
+        }
+    }
+
     /// Names of the things that the event is about, for filters of the stream: `vm/<id>`, `host/<id>`, ...
     pub fn entities(&self) -> Vec<String> {
         let host = |id: &HostId| format!("host/{id}");
@@ -155,7 +173,9 @@ impl Event {
             Event::SiteInitialised(e) => vec![format!("site/{}", e.site)],
             Event::DataCenterCreated(e) => vec![format!("data_center/{}", e.data_center)],
             Event::ClusterCreated(e) => vec![format!("cluster/{}", e.cluster)],
-            Event::EventsTrimmed(_) => Vec::new(),
+            Event::EventsTrimmed(_) | Event::FeatureLevelActivated(_) | Event::VoterCountChanged(_) => Vec::new(),
+            Event::SiteRecovered(e) => vec![host(&e.host)],
+            Event::HostFailureDomainChanged(e) => vec![host(&e.host)],
             Event::TokenCreated(e) => vec![format!("token/{}", e.token)],
             Event::TokenRevoked(e) => vec![format!("token/{}", e.token)],
             Event::TokenUsed(e) => vec![format!("token/{}", e.token), host(&e.host)],

@@ -46,13 +46,17 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
                 ca: e.ca,
                 feature_level: e.feature_level,
                 trimmed_upto: Seq::ZERO,
+                voters: Site::VOTERS,
+                generation: 0,
             });
         }
-        Event::EventsTrimmed(e) => {
-            if let Some(site) = state.site.as_mut() {
-                site.trimmed_upto = e.upto;
-            }
-        }
+        Event::FeatureLevelActivated(e) => update_site(state, |site| site.feature_level = e.level),
+        Event::VoterCountChanged(e) => update_site(state, |site| site.voters = e.voters),
+        Event::SiteRecovered(e) => update_site(state, |site| {
+            site.generation = e.generation;
+            site.ca = e.ca;
+        }),
+        Event::EventsTrimmed(e) => update_site(state, |site| site.trimmed_upto = e.upto),
         Event::DataCenterCreated(e) => {
             state.data_centers.insert(e.data_center, DataCenter { name: e.name.clone(), spm: None });
         }
@@ -89,6 +93,7 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
                 liveness: Liveness::New,
                 spm_priority: 5,
                 usage: HostUsage::default(),
+                failure_domain: String::new(),
             };
             state.hosts.insert(e.host, host);
         }
@@ -125,6 +130,9 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
         Event::HostRemoved(e) => {
             state.hosts.remove(&e.host);
             state.removed_hosts.insert(e.host, at.seq);
+        }
+        Event::HostFailureDomainChanged(e) => {
+            state.hosts.update(&e.host, |host| host.failure_domain = e.domain.clone());
         }
         Event::HostSpmPriorityChanged(e) => state.hosts.update(&e.host, |host| host.spm_priority = e.priority),
 
@@ -189,7 +197,7 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
             });
         }
         Event::VmObservedExit(e) => {
-            if e.reason != ExitReason::HostRebooted {
+            if !matches!(e.reason, ExitReason::HostRebooted | ExitReason::HostGone) {
                 state.hosts.update(&e.host, |host| host.report_counter = e.counter);
             }
             state.vms.update(&e.vm, |vm| {
@@ -203,6 +211,12 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
             data_center.spm = Some(SpmPermit { host: e.host, token: at.seq });
         }),
         Event::SpmReleased(e) => state.data_centers.update(&e.data_center, |data_center| data_center.spm = None),
+    }
+}
+
+fn update_site(state: &mut State, change: impl FnOnce(&mut Site)) {
+    if let Some(site) = state.site.as_mut() {
+        change(site);
     }
 }
 

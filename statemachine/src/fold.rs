@@ -8,6 +8,8 @@ use crate::batch::SealedBatch;
 use crate::codec::CodecError;
 use crate::command::Request;
 use crate::decide;
+use crate::decide::FEATURE_LEVEL;
+use crate::event::Event;
 use crate::evolve;
 use crate::ids::Seq;
 use crate::rejection::Rejection;
@@ -62,6 +64,11 @@ pub enum Applied {
 pub enum ApplyError {
     #[error("batch {seq} fits the log but does not decode: {source}")]
     Undecodable { seq: Seq, source: CodecError },
+    #[error(
+        "the site goes to feature level {level} with batch {seq}, and this build knows {FEATURE_LEVEL}; upgrade quorate on this host. \
+         Its guests run on meanwhile, those with a lease as long as it lasts"
+    )]
+    LevelTooHigh { seq: Seq, level: u32 },
 }
 
 impl Fold {
@@ -111,6 +118,14 @@ impl Fold {
             return Ok(Applied::Superseded);
         }
         let batch = sealed.open().map_err(|source| ApplyError::Undecodable { seq, source })?;
+        let levels = batch.events.iter().filter_map(|event| match event {
+            Event::FeatureLevelActivated(activated) => Some(activated.level),
+            Event::SiteInitialised(site) => Some(site.feature_level),
+            _ => None,
+        });
+        if let Some(level) = levels.max().filter(|level| *level > FEATURE_LEVEL) {
+            return Err(ApplyError::LevelTooHigh { seq, level });
+        }
         self.append(&batch, sealed);
         Ok(Applied::Applied(seq))
     }

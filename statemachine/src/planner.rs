@@ -2,14 +2,24 @@
 //! backoff on its monotonic clock; `decide` judges each again.
 
 use crate::command::Command;
+use crate::decide::FEATURE_LEVEL;
 use crate::ids::HostId;
 use crate::state::Desired;
+use crate::state::Liveness;
 use crate::state::State;
 use crate::view;
 
 /// Commands that are due when `leader` leads.
 pub fn due(state: &State, leader: HostId) -> Vec<Command> {
-    spm_grants(state, leader).chain(placements(state)).collect()
+    feature_level(state).into_iter().chain(spm_grants(state, leader)).chain(placements(state)).collect()
+}
+
+/// The level that every host which is not away supports, and the leader knows.
+fn feature_level(state: &State) -> Option<Command> {
+    let present = state.hosts.values().filter(|host| host.liveness != Liveness::Unreachable);
+    let common = present.map(|host| host.facts.feature_level).min()?.min(FEATURE_LEVEL);
+    let site = state.site.as_ref()?;
+    (common > site.feature_level).then_some(Command::FeatureLevelActivate { level: common })
 }
 
 /// VMs that should run and have no permit.

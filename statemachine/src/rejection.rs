@@ -94,6 +94,11 @@ pub enum Rejection {
         "data center {name} has its storage manager on host {holder}; it is released by that host, or when that host is fenced"
     )]
     SpmHeld { name: String, holder: String },
+    #[error(
+        "this needs feature level {needed}, and the site is at {level} until every host that is not away supports it; install the newer \
+         quorate on all hosts (`quorate host list` shows versions)"
+    )]
+    FeatureLevel { needed: u32, level: u32 },
 }
 
 /// What a rejection is, for HTTP statuses and exit codes.
@@ -125,7 +130,8 @@ impl Rejection {
             | Rejection::VmState { .. }
             | Rejection::DiskInUse { .. }
             | Rejection::IdempotencyConflict { .. }
-            | Rejection::SpmHeld { .. } => RejectionClass::Conflict,
+            | Rejection::SpmHeld { .. }
+            | Rejection::FeatureLevel { .. } => RejectionClass::Conflict,
         }
     }
 
@@ -148,6 +154,7 @@ impl Rejection {
             Rejection::StaleEpoch { .. } => "stale-epoch",
             Rejection::HostRemoved { .. } => "host-removed",
             Rejection::SpmHeld { .. } => "spm-held",
+            Rejection::FeatureLevel { .. } => "feature-level",
         }
     }
 }

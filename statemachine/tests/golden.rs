@@ -11,6 +11,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use statemachine::Event;
+use statemachine::command::HostCandidate;
+use statemachine::command::HostFacts;
 use statemachine::event::*;
 use statemachine::ids::*;
 use statemachine::scheduler;
@@ -42,6 +44,11 @@ fn explanation() -> scheduler::Explanation {
     }
 }
 
+/// As they were when the bytes were frozen.
+fn at_level_1(facts: HostFacts) -> HostFacts {
+    HostFacts { feature_level: 1, ..facts }
+}
+
 fn samples() -> Vec<Event> {
     let vm = VmId(Uuid::from_u128(0x1122_3344_5566_7788_99aa_bbcc_ddee_ff00));
     let (host, token, data_center, cluster) = (HostId(4), TokenId(3), DataCenterId(1), ClusterId(1));
@@ -54,12 +61,21 @@ fn samples() -> Vec<Event> {
         DataCenterCreated { data_center, name: text() }.into(),
         ClusterCreated { cluster, data_center, name: text(), scheduling: SchedulingPolicy::default() }.into(),
         EventsTrimmed { upto: Seq(7_000) }.into(),
+        FeatureLevelActivated { level: 2 }.into(),
+        VoterCountChanged { voters: 5 }.into(),
+        SiteRecovered { generation: 1, host, ca: print }.into(),
+        HostFailureDomainChanged { host, domain: text() }.into(),
         TokenCreated { token, purpose: TokenPurpose::Join, secret_hash: [8; 32], expires_ms: 99, note: text() }.into(),
         TokenRevoked { token }.into(),
         TokenUsed { token, host }.into(),
-        HostJoined { host, cluster, candidate: world::candidate(4) }.into(),
+        HostJoined {
+            host,
+            cluster,
+            candidate: HostCandidate { facts: at_level_1(world::candidate(4).facts), ..world::candidate(4) },
+        }
+        .into(),
         CertificateIssued { host, serial: text(), fingerprint: print, not_after_ms: 77 }.into(),
-        HostReported { host, counter: 6, facts: world::facts(5, 4, 2048) }.into(),
+        HostReported { host, counter: 6, facts: at_level_1(world::facts(5, 4, 2048)) }.into(),
         HostRebooted { host, from: boot, to: BootId(Uuid::from_u128(6)) }.into(),
         HostSuspected { host }.into(),
         HostUnreachable { host }.into(),

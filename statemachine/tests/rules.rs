@@ -4,10 +4,16 @@ mod cluster;
 
 use cluster::Cluster;
 use cluster::boot;
+use statemachine::Batch;
 use statemachine::command::Actor;
 use statemachine::command::Command;
+use statemachine::command::HostChange;
+use statemachine::command::HostFacts;
 use statemachine::command::VmChange;
 use statemachine::command::VmSpecChange;
+use statemachine::decide::FEATURE_LEVEL;
+use statemachine::event::FeatureLevelActivated;
+use statemachine::fold::ApplyError;
 use statemachine::fold::Decision;
 use statemachine::ids::DataCenterId;
 use statemachine::ids::Epoch;
@@ -20,6 +26,7 @@ use statemachine::scheduler::FilterName;
 use statemachine::state::Created;
 use statemachine::state::Desired;
 use statemachine::state::ExitReason;
+use statemachine::state::Fingerprint;
 use statemachine::state::GuestStatus;
 use statemachine::state::ReleaseClass;
 use statemachine::state::RunStrategy;
@@ -329,6 +336,10 @@ fn a_host_leaves_through_maintenance_and_its_name_for_good() {
 fn the_storage_manager_is_sticky_and_prefers_the_leader_then_priority() {
     let mut cluster = Cluster::of(3);
     let data_center = DataCenterId(1);
+    let priority = |host, priority| Command::HostChange {
+        host,
+        change: HostChange { spm_priority: Some(priority), failure_domain: None },
+    };
     let spm = |cluster: &Cluster| cluster.fold.state.data_centers.get(&data_center).and_then(|dc| dc.spm);
     cluster.run_duties();
     let first = spm(&cluster).expect("granted");
@@ -336,8 +347,8 @@ fn the_storage_manager_is_sticky_and_prefers_the_leader_then_priority() {
     let other = cluster.host(2);
     let taken = cluster.duty(Command::SpmGrant { data_center, host: other });
     assert!(matches!(taken, Err(Rejection::SpmHeld { .. })), "{taken:?}");
-    cluster.root(Command::HostSpmPriority { host: cluster.host(0), priority: -1 }).expect("never");
-    cluster.root(Command::HostSpmPriority { host: other, priority: 9 }).expect("first");
+    cluster.root(priority(cluster.host(0), -1)).expect("never");
+    cluster.root(priority(other, 9)).expect("first");
     cluster.ask(Actor::Host(first.host), first.host, Command::SpmRelease { data_center }).expect("its own");
     cluster.run_duties();
     let second = spm(&cluster).expect("granted again");
@@ -405,4 +416,81 @@ fn a_running_vm_keeps_the_resources_that_it_was_started_with() {
     cluster.exit("web1", ExitReason::GuestPoweredOff);
     assert_eq!(cluster.fold.state.hosts.get(&host).expect("joined").usage.memory_mib, 0, "R3: the books balance");
     assert_eq!(cluster.fold.state.vms.get(&vm).expect("defined").desired, Desired::Stopped(StopMode::Shutdown));
+}
+
+#[test]
+fn a_new_level_waits_for_every_host_that_is_not_away() {
+    let mut cluster = Cluster::of(3);
+    let level = |cluster: &Cluster| cluster.fold.state.site.as_ref().map_or(0, |site| site.feature_level);
+    // The site of an older release, and one host that was not upgraded.
+    if let Some(site) = cluster.fold.state.site.as_mut() {
+        site.feature_level = 1;
+    }
+    let old = cluster.host(2);
+    let facts = |cluster: &Cluster, feature_level| HostFacts {
+        feature_level,
+        ..cluster.fold.state.hosts.get(&old).expect("a host").facts.clone()
+    };
+    let (report, outdated) = (cluster.report(old), facts(&cluster, 1));
+    cluster.ask(Actor::Host(old), old, Command::ReportHost { report, facts: outdated }).expect("its word");
+    let five = Command::VoterCount { voters: 5 };
+    assert_eq!(cluster.root(five.clone()), Err(Rejection::FeatureLevel { needed: 2, level: 1 }));
+    let early = cluster.duty(Command::FeatureLevelActivate { level: 2 });
+    assert!(matches!(early, Err(Rejection::HostState { ref name, .. }) if name == "host3"), "{early:?}");
+    cluster.run_duties();
+    assert_eq!(level(&cluster), 1, "the leader does not ask in vain either");
+    let (report, upgraded) = (cluster.report(old), facts(&cluster, FEATURE_LEVEL));
+    cluster.ask(Actor::Host(old), old, Command::ReportHost { report, facts: upgraded }).expect("its word");
+    cluster.run_duties();
+    assert_eq!(level(&cluster), 2);
+    cluster.root(five).expect("now it may");
+    assert_eq!(cluster.fold.state.site.as_ref().map(|site| site.voters), Some(5));
+}
+
+#[test]
+fn a_host_that_is_away_does_not_hold_a_level_back_and_stops_at_it_when_it_comes() {
+    let mut cluster = Cluster::of(2);
+    let away = cluster.host(1);
+    if let Some(site) = cluster.fold.state.site.as_mut() {
+        site.feature_level = 1;
+    }
+    let (report, old) = (cluster.report(away), cluster.fold.state.hosts.get(&away).expect("a host").facts.clone());
+    let facts = HostFacts { feature_level: 1, ..old };
+    cluster.ask(Actor::Host(away), away, Command::ReportHost { report, facts }).expect("its word");
+    cluster.duty(Command::HostLost { host: away }).expect("silent");
+    cluster.duty(Command::FeatureLevelActivate { level: 2 }).expect("it is away");
+    // A level that this build lacks, as an older build meets this one.
+    let mut fold = cluster.fold.clone();
+    let any = cluster.request(Actor::Root(HostId(1)), HostId(1), Command::VoterCount { voters: 5 });
+    let Decision::Batch { batch, .. } = fold.decide(&any, cluster.clock_ms) else { panic!("a change is a batch") };
+    let batch = Batch { events: vec![FeatureLevelActivated { level: FEATURE_LEVEL + 1 }.into()], ..batch };
+    let refused = fold.apply_sealed(&batch.seal());
+    assert_eq!(refused, Err(ApplyError::LevelTooHigh { seq: fold.head.seq.next(), level: FEATURE_LEVEL + 1 }));
+    assert_eq!(fold, cluster.fold, "it stops before it");
+}
+
+#[test]
+fn a_recovery_takes_the_other_hosts_out_with_all_that_they_held() {
+    let mut cluster = Cluster::of(3);
+    cluster.root(Cluster::define("web1", 1, 64, RunStrategy::Always)).expect("a VM");
+    cluster.run_duties();
+    let holder = cluster.permit("web1").host;
+    let survivor = (0..3).map(|index| cluster.host(index)).find(|host| *host != holder).expect("another");
+    let recover = |generation, ca| Command::SiteRecover { generation, ca: Fingerprint([ca; 32]) };
+    let by = |cluster: &mut Cluster, command| cluster.ask(Actor::Duty(survivor), survivor, command);
+    let wrong = by(&mut cluster, recover(2, 8));
+    assert!(matches!(wrong, Err(Rejection::Invalid { .. })), "{wrong:?}");
+    let recovered = by(&mut cluster, recover(1, 8)).expect("the next generation");
+    assert_eq!(by(&mut cluster, recover(1, 8)).map(|again| again.seq), Ok(recovered.seq), "asked again it is done");
+    let other = by(&mut cluster, recover(1, 7));
+    assert!(matches!(other, Err(Rejection::Invalid { .. })), "another authority, another recovery: {other:?}");
+    let state = &cluster.fold.state;
+    assert_eq!(state.hosts.iter().map(|(id, _)| *id).collect::<Vec<_>>(), vec![survivor]);
+    assert_eq!(state.removed_hosts.iter().count(), 2);
+    let site = state.site.as_ref().expect("a site");
+    assert_eq!((site.generation, site.ca), (1, Fingerprint([8; 32])));
+    assert!(cluster.fold.state.vm_by_name("web1").is_some_and(|(_, vm)| vm.permit.is_none()));
+    assert!(state.data_centers.values().all(|center| center.spm.is_none_or(|spm| spm.host == survivor)));
+    cluster.run_duties();
+    assert_eq!(cluster.permit("web1").host, survivor, "what should run runs again");
 }

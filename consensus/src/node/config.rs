@@ -57,6 +57,8 @@ pub struct NodeConfig {
     pub keep_behind_snapshot: u64,
     /// A host that pulls, and lacks more batches than this of a snapshot, takes the snapshot instead.
     pub snapshot_ahead: u64,
+    /// A voter that is unreachable for this long is replaced (DESIGN §4).
+    pub replace_voter_after_ms: u64,
 }
 
 impl NodeConfig {
@@ -73,6 +75,7 @@ impl NodeConfig {
             snapshot_every: 20_000,
             keep_behind_snapshot: 5_000,
             snapshot_ahead: 50_000,
+            replace_voter_after_ms: 600_000,
         }
     }
 

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::sync::PoisonError;
 
 use openraft::AsyncRuntime;
 use openraft::ChangeMembers;
 use openraft::async_runtime::WatchReceiver;
 use statemachine::HostId;
 use statemachine::State;
+use statemachine::state::Liveness;
 use thiserror::Error;
 
 use super::Inner;
@@ -65,6 +67,8 @@ impl<R: AsyncRuntime> Inner<R> {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
         if !metrics.state.is_leader() {
+            // Whoever leads next counts anew, and so does this host when it leads again.
+            self.away_since_ms.lock().unwrap_or_else(PoisonError::into_inner).clear();
             return None;
         }
         let membership = metrics.membership_config.membership();
@@ -80,12 +84,29 @@ impl<R: AsyncRuntime> Inner<R> {
                 .filter(|(_, matched)| near(matched.as_ref().map(|log_id| log_id.index)))
                 .map(|(host, _)| HostId(*host))
                 .collect(),
+            gone: self.gone(),
             is_changing: metrics.membership_config != metrics.committed_membership_config,
             joint: match membership.get_joint_config().as_slice() {
                 [_, .., to] => Some(to.iter().copied().map(HostId).collect()),
                 _ => None,
             },
         })
+    }
+
+    /// Hosts that the log has called unreachable for as long as a voter may be away, on this leader's clock.
+    fn gone(&self) -> BTreeSet<HostId> {
+        let now_ms = self.boottime_ms();
+        let fold = self.fold.borrow().clone();
+        let away = fold.state.hosts.iter().filter(|(_, host)| host.liveness == Liveness::Unreachable);
+        let away: BTreeSet<HostId> = away.map(|(host, _)| *host).collect();
+        let mut since = self.away_since_ms.lock().unwrap_or_else(PoisonError::into_inner);
+        since.retain(|host, _| away.contains(host));
+        for host in away {
+            since.entry(host).or_insert(now_ms);
+        }
+        let long =
+            |(_, since_ms): &(&HostId, &u64)| now_ms.saturating_sub(**since_ms) >= self.config.replace_voter_after_ms;
+        since.iter().filter(long).map(|(host, _)| *host).collect()
     }
 
     async fn take_step(&self, step: Step) -> Result<(), MemberError> {

@@ -12,6 +12,7 @@ use statemachine::codec::RecordKind;
 use statemachine::command::Actor;
 use statemachine::command::Command;
 use statemachine::command::Request;
+use statemachine::decide::FEATURE_LEVEL;
 use statemachine::fold::Applied;
 use statemachine::state::Fingerprint;
 use statemachine::state::TokenPurpose;
@@ -53,7 +54,7 @@ async fn alone_on(platform: Platform) -> Node {
         facts: statemachine::command::HostFacts {
             boot: statemachine::BootId(Uuid::from_u128(1)),
             capacity: statemachine::state::Capacity { cpu_threads: 4, memory_mib: 4096 },
-            feature_level: 1,
+            feature_level: FEATURE_LEVEL,
             version: "0.1.0".to_owned(),
             clock_runs_while_stopped: true,
             watchdog_timeout_ms: None,

@@ -21,6 +21,8 @@ use super::PkiError;
 /// File names inside the identity directory.
 pub const CA_FILE: &str = "ca.pem";
 pub const CERTIFICATE_FILE: &str = "host.pem";
+/// The authority's key: on voters.
+pub const CA_KEY_FILE: &str = "ca.key";
 pub const KEY_FILE: &str = "host.key";
 
 /// Whether a server asks its clients for a certificate of this site.

@@ -12,10 +12,11 @@
 //! - [`disk`]: file operations, each with its durability; [`memory_disk`]: one that loses power on demand.
 //! - [`wal`], [`meta`], [`log_view`], [`log_writer`], [`log_store`]: the Raft log.
 //! - [`segments`], [`index`], [`event_store`]: events. [`snapshot`], [`snapshot_service`], [`state_machine`]: the fold.
-//! - [`entry_codec`]: a log entry as bytes; [`health`]: numbers; [`check`]: is a directory sound?
+//! - [`entry_codec`]: a log entry as bytes; [`health`]: numbers; [`check`]: is a directory sound? [`alone`]: a host without the others.
 //!
 //! Start reading at [`Store::open`].
 
+pub mod alone;
 pub mod check;
 pub mod disk;
 pub mod entry_codec;
@@ -105,6 +106,8 @@ pub enum StoreError {
          this host from the cluster and join it again with an empty data directory"
     )]
     SnapshotLost { purged: u64 },
+    #[error("the raft log cannot be read or changed")]
+    Log(#[source] io::Error),
     #[error("the log writer has stopped")]
     WriterStopped,
     #[error("this host is shutting down")]

@@ -73,7 +73,7 @@ impl StateMachine {
     }
 
     /// Applies one entry. An error here ends the host: going on would leave a hole.
-    async fn apply_entry(&mut self, entry: &Entry) -> Result<ProposalResult, StoreError> {
+    pub(super) async fn apply_entry(&mut self, entry: &Entry) -> Result<ProposalResult, StoreError> {
         let mut result = ProposalResult::default();
         match &entry.payload {
             Payload::Blank => {}
@@ -156,7 +156,7 @@ impl StateMachine {
         Ok(PulledEnd::At(head))
     }
 
-    async fn build(&self) -> Result<(), StoreError> {
+    pub(super) async fn build(&self) -> Result<(), StoreError> {
         let (snapshots, applied) = (self.snapshots.clone(), self.applied.clone());
         let built = self.platform.on_disk(move || snapshots.build(&applied)).await;
         built.ok_or(StoreError::ShuttingDown)??;

@@ -4,5 +4,6 @@ mod faults;
 mod members;
 mod pulling;
 mod quic;
+mod recovery;
 mod replication;
 mod world;

@@ -33,6 +33,7 @@ use statemachine::command::HostFacts;
 use statemachine::command::IdempotencyKey;
 use statemachine::command::ReportId;
 use statemachine::command::Request;
+use statemachine::decide::FEATURE_LEVEL;
 use statemachine::fold::Answer;
 use statemachine::state::Capacity;
 use statemachine::state::Created;
@@ -115,14 +116,7 @@ impl Site {
         let address = site.new_address();
         site.add_machine(FIRST, address.clone());
         site.start(FIRST).await;
-        let command = Command::SiteInit {
-            site: SiteId(Uuid::from_u128(7)),
-            name: "site".to_owned(),
-            ca: Fingerprint([9; 32]),
-            first_host: candidate(1, address),
-        };
-        let by_root = |command| Request { actor: Actor::Root(FIRST), origin: FIRST, idempotency: None, command };
-        site.node(FIRST).initialise(by_root(command)).await.unwrap();
+        site.node(FIRST).initialise(genesis(address)).await.unwrap();
         // Whoever bears it is the same actor on every host, as a client that retries elsewhere is.
         let secret_hash = [255; 32];
         let admin =
@@ -219,6 +213,11 @@ impl Site {
         };
         let node = Node::start_on(config, platform, transport).await.unwrap();
         self.machines.get_mut(&host).unwrap().node = Some(node);
+    }
+
+    /// What its machine holds, in a site over memory.
+    pub fn disk(&self, host: HostId) -> MemoryDisk {
+        self.machines[&host].disk.clone()
     }
 
     /// Its machine is gone for good.
@@ -324,6 +323,20 @@ pub fn now_ms() -> u64 {
 }
 
 /// An administrator's command; the leader takes the host that forwards it as its origin.
+/// The first word of a site.
+pub fn genesis(address: String) -> Request {
+    by_root(Command::SiteInit {
+        site: SiteId(Uuid::from_u128(7)),
+        name: "site".to_owned(),
+        ca: Fingerprint([9; 32]),
+        first_host: candidate(1, address),
+    })
+}
+
+fn by_root(command: Command) -> Request {
+    Request { actor: Actor::Root(FIRST), origin: FIRST, idempotency: None, command }
+}
+
 pub fn root(command: Command) -> Request {
     Request { actor: Actor::Token(ADMIN), origin: FIRST, idempotency: None, command }
 }
@@ -357,7 +370,7 @@ fn candidate(number: u64, address: String) -> HostCandidate {
         facts: HostFacts {
             boot: BootId(Uuid::from_u128(number.into())),
             capacity: Capacity { cpu_threads: 4, memory_mib: 4096 },
-            feature_level: 1,
+            feature_level: FEATURE_LEVEL,
             version: "0.1.0".to_owned(),
             clock_runs_while_stopped: true,
             watchdog_timeout_ms: None,

@@ -35,6 +35,7 @@ use statemachine::batch::Head;
 use statemachine::batch::SealedBatch;
 use statemachine::command::Actor;
 use statemachine::command::IdempotencyKey;
+use statemachine::decide::FEATURE_LEVEL;
 
 pub type C = TypeConfig<TokioRuntime>;
 
@@ -160,7 +161,8 @@ impl Chain {
     /// The batch with which a site begins.
     pub fn born(&mut self) -> SealedBatch {
         let (site, ca) = (statemachine::SiteId(Default::default()), statemachine::state::Fingerprint([1; 32]));
-        let born = statemachine::event::SiteInitialised { site, name: "site".to_owned(), ca, feature_level: 1 };
+        let born =
+            statemachine::event::SiteInitialised { site, name: "site".to_owned(), ca, feature_level: FEATURE_LEVEL };
         self.seal(vec![born.into()])
     }
 

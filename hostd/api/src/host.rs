@@ -35,6 +35,8 @@ pub struct HostView {
     pub spm: bool,
     /// -1 never, 0 to 10.
     pub spm_priority: i8,
+    /// Hosts of one domain may fail together; empty: it shares none.
+    pub failure_domain: String,
     /// What it offers to guests.
     #[schema(value_type = Object)]
     pub capacity: Capacity,
@@ -49,6 +51,18 @@ pub struct HostView {
     pub watchdog_timeout_ms: Option<u32>,
     pub clock_runs_while_stopped: bool,
     pub certificate: Option<CertificateView>,
+}
+
+/// `PATCH /v1/hosts/{host}`: what is named changes.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct HostPatch {
+    /// -1 never, 0 to 10.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spm_priority: Option<i8>,
+    /// Hosts of one domain may fail together; empty takes the host out of its domain.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure_domain: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -75,6 +89,7 @@ impl HostView {
             cluster_name: cluster.map(|cluster| cluster.name.clone()).unwrap_or_default(),
             spm: cluster.is_some_and(|cluster| holds_spm(cluster.data_center)),
             spm_priority: host.spm_priority,
+            failure_domain: host.failure_domain.clone(),
             capacity: host.facts.capacity,
             usage: host.usage,
             version: host.facts.version.clone(),

@@ -74,6 +74,15 @@ pub struct Peer {
     pub address: String,
 }
 
+/// `PATCH /v1/site`: what is named changes.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct SitePatch {
+    /// 3 or 5: how many hosts vote, where there are as many.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub voters: Option<u8>,
+}
+
 /// `POST /v1/leave`, Unix socket only: this host removes itself. It must be in maintenance, and without guests.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::extract::Path;
 use hostd_api::Problem;
 use hostd_api::find;
+use hostd_api::host::HostPatch;
 use hostd_api::host::HostView;
 use hostd_api::host::SpmView;
 use hostd_api::problem::Code;
@@ -16,6 +17,7 @@ use hostd_api::vm::NoBody;
 use hostd_api::write::WriteAnswer;
 use statemachine::HostId;
 use statemachine::command::Command;
+use statemachine::command::HostChange;
 
 use super::extract::Administrator;
 use super::extract::Asked;
@@ -46,6 +48,19 @@ pub async fn show(
     let id = find::host(&fold.state, &name).map_err(|rejection| Problem::from(&rejection))?;
     let host = fold.state.hosts.get(&id).ok_or_else(|| Problem::new(Code::NotFound, "the host is gone"))?;
     Ok(Json(Item { applied_seq: fold.head.seq, item: HostView::of(&fold.state, id, host) }))
+}
+
+/// Changes what the body names.
+#[utoipa::path(patch, path = "/v1/hosts/{host}", tag = "hosts", params(("host" = String, Path, description = "Name or id")),
+    request_body = HostPatch, responses((status = 200, body = WriteAnswer), (status = "default", body = Problem)))]
+pub async fn change(
+    administrator: Administrator,
+    Path(name): Path<String>,
+    body: Body<HostPatch>,
+) -> Result<Json<WriteAnswer>, Failure> {
+    let host = known(&administrator, &name).await?;
+    let change = HostChange { spm_priority: body.value.spm_priority, failure_domain: body.value.failure_domain };
+    Ok(Json(administrator.write(body.hash, Command::HostChange { host, change }).await?.into()))
 }
 
 /// No new guests on this host; it is in maintenance when the last one is gone.

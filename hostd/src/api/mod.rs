@@ -31,6 +31,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 use axum::routing::delete;
 use axum::routing::get;
+use axum::routing::patch;
 use axum::routing::post;
 use hostd_api::APPLIED_SEQ_HEADER;
 use hostd_api::MAX_BODY_BYTES;
@@ -74,6 +75,7 @@ impl Api {
 pub fn router(api: Api) -> Router {
     let v1 = Router::new()
         .route("/status", get(site::status))
+        .route("/site", patch(site::change))
         .route("/init", post(site::init))
         .route("/join", post(site::join))
         .route("/leave", post(site::leave))
@@ -81,7 +83,7 @@ pub fn router(api: Api) -> Router {
         .route("/tokens/{id}", delete(tokens::revoke))
         .route("/hosts", get(hosts::list))
         .route("/hosts/join", post(hosts::join))
-        .route("/hosts/{host}", get(hosts::show).delete(hosts::remove))
+        .route("/hosts/{host}", get(hosts::show).patch(hosts::change).delete(hosts::remove))
         .route("/hosts/{host}/maintenance", post(hosts::maintenance))
         .route("/hosts/{host}/activate", post(hosts::activate))
         .route("/vms", get(vms::list).post(vms::create))

@@ -25,6 +25,7 @@ use crate::console;
     ),
     paths(
         site::status,
+        site::change,
         site::init,
         site::join,
         site::leave,
@@ -33,6 +34,7 @@ use crate::console;
         tokens::revoke,
         hosts::list,
         hosts::show,
+        hosts::change,
         hosts::maintenance,
         hosts::activate,
         hosts::remove,

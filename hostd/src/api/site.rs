@@ -5,22 +5,26 @@ use axum::extract::FromRequestParts;
 use axum::extract::State;
 use axum::http::request::Parts;
 use hostd_api::Problem;
+use hostd_api::problem::Code;
 use hostd_api::site::InitRequest;
 use hostd_api::site::JoinRequest;
 use hostd_api::site::LeaveRequest;
 use hostd_api::site::Membership;
+use hostd_api::site::SitePatch;
 use hostd_api::status::Counts;
 use hostd_api::status::MemberStatus;
 use hostd_api::status::Status;
 use hostd_api::write::WriteAnswer;
 
 use super::Api;
+use super::extract::Administrator;
 use super::extract::Body;
 use super::extract::LocalRoot;
 use super::extract::Looker;
 use super::failure::Failure;
 use crate::facts;
 use crate::member::Member;
+use statemachine::command::Command;
 
 /// Whoever may look at a member, and root where there is no site yet.
 pub struct StatusReader(Option<Looker>);
@@ -69,6 +73,16 @@ fn member_status(member: &Member) -> MemberStatus {
         counts: Counts::of(&fold.state),
         alarms: member.alarms(),
     }
+}
+
+/// Changes what the body names.
+#[utoipa::path(patch, path = "/v1/site", tag = "site", request_body = SitePatch,
+    responses((status = 200, body = WriteAnswer), (status = "default", body = Problem)))]
+pub async fn change(administrator: Administrator, body: Body<SitePatch>) -> Result<Json<WriteAnswer>, Failure> {
+    let Some(voters) = body.value.voters else {
+        return Err(Problem::new(Code::BadRequest, "the body names nothing to change").into());
+    };
+    Ok(Json(administrator.write(body.hash, Command::VoterCount { voters }).await?.into()))
 }
 
 /// This host becomes the first of a new site.

@@ -13,6 +13,7 @@ use consensus::node::PeerHandler;
 use consensus::pki::ClusterCa;
 use consensus::pki::Identity;
 use consensus::pki::PkiError;
+use consensus::pki::identity::CA_KEY_FILE;
 use consensus::pki::identity::write_private;
 use consensus::transport::PeerKind;
 use consensus::transport::Refusal;
@@ -23,7 +24,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::peer::kind;
 
-const KEY_FILE: &str = "ca.key";
 const ASK_EVERY: Duration = Duration::from_secs(2);
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 
@@ -41,7 +41,7 @@ pub fn save_key(directory: &Path, key_pem: &str) -> Result<(), PkiError> {
         path: directory.to_owned(),
         source,
     })?;
-    write_private(&directory.join(KEY_FILE), key_pem.as_bytes())
+    write_private(&directory.join(CA_KEY_FILE), key_pem.as_bytes())
 }
 
 impl Authority {
@@ -65,7 +65,7 @@ impl Authority {
     }
 
     fn key_path(&self) -> PathBuf {
-        self.directory.join(KEY_FILE)
+        self.directory.join(CA_KEY_FILE)
     }
 
     pub fn has_key(&self) -> bool {

@@ -58,6 +58,10 @@ pub enum BootstrapError {
         "the answer of the site is not acceptable: {why}; nothing was kept, ask for a new token on a host that you trust"
     )]
     BadAnswer { why: &'static str },
+    #[error("{path} is there: a recovery of this host was begun and not carried through; run `quorate recover` again", path = path.display())]
+    HalfRecovered { path: std::path::PathBuf },
+    #[error(transparent)]
+    Recover(#[from] consensus::recover::RecoverError),
     #[error(
         "this host joined as host {host}, but heard nothing of the site within {after_s} s; it goes on trying: check that udp port {port} is open between the hosts"
     )]
@@ -80,7 +84,9 @@ impl From<BootstrapError> for Problem {
             BootstrapError::Token(_) => Code::BadRequest,
             BootstrapError::NobodyAnswers { .. } | BootstrapError::NotHeard { .. } => Code::HostUnreachable,
             BootstrapError::BadAnswer { .. } => Code::Forbidden,
-            BootstrapError::Facts(_)
+            BootstrapError::HalfRecovered { .. }
+            | BootstrapError::Recover(_)
+            | BootstrapError::Facts(_)
             | BootstrapError::Pki(_)
             | BootstrapError::Node(_)
             | BootstrapError::Serve(_)

@@ -4,10 +4,12 @@
 //! - [`load`]: clients in a closed loop, and what they measured. [`site`]: three processes and a door to them.
 //! - [`quorate`], [`etcd`]: the two kinds of site.
 //! - [`compare`] (commits and reads), [`watch`], [`failover`], [`syncs`]: what is measured beside the peer; [`replay`]: one host alone with a long log.
+//! [`followers`]: a site of hundreds of hosts in this process. [`words`]: what those two say to a log.
 
 pub mod compare;
 pub mod etcd;
 pub mod failover;
+pub mod followers;
 pub mod load;
 pub mod process;
 pub mod quorate;
@@ -15,6 +17,7 @@ pub mod replay;
 pub mod site;
 pub mod syncs;
 pub mod watch;
+pub mod words;
 
 use std::path::PathBuf;
 
@@ -55,6 +58,8 @@ enum Bench {
     Syncs(syncs::SyncsArgs),
     /// One host with a long log: deciding, storing, starting again, reading the stream, folding it
     Replay(replay::ReplayArgs),
+    /// Commits of a site with hundreds of hosts that pull
+    Followers(followers::FollowersArgs),
     /// From the leader's SIGKILL to the next acknowledged commit
     Failover(failover::FailoverArgs),
 }
@@ -72,6 +77,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
             Bench::Watch(watch) => watch::run(watch, &args.dir, args.peer).await,
             Bench::Syncs(syncs) => syncs::run(syncs, &args.dir, args.peer).await,
             Bench::Replay(replay) => replay::run(replay, &args.dir).await,
+            Bench::Followers(followers) => followers::run(followers, &args.dir).await,
             Bench::Failover(failover) => failover::run(failover, &args.dir, args.peer).await,
         }
     })?;

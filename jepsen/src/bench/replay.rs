@@ -27,27 +27,17 @@ use openraft::storage::RaftStateMachine;
 use openraft::type_config::TypeConfigExt;
 use openraft::vote::RaftLeaderId;
 use statemachine::Fold;
-use statemachine::HostId;
 use statemachine::Seq;
-use statemachine::SiteId;
 use statemachine::batch::SealedBatch;
 use statemachine::command::Actor;
 use statemachine::command::Command;
-use statemachine::command::HostCandidate;
-use statemachine::command::HostFacts;
 use statemachine::command::Request;
-use statemachine::command::VmChange;
-use statemachine::command::VmSpecChange;
 use statemachine::fold::Decision;
-use statemachine::state::Capacity;
-use statemachine::state::Fingerprint;
-use statemachine::state::MachineType;
-use statemachine::state::RunStrategy;
-use statemachine::state::VmSpec;
-use uuid::Uuid;
 
 use super::process::resident_mib;
 use super::site::SUBJECTS;
+use super::words;
+use super::words::FIRST;
 
 type C = TypeConfig<TokioRuntime>;
 
@@ -103,7 +93,7 @@ struct Writer {
 
 impl Writer {
     fn decide(&mut self, command: Command, actor: Actor) -> anyhow::Result<SealedBatch> {
-        let request = Request { actor, origin: HostId(1), idempotency: None, command };
+        let request = Request { actor, origin: FIRST, idempotency: None, command };
         self.n += 1;
         match self.fold.decide(&request, self.n) {
             Decision::Batch { batch, sealed, .. } => {
@@ -115,45 +105,11 @@ impl Writer {
         }
     }
 
-    fn spec(&self) -> VmSpec {
-        VmSpec {
-            machine: MachineType::QDirect1,
-            vcpus: 1,
-            memory_mib: 64,
-            kernel: "/srv/vmlinuz".to_owned(),
-            initrd: None,
-            cmdline: format!("{:x<width$}", self.n, width = self.bytes),
-            disks: Vec::new(),
-            highly_available: false,
-            release: None,
-        }
-    }
-
     fn begin(bytes: usize) -> anyhow::Result<(Writer, Vec<SealedBatch>)> {
         let mut writer = Writer { fold: Fold::default(), vms: Vec::new(), bytes, n: 0 };
-        let boot = statemachine::BootId(Uuid::from_u128(1));
-        let facts = HostFacts {
-            boot,
-            capacity: Capacity { cpu_threads: 4, memory_mib: 4096 },
-            feature_level: 1,
-            version: "bench".to_owned(),
-            clock_runs_while_stopped: true,
-            watchdog_timeout_ms: None,
-        };
-        let first_host = HostCandidate {
-            name: "host1".to_owned(),
-            address: "192.0.2.1:7443".to_owned(),
-            public_key: Fingerprint([1; 32]),
-            facts,
-        };
-        let (site, ca) = (SiteId(Uuid::from_u128(1)), Fingerprint([2; 32]));
-        let init = Command::SiteInit { site, name: "bench".to_owned(), ca, first_host };
-        let mut sealed = vec![writer.decide(init, Actor::Root(HostId(1)))?];
+        let mut sealed = vec![writer.decide(words::site_init(), Actor::Root(FIRST))?];
         for number in 0..SUBJECTS {
-            let spec = writer.spec();
-            let name = format!("vm{number}");
-            let define = Command::VmDefine { name, cluster: None, spec, run_strategy: RunStrategy::Halted };
-            sealed.push(writer.decide(define, Actor::Root(HostId(1)))?);
+            sealed.push(writer.decide(words::vm_define(number), Actor::Root(FIRST))?);
         }
         writer.vms = writer.fold.state.vms.iter().map(|(vm, _)| *vm).collect();
         Ok((writer, sealed))
@@ -161,9 +117,7 @@ impl Writer {
 
     fn next(&mut self) -> anyhow::Result<SealedBatch> {
         let vm = *self.vms.get(self.n as usize % SUBJECTS).context("a VM")?;
-        let spec = VmSpecChange { cmdline: Some(self.spec().cmdline), ..VmSpecChange::default() };
-        let change = VmChange { spec, ..VmChange::default() };
-        self.decide(Command::VmChange { vm, change }, Actor::Root(HostId(1)))
+        self.decide(words::vm_change(vm, self.n, self.bytes), Actor::Root(FIRST))
     }
 }
 
@@ -187,12 +141,6 @@ async fn snapshot(store: &mut Store, upto: u64) -> anyhow::Result<()> {
     RaftSnapshotBuilder::<C>::build_snapshot(&mut builder).await?;
     RaftLogStorage::<C>::purge(&mut store.log, log_id(upto)).await?;
     Ok(())
-}
-
-async fn close(store: Store) {
-    let closing = store.closing.clone();
-    drop(store);
-    closing.closed().await;
 }
 
 pub async fn run(args: &ReplayArgs, dir: &Path) -> anyhow::Result<()> {
@@ -226,7 +174,7 @@ pub async fn run(args: &ReplayArgs, dir: &Path) -> anyhow::Result<()> {
         }
     }
     rows.row("decide, append with fdatasync, apply, snapshots", args.events, began.elapsed());
-    close(store).await;
+    store.close().await;
 
     let began = Instant::now();
     let mut store = Store::open(Platform::real(), &dir).await?;
@@ -259,7 +207,7 @@ pub async fn run(args: &ReplayArgs, dir: &Path) -> anyhow::Result<()> {
     if fold.state.digest() != store.fold.borrow().state.digest() {
         bail!("the stream folds to another state than the host has");
     }
-    close(store).await;
+    store.close().await;
     rows.print();
     Ok(())
 }

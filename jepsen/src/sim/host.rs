@@ -31,6 +31,7 @@ use statemachine::BootId;
 use statemachine::HostId;
 use statemachine::command::HostFacts;
 use statemachine::command::Request;
+use statemachine::decide::FEATURE_LEVEL;
 use statemachine::state::Capacity;
 use tokio::runtime::RngSeed;
 use tokio::runtime::Runtime;
@@ -124,10 +125,19 @@ pub fn facts(boot: BootId) -> HostFacts {
     HostFacts {
         boot,
         capacity: Capacity { cpu_threads: 4, memory_mib: 1024 },
-        feature_level: 1,
+        feature_level: FEATURE_LEVEL,
         version: "0.1.0".to_owned(),
         clock_runs_while_stopped: true,
         watchdog_timeout_ms: None,
+    }
+}
+
+/// The node holds its peer handler, which holds the node: a process that dies must not stay in memory for it.
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Some(hostd) = &*self.started.lock().unwrap_or_else(PoisonError::into_inner) {
+            hostd.node.set_peer_handler(Arc::new(hostd::peer::Router::new()));
+        }
     }
 }
 
@@ -140,6 +150,7 @@ fn node_config(host: HostId, peers: &[HostId]) -> NodeConfig {
         snapshot_every: 60,
         keep_behind_snapshot: 20,
         snapshot_ahead: 150,
+        replace_voter_after_ms: 8_000,
         store: StoreConfig {
             wal_segment_bytes: 32 << 10,
             wal_group_bytes: 16 << 10,

@@ -4,11 +4,13 @@ use super::Context;
 use super::Decided;
 use super::form;
 use crate::command::HostCandidate;
+use crate::command::HostChange;
 use crate::command::HostFacts;
 use crate::command::ReportId;
 use crate::event::CertificateIssued;
 use crate::event::Event;
 use crate::event::HostActivated;
+use crate::event::HostFailureDomainChanged;
 use crate::event::HostJoined;
 use crate::event::HostMaintenanceRequested;
 use crate::event::HostRebooted;
@@ -165,15 +167,26 @@ pub(super) fn remove(context: &Context<'_>, host: HostId) -> Result<Decided, Rej
     Ok(Decided::one(HostRemoved { host }))
 }
 
-pub(super) fn spm_priority(context: &Context<'_>, host: HostId, priority: i8) -> Result<Decided, Rejection> {
+pub(super) fn change(context: &Context<'_>, host: HostId, change: &HostChange) -> Result<Decided, Rejection> {
     let known = find(context, host)?;
-    if !(-1..=10).contains(&priority) {
-        return Err(form::invalid("spm priority", "it is -1 (never) or 0 to 10"));
+    let mut events: Vec<Event> = Vec::new();
+    if let Some(priority) = change.spm_priority
+        && priority != known.spm_priority
+    {
+        if !(-1..=10).contains(&priority) {
+            return Err(form::invalid("spm priority", "it is -1 (never) or 0 to 10"));
+        }
+        events.push(HostSpmPriorityChanged { host, priority }.into());
     }
-    if known.spm_priority == priority {
-        return Ok(Decided::nothing());
+    if let Some(domain) = &change.failure_domain
+        && *domain != known.failure_domain
+    {
+        if !domain.is_empty() {
+            form::name("failure domain", domain)?;
+        }
+        events.push(HostFailureDomainChanged { host, domain: domain.clone() }.into());
     }
-    Ok(Decided::one(HostSpmPriorityChanged { host, priority }))
+    Ok(Decided::many(events))
 }
 
 /// A report of the host's current incarnation that is newer than all before it.

@@ -1,17 +1,19 @@
 //! The rules: a request against the state becomes events, or a rejection in words.
 //!
 //! Pure and run by the leader alone; the log carries the events, so replay never decides again
-//! (DESIGN §3). Each family of commands has a file: [`site`], [`host`], [`vm`], [`spm`]; who may ask
+//! (DESIGN §3). Each family of commands has a file: [`site`], [`host`], [`vm`], [`spm`], [`recover`]; who may ask
 //! for what is [`permission`]; the form of names, paths and sizes is [`form`].
 
 mod form;
 mod host;
 mod permission;
+mod recover;
 mod site;
 mod spm;
 mod vm;
 
 pub use self::host::HOSTS_MAX;
+pub use self::site::FEATURE_LEVEL;
 
 use crate::command::Command;
 use crate::command::IdempotencyKey;
@@ -68,46 +70,59 @@ pub fn decide(state: &State, request: &Request, seq: Seq, stamp: Stamp) -> Resul
         (Some(_), Command::SiteInit { .. }) => return Err(Rejection::AlreadyInitialised),
         (Some(_), _) => permission::check(&context)?,
     }
-    match &request.command {
-        Command::SiteInit { site, name, ca, first_host } => site::init(&context, *site, name, *ca, first_host),
-        Command::TokenCreate { purpose, secret_hash, ttl_ms, note } => {
-            site::token_create(&context, *purpose, secret_hash, *ttl_ms, note)
-        }
-        Command::TokenRevoke { token } => site::token_revoke(&context, *token),
+    let decided = judge(&context)?;
+    let level = state.site.as_ref().map_or(site::FEATURE_LEVEL, |site| site.feature_level);
+    match decided.events.iter().map(Event::feature_level).max() {
+        Some(needed) if needed > level => Err(Rejection::FeatureLevel { needed, level }),
+        _ => Ok(decided),
+    }
+}
 
-        Command::HostJoin { secret_hash, candidate } => host::join(&context, secret_hash, candidate),
-        Command::CertificateIssue { host, serial, fingerprint, not_after_ms } => {
-            host::certificate_issue(&context, *host, serial, *fingerprint, *not_after_ms)
+fn judge(context: &Context<'_>) -> Result<Decided, Rejection> {
+    match &context.request.command {
+        Command::SiteInit { site, name, ca, first_host } => site::init(context, *site, name, *ca, first_host),
+        Command::TokenCreate { purpose, secret_hash, ttl_ms, note } => {
+            site::token_create(context, *purpose, secret_hash, *ttl_ms, note)
         }
-        Command::HostMaintenance { host } => host::maintenance(&context, *host),
-        Command::HostActivate { host } => host::activate(&context, *host),
-        Command::HostRemove { host } => host::remove(&context, *host),
-        Command::HostSpmPriority { host, priority } => host::spm_priority(&context, *host, *priority),
-        Command::ReportHost { report, facts } => host::report(&context, report, facts),
-        Command::HostSuspect { host } => host::suspect(&context, *host),
-        Command::HostLost { host } => host::lost(&context, *host),
-        Command::HostRecover { host } => host::recover(&context, *host),
+        Command::TokenRevoke { token } => site::token_revoke(context, *token),
+
+        Command::HostJoin { secret_hash, candidate } => host::join(context, secret_hash, candidate),
+        Command::CertificateIssue { host, serial, fingerprint, not_after_ms } => {
+            host::certificate_issue(context, *host, serial, *fingerprint, *not_after_ms)
+        }
+        Command::HostMaintenance { host } => host::maintenance(context, *host),
+        Command::HostActivate { host } => host::activate(context, *host),
+        Command::HostRemove { host } => host::remove(context, *host),
+        Command::HostChange { host, change } => host::change(context, *host, change),
+        Command::ReportHost { report, facts } => host::report(context, report, facts),
+        Command::HostSuspect { host } => host::suspect(context, *host),
+        Command::HostLost { host } => host::lost(context, *host),
+        Command::HostRecover { host } => host::recover(context, *host),
 
         Command::VmDefine { name, cluster, spec, run_strategy } => {
-            vm::define(&context, name, *cluster, spec, *run_strategy)
+            vm::define(context, name, *cluster, spec, *run_strategy)
         }
-        Command::VmChange { vm, change } => vm::change(&context, *vm, change),
-        Command::VmDelete { vm } => vm::delete(&context, *vm),
-        Command::VmStart { vm, host } => vm::start(&context, *vm, *host),
-        Command::VmStop { vm, mode } => vm::stop(&context, *vm, *mode),
-        Command::VmReset { vm } => vm::reset(&context, *vm),
-        Command::VmPlace { vm } => vm::place(&context, *vm),
+        Command::VmChange { vm, change } => vm::change(context, *vm, change),
+        Command::VmDelete { vm } => vm::delete(context, *vm),
+        Command::VmStart { vm, host } => vm::start(context, *vm, *host),
+        Command::VmStop { vm, mode } => vm::stop(context, *vm, *mode),
+        Command::VmReset { vm } => vm::reset(context, *vm),
+        Command::VmPlace { vm } => vm::place(context, *vm),
         Command::ReportVmStatus { report, vm, epoch, status } => {
-            vm::report_status(&context, report, *vm, *epoch, *status)
+            vm::report_status(context, report, *vm, *epoch, *status)
         }
         Command::ReportVmExited { report, vm, epoch, reason, detail } => {
-            vm::report_exited(&context, report, *vm, *epoch, *reason, detail)
+            vm::report_exited(context, report, *vm, *epoch, *reason, detail)
         }
 
-        Command::EventsTrim { upto } => site::events_trim(&context, *upto),
+        Command::VoterCount { voters } => site::voter_count(context, *voters),
+        Command::SiteRecover { generation, ca } => recover::site(context, *generation, *ca),
+        Command::FeatureLevelActivate { level } => site::feature_level_activate(context, *level),
 
-        Command::SpmGrant { data_center, host } => spm::grant(&context, *data_center, *host),
-        Command::SpmRelease { data_center } => spm::release(&context, *data_center),
+        Command::EventsTrim { upto } => site::events_trim(context, *upto),
+
+        Command::SpmGrant { data_center, host } => spm::grant(context, *data_center, *host),
+        Command::SpmRelease { data_center } => spm::release(context, *data_center),
     }
 }
 

@@ -30,6 +30,8 @@ fn needs(command: &Command) -> Needs {
         | Command::HostRecover { .. }
         | Command::VmPlace { .. }
         | Command::EventsTrim { .. }
+        | Command::FeatureLevelActivate { .. }
+        | Command::SiteRecover { .. }
         | Command::SpmGrant { .. } => Needs::Duty,
         Command::SpmRelease { .. } => Needs::HolderOrAdministrator,
         Command::HostJoin { .. } => Needs::Joiner,
@@ -39,7 +41,8 @@ fn needs(command: &Command) -> Needs {
         | Command::HostMaintenance { .. }
         | Command::HostActivate { .. }
         | Command::HostRemove { .. }
-        | Command::HostSpmPriority { .. }
+        | Command::HostChange { .. }
+        | Command::VoterCount { .. }
         | Command::VmDefine { .. }
         | Command::VmChange { .. }
         | Command::VmDelete { .. }

@@ -8,10 +8,12 @@ use crate::command::HostCandidate;
 use crate::event::ClusterCreated;
 use crate::event::DataCenterCreated;
 use crate::event::EventsTrimmed;
+use crate::event::FeatureLevelActivated;
 use crate::event::HostJoined;
 use crate::event::SiteInitialised;
 use crate::event::TokenCreated;
 use crate::event::TokenRevoked;
+use crate::event::VoterCountChanged;
 use crate::ids::ClusterId;
 use crate::ids::DataCenterId;
 use crate::ids::HostId;
@@ -22,12 +24,16 @@ use crate::rejection::Noun;
 use crate::rejection::Rejection;
 use crate::state::Created;
 use crate::state::Fingerprint;
+use crate::state::Liveness;
 use crate::state::SchedulingPolicy;
+use crate::state::Site;
 use crate::state::TokenPurpose;
 use crate::state::TokenStatus;
 
 /// The feature level that a new site starts at: everything this build writes.
-pub const FEATURE_LEVEL: u32 = 1;
+///
+/// - 2: voter count, failure domains, recovery.
+pub const FEATURE_LEVEL: u32 = 2;
 /// Tokens that are remembered at once; old ones that cannot be used any more make room.
 const TOKENS_MAX: usize = 1000;
 const TTL_MAX_MS: u64 = 10 * 365 * 24 * 60 * 60 * 1000;
@@ -52,6 +58,35 @@ pub(super) fn init(
         HostJoined { host, cluster, candidate: first_host.clone() }.into(),
     ];
     Ok(Decided::many(events).creating(Created::Host(host)))
+}
+
+/// One level may be skipped: each allows what those below it do.
+pub(super) fn feature_level_activate(context: &Context<'_>, level: u32) -> Result<Decided, Rejection> {
+    let present = context.state.site.as_ref().map_or(0, |site| site.feature_level);
+    if level <= present {
+        return Ok(Decided::nothing());
+    }
+    if level > FEATURE_LEVEL {
+        return Err(form::invalid("feature level", format!("the leader knows levels up to {FEATURE_LEVEL}")));
+    }
+    let lacks = |host: &&crate::state::Host| host.liveness != Liveness::Unreachable && host.facts.feature_level < level;
+    match context.state.hosts.values().find(lacks) {
+        Some(host) => {
+            let why = format!("it supports feature level {}; install a newer quorate on it", host.facts.feature_level);
+            Err(Rejection::HostState { name: host.name.clone(), why })
+        }
+        None => Ok(Decided::one(FeatureLevelActivated { level })),
+    }
+}
+
+pub(super) fn voter_count(context: &Context<'_>, voters: u8) -> Result<Decided, Rejection> {
+    if ![Site::VOTERS, Site::VOTERS_MAX].contains(&voters) {
+        return Err(form::invalid("voters", "3 or 5 hosts vote"));
+    }
+    match context.state.site.as_ref().is_some_and(|site| site.voters != voters) {
+        true => Ok(Decided::one(VoterCountChanged { voters })),
+        false => Ok(Decided::nothing()),
+    }
 }
 
 /// Trims rise, and end before the batch that decides them: a cursor at the head stays good.

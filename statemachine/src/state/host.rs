@@ -28,6 +28,8 @@ pub struct Host {
     /// oVirt's range: -1 never, 0 .. 10, default 5.
     pub spm_priority: i8,
     pub usage: HostUsage,
+    /// Hosts of one domain may fail together; empty: it shares none.
+    pub failure_domain: String,
 }
 
 impl Host {

@@ -43,6 +43,15 @@ pub struct Site {
     pub feature_level: u32,
     /// Batches up to here need not be kept; hosts let them go with their next snapshot.
     pub trimmed_upto: Seq,
+    /// 3 or 5: how many hosts vote, where there are as many.
+    pub voters: u8,
+    /// Rises when the site is recovered after the loss of its majority.
+    pub generation: u32,
+}
+
+impl Site {
+    pub const VOTERS: u8 = 3;
+    pub const VOTERS_MAX: u8 = 5;
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

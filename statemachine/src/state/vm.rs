@@ -43,7 +43,11 @@ impl Vm {
             (RunStrategy::Manual, ExitReason::GuestPoweredOff | ExitReason::PoweredOff) => false,
             (
                 RunStrategy::Manual,
-                ExitReason::GuestFault | ExitReason::StartFailed | ExitReason::Lost | ExitReason::HostRebooted,
+                ExitReason::GuestFault
+                | ExitReason::StartFailed
+                | ExitReason::Lost
+                | ExitReason::HostRebooted
+                | ExitReason::HostGone,
             ) => self.spec.highly_available,
         }
     }
@@ -197,4 +201,6 @@ pub enum ExitReason {
     Lost,
     /// The host came back as another incarnation.
     HostRebooted,
+    /// The site was recovered without it: a person gave their word that it is off.
+    HostGone,
 }

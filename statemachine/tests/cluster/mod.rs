@@ -7,6 +7,7 @@ use statemachine::command::HostFacts;
 use statemachine::command::IdempotencyKey;
 use statemachine::command::ReportId;
 use statemachine::command::Request;
+use statemachine::decide::FEATURE_LEVEL;
 use statemachine::fold::Answer;
 use statemachine::fold::Decision;
 use statemachine::fold::Fold;
@@ -80,7 +81,7 @@ impl Cluster {
             facts: HostFacts {
                 boot: boot(u128::from(number)),
                 capacity: Capacity { cpu_threads: 4, memory_mib: 2048 },
-                feature_level: 1,
+                feature_level: FEATURE_LEVEL,
                 version: "0.1.0".to_owned(),
                 clock_runs_while_stopped: true,
                 watchdog_timeout_ms: None,
@@ -135,7 +136,8 @@ impl Cluster {
     }
 
     pub fn duty(&mut self, command: Command) -> Said {
-        self.ask(Actor::Duty(HostId(1)), HostId(1), command)
+        let leader = self.host(0);
+        self.ask(Actor::Duty(leader), leader, command)
     }
 
     pub fn keyed(&mut self, key: &str, body: u8, command: Command) -> Said {
@@ -220,7 +222,7 @@ impl Cluster {
 
     /// What the leader's planner owes, once.
     pub fn run_duties(&mut self) {
-        for command in planner::due(&self.fold.state, HostId(1)) {
+        for command in planner::due(&self.fold.state, self.host(0)) {
             self.duty(command).expect("what is due is possible here");
         }
     }

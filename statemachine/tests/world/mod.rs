@@ -4,12 +4,14 @@ use proptest::prelude::*;
 use statemachine::command::Actor;
 use statemachine::command::Command;
 use statemachine::command::HostCandidate;
+use statemachine::command::HostChange;
 use statemachine::command::HostFacts;
 use statemachine::command::IdempotencyKey;
 use statemachine::command::ReportId;
 use statemachine::command::Request;
 use statemachine::command::VmChange;
 use statemachine::command::VmSpecChange;
+use statemachine::decide::FEATURE_LEVEL;
 use statemachine::fold::Fold;
 use statemachine::ids::BootId;
 use statemachine::ids::DataCenterId;
@@ -61,7 +63,7 @@ pub fn facts(boot: u128, cpu_threads: u32, memory_mib: u64) -> HostFacts {
     HostFacts {
         boot: BootId(Uuid::from_u128(boot)),
         capacity: Capacity { cpu_threads, memory_mib },
-        feature_level: 1,
+        feature_level: FEATURE_LEVEL,
         version: "0.1.0".to_owned(),
         clock_runs_while_stopped: true,
         watchdog_timeout_ms: None,
@@ -176,7 +178,12 @@ impl World {
                 let host = resting.map_or(any_host, |(id, _)| *id);
                 (root, leader, Command::HostRemove { host })
             }
-            12 => (root, leader, Command::HostSpmPriority { host: any_host, priority: (b % 12) as i8 - 1 }),
+            12 => {
+                let domains = [None, Some(String::new()), Some("rack1".to_owned()), Some("rack2".to_owned())];
+                let failure_domain = domains[usize::from(b) % 4].clone();
+                let change = HostChange { spm_priority: Some((b % 12) as i8 - 1), failure_domain };
+                (root, leader, Command::HostChange { host: any_host, change })
+            }
             13..=15 => (Actor::Host(any_host), any_host, {
                 let facts = state.hosts.get(&any_host).map(|host| host.facts.clone());
                 let mut facts = facts.unwrap_or_else(|| facts_of(1));

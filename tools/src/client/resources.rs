@@ -2,6 +2,7 @@
 
 use hostd_api::digest::DigestQuery;
 use hostd_api::digest::StateDigest;
+use hostd_api::host::HostPatch;
 use hostd_api::host::HostView;
 use hostd_api::host::SpmView;
 use hostd_api::read::Item;
@@ -11,6 +12,7 @@ use hostd_api::site::InitRequest;
 use hostd_api::site::JoinRequest;
 use hostd_api::site::LeaveRequest;
 use hostd_api::site::Membership;
+use hostd_api::site::SitePatch;
 use hostd_api::status::Status;
 use hostd_api::token::TokenCreate;
 use hostd_api::token::TokenCreated;
@@ -69,6 +71,14 @@ impl Client {
 
     pub async fn host(&self, host: &str, min_seq: Option<Seq>) -> Result<Item<HostView>, ClientError> {
         self.get(&["v1", "hosts", host], &at_least(min_seq)).await
+    }
+
+    pub async fn host_change(&self, host: &str, patch: &HostPatch) -> Result<WriteAnswer, ClientError> {
+        self.patch(&["v1", "hosts", host], patch).await
+    }
+
+    pub async fn site_change(&self, patch: &SitePatch) -> Result<WriteAnswer, ClientError> {
+        self.patch(&["v1", "site"], patch).await
     }
 
     pub async fn host_maintenance(&self, host: &str) -> Result<WriteAnswer, ClientError> {

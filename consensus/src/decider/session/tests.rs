@@ -8,6 +8,7 @@ use statemachine::command::Command;
 use statemachine::command::HostCandidate;
 use statemachine::command::HostFacts;
 use statemachine::command::IdempotencyKey;
+use statemachine::decide::FEATURE_LEVEL;
 use statemachine::state::Capacity;
 use statemachine::state::Fingerprint;
 use statemachine::state::MachineType;
@@ -43,7 +44,7 @@ fn site() -> Fold {
     let facts = HostFacts {
         boot: BootId(Uuid::from_u128(1)),
         capacity: Capacity { cpu_threads: 4, memory_mib: 4096 },
-        feature_level: 1,
+        feature_level: FEATURE_LEVEL,
         version: "0.1.0".to_owned(),
         clock_runs_while_stopped: true,
         watchdog_timeout_ms: None,

@@ -8,6 +8,7 @@ use statemachine::SiteId;
 use statemachine::command::Actor;
 use statemachine::command::Command;
 use statemachine::command::HostCandidate;
+use statemachine::command::HostChange;
 use statemachine::command::Request;
 use statemachine::state::Fingerprint;
 use statemachine::state::TokenPurpose;
@@ -74,6 +75,20 @@ impl World {
             hosts.len() == size && hosts.values().all(|host| host.liveness == statemachine::state::Liveness::Alive)
         };
         self.until("all hosts are alive", alive);
+    }
+
+    /// In some sites five vote, and in some the hosts stand in two racks, so that voters are exchanged for others.
+    pub(super) fn spread_votes(&mut self) {
+        if self.seed % 7 == 3 {
+            self.clients.ask(Command::VoterCount { voters: 5 }, self.now_ms);
+        }
+        if self.seed % 3 == 1 {
+            for host in self.hosts.keys().copied().collect::<Vec<_>>() {
+                let failure_domain = Some(format!("rack{}", host.0 % 2));
+                let change = HostChange { spm_priority: None, failure_domain };
+                self.clients.ask(Command::HostChange { host, change }, self.now_ms);
+            }
+        }
     }
 
     /// Runs until it holds; a site that does not come together is a violation of L1.

@@ -90,6 +90,7 @@ impl World {
         // Beyond seven openraft carries no host: the others pull.
         let size = if self.seed % 5 == 4 { 9 } else { size };
         self.form(size);
+        self.spread_votes();
         // Made even when they are given, so that all that comes after draws the same.
         let (from_ms, until_ms) = (self.now_ms + CALM_MS, self.now_ms + CALM_MS + STORM_MS);
         let own = faults::plan(&mut self.dice, size, from_ms, until_ms);

@@ -16,6 +16,7 @@ mod lease;
 mod minority;
 mod poweroff;
 pub mod probe;
+mod recover;
 mod restart;
 mod stage;
 mod table;
@@ -44,6 +45,8 @@ pub enum Story {
     Minority,
     /// All hosts lose their power at once while commands are written.
     Poweroff,
+    /// Two of three hosts are lost for good, and the third goes on.
+    Recover,
 }
 
 impl Story {
@@ -89,6 +92,7 @@ pub async fn tell(dir: &LabDir, story: Story, options: &StoryOptions) -> Result<
         Story::Failover => failover::tell(&mut stage, options.runs.unwrap_or(20), options).await,
         Story::Lease => lease::tell(&mut stage, options.runs.unwrap_or(20)).await,
         Story::Minority => minority::tell(&mut stage).await,
+        Story::Recover => recover::tell(&mut stage).await,
         Story::Poweroff => poweroff::tell(&mut stage, options.runs.unwrap_or(20)).await,
     };
     let told = match told {

@@ -87,6 +87,9 @@ pub enum Command {
     /// Tokens: admission of hosts, and access to the API
     #[command(subcommand)]
     Token(TokenCommand),
+    /// The site as a whole
+    #[command(subcommand)]
+    Site(SiteCommand),
     /// Hosts of the site
     #[command(subcommand)]
     Host(HostCommand),
@@ -112,6 +115,18 @@ pub enum Command {
     /// This machine's data directory, while hostd is stopped
     #[command(subcommand)]
     Store(StoreCommand),
+    /// Go on with this host alone, after most voters were lost for good
+    #[command(after_help = "Examples:
+  quorate recover                              show what would be kept and lost; change nothing
+  systemctl stop hostd && quorate recover --all-other-hosts-are-off && systemctl start hostd")]
+    Recover {
+        /// hostd's data directory
+        #[arg(long, value_name = "PATH", default_value = "/var/lib/quorate")]
+        data_dir: std::path::PathBuf,
+        /// Your word that no other host of the site runs, or ever comes back with its state
+        #[arg(long)]
+        all_other_hosts_are_off: bool,
+    },
     /// Print a completion script for a shell
     #[command(after_help = "Example:\n  quorate completion bash > /etc/bash_completion.d/quorate")]
     Completion { shell: clap_complete::Shell },
@@ -160,6 +175,17 @@ pub enum TokenCommand {
 }
 
 #[derive(Debug, Subcommand)]
+pub enum SiteCommand {
+    /// Change what holds for the whole site
+    #[command(after_help = "Example:\n  quorate site set --voters 5")]
+    Set {
+        /// How many hosts vote: 3 survive the loss of one, 5 of two
+        #[arg(long, value_name = "N")]
+        voters: u8,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 pub enum HostCommand {
     /// List hosts
     #[command(after_help = "Example:\n  quorate host list")]
@@ -167,6 +193,19 @@ pub enum HostCommand {
     /// Everything about a host
     #[command(after_help = "Example:\n  quorate host show n2")]
     Show { host: String },
+    /// Change what a host is to the site
+    #[command(after_help = "Examples:
+  quorate host set n2 --failure-domain rack7
+  quorate host set n2 --failure-domain '' --spm-priority -1")]
+    Set {
+        host: String,
+        /// Hosts of one domain may fail together, so their votes are spread; '' takes the host out of its domain
+        #[arg(long, value_name = "NAME", required_unless_present = "spm_priority")]
+        failure_domain: Option<String>,
+        /// Who gets the storage duty first: -1 never, 0 to 10
+        #[arg(long, value_name = "N", allow_negative_numbers = true)]
+        spm_priority: Option<i8>,
+    },
     /// Give the host no more VMs
     #[command(after_help = "Example:\n  quorate host maintenance n2 --wait --timeout 10m")]
     Maintenance {

@@ -1,5 +1,6 @@
 //! `quorate host ...`.
 
+use hostd_api::host::HostPatch;
 use hostd_api::write::WriteAnswer;
 use statemachine::Seq;
 use statemachine::view::HostStatus;
@@ -17,6 +18,10 @@ pub async fn run(context: &Context, command: HostCommand) -> Result<(), Failure>
     match command {
         HostCommand::List => output::show(context.format, &client.hosts().await?),
         HostCommand::Show { host } => output::show(context.format, &client.host(&host, None).await?),
+        HostCommand::Set { host, failure_domain, spm_priority } => {
+            let answer = client.host_change(&host, &HostPatch { spm_priority, failure_domain }).await?;
+            output::done(context.format, &answer, &format!("host {host} is changed (seq {})", answer.seq))
+        }
         HostCommand::Maintenance { host, wait } => {
             let answer = client.host_maintenance(&host).await?;
             settled(context, &host, answer, HostStatus::Maintenance, wait, "gets no more VMs").await

@@ -3,6 +3,7 @@
 mod console;
 mod events;
 mod host;
+mod recover;
 mod site;
 mod store;
 mod token;
@@ -38,6 +39,7 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Leave => site::leave(&context).await,
         Command::Status => output::show(context.format, &context.client.status().await?),
         Command::Token(command) => token::run(&context, command).await,
+        Command::Site(command) => site::run(&context, command).await,
         Command::Host(command) => host::run(&context, command).await,
         Command::Vm(command) => vm::run(&context, command).await,
         Command::Events(events) => events::run(&context, events).await,
@@ -45,6 +47,9 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Spm => output::show(context.format, &context.client.spm().await?),
         Command::State(StateCommand::Digest) => site::digest(&context).await,
         Command::Store(command) => store::run(&context, &command),
+        Command::Recover { data_dir, all_other_hosts_are_off } => {
+            recover::run(&context, &data_dir, all_other_hosts_are_off).await
+        }
         Command::Completion { .. } => Ok(()),
     }
 }

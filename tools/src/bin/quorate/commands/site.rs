@@ -1,4 +1,4 @@
-//! `init`, `join`, `leave`, `state digest`.
+//! `init`, `join`, `leave`, `site set`, `state digest`.
 
 use std::io::Read;
 
@@ -7,18 +7,26 @@ use hostd_api::SecretText;
 use hostd_api::site::InitRequest;
 use hostd_api::site::JoinRequest;
 use hostd_api::site::Membership;
+use hostd_api::site::SitePatch;
 use statemachine::view::HostStatus;
 
 use super::Context;
 use super::host;
 use crate::args::InitArgs;
 use crate::args::JoinArgs;
+use crate::args::SiteCommand;
 use crate::args::Wait;
 use crate::exit::Failure;
 use crate::output;
 
 /// A token has about 200 characters; whatever is much longer on standard input is not one.
 const TOKEN_INPUT_MAX_BYTES: u64 = 4096;
+
+pub async fn run(context: &Context, command: SiteCommand) -> Result<(), Failure> {
+    let SiteCommand::Set { voters } = command;
+    let answer = context.client.site_change(&SitePatch { voters: Some(voters) }).await?;
+    output::done(context.format, &answer, &format!("up to {voters} hosts vote (seq {})", answer.seq))
+}
 
 pub async fn init(context: &Context, args: InitArgs) -> Result<(), Failure> {
     let membership = context.client.init(&InitRequest { name: args.name }).await?;

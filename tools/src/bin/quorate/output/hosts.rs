@@ -59,6 +59,7 @@ fn host(host: &HostView, now: Timestamp) -> String {
     let capacity = &host.capacity;
     table.field("capacity", format!("{} CPU threads, {}", capacity.cpu_threads, memory(capacity.memory_mib)));
     table.field("storage duty", format!("{}, priority {}", yes_no(host.spm), host.spm_priority));
+    table.field("failure domain", or_dash(Some(&host.failure_domain).filter(|domain| !domain.is_empty())));
     table.field("boot", host.boot);
     table.field(
         "watchdog",
