@@ -135,8 +135,9 @@ fn random_sequences_reach_permits_exits_and_reboots() {
             }
         }
     }
-    let missing: Vec<_> =
-        statemachine::Event::KINDS.iter().map(|(_, name)| *name).filter(|name| !names.contains_key(name)).collect();
+    // A site that this build begins is at its level; how an older one gets there is told in `rules.rs`.
+    let all = statemachine::Event::KINDS.iter().map(|(_, name)| *name).filter(|name| *name != "FeatureLevelActivated");
+    let missing: Vec<_> = all.filter(|name| !names.contains_key(name)).collect();
     assert!(missing.is_empty(), "no random sequence ever decided {missing:?}; seen: {names:?}");
 }
 

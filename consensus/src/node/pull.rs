@@ -5,8 +5,8 @@
 //! learner: what comes out of the log then and is in the fold already changes nothing.
 
 use std::sync::Arc;
-use std::sync::PoisonError;
 use std::sync::Weak;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -24,6 +24,7 @@ use crate::feed::PULL_BYTES;
 use crate::feed::PullRequest;
 use crate::feed::Pulled;
 use crate::feed::WAIT_MAX_MS;
+use crate::network::AddressBook;
 use crate::store::event_store::EventStoreError;
 use crate::store::state_machine::PulledEnd;
 use crate::transport::Channel;
@@ -140,34 +141,33 @@ impl<R: AsyncRuntime> Inner<R> {
         }
     }
 
-    /// Members in the order in which this host asks them: spread by its id, the leader last. Until one has answered, every host
-    /// that is known is tried.
-    fn sources(&self, turn: usize) -> Option<Peer> {
+    /// Whom to ask: members in an order that this host's id turns, the leader last, then every other host that is known, since the
+    /// members may all have changed while this one was away.
+    fn source(&self, turn: usize) -> Option<Peer> {
         let mut hosts: Vec<HostId> = Vec::new();
         if let Some(outlook) = &*self.outlook.borrow() {
             let leader = outlook.leader;
-            hosts =
-                outlook.voters.iter().chain(&outlook.learners).copied().filter(|host| Some(*host) != leader).collect();
+            let members = outlook.voters.iter().chain(&outlook.learners).copied();
+            hosts.extend(members.filter(|host| Some(*host) != leader));
             let first = self.host.0 as usize % hosts.len().max(1);
             hosts.rotate_left(first);
             hosts.extend(leader);
         }
-        // Members may all have changed while this host was away.
-        let others = self.fold.borrow().state.hosts.iter().map(|(host, _)| *host).collect::<Vec<_>>();
-        hosts.extend(others);
-        hosts.extend(self.config.peers.iter().map(|peer| peer.host));
+        let fold = self.fold.borrow().clone();
+        let known = fold.state.hosts.iter().map(|(host, _)| *host);
+        for host in known.chain(self.config.peers.iter().map(|peer| peer.host)) {
+            if !hosts.contains(&host) {
+                hosts.push(host);
+            }
+        }
         hosts.retain(|host| *host != self.host);
-        let mut seen = std::collections::BTreeSet::new();
-        hosts.retain(|host| seen.insert(*host));
         let host = *hosts.get(turn % hosts.len().max(1))?;
-        let known = self.addresses.members.lock().unwrap_or_else(PoisonError::into_inner).get(&host).cloned();
         let told = || self.config.peers.iter().find(|peer| peer.host == host).map(|peer| peer.address.clone());
-        let applied = self.fold.borrow().state.hosts.get(&host).map(|host| host.address.clone());
-        Some(Peer { host, address: applied.or(known).or_else(told)? })
+        Some(Peer { host, address: self.addresses.address(host).or_else(told)? })
     }
 
     async fn pull(self: &Arc<Self>, turn: usize) -> Result<Next, String> {
-        let source = self.sources(turn).ok_or("it knows no other host; join it again")?;
+        let source = self.source(turn).ok_or("it knows no other host; join it again")?;
         let after = self.fold.borrow().head.seq;
         let wait = Duration::from_millis(self.config.timers.election_max_ms);
         let request = PullRequest { after, wait_ms: wait.as_millis() as u32 };
@@ -178,7 +178,7 @@ impl<R: AsyncRuntime> Inner<R> {
             codec::decode(&answer).map_err(|error| format!("host {}: {error}", source.host))?;
         let knows_leader = outlook.leader.is_some();
         if knows_leader {
-            self.pulled_ms.store(self.boottime_ms(), std::sync::atomic::Ordering::Relaxed);
+            self.pulled_ms.store(self.boottime_ms(), Ordering::Relaxed);
             self.outlook.send_if_modified(|known| known.replace(outlook.clone()) != Some(outlook));
         }
         let next = match what {

@@ -159,6 +159,11 @@ impl World {
                 let secret_hash = secret_hash.map_or([255; 32], |token| token.secret_hash);
                 (Actor::Joiner, leader, Command::HostJoin { secret_hash, candidate: candidate(self.hosts) })
             }
+            7 if b.is_multiple_of(16) => {
+                let generation = state.site.as_ref().map_or(0, |site| site.generation) + 1;
+                (Actor::Duty(any_host), any_host, Command::SiteRecover { generation, ca: Fingerprint([b as u8; 32]) })
+            }
+            7 if b.is_multiple_of(5) => (root, leader, Command::VoterCount { voters: [3, 5][usize::from(a % 2)] }),
             7 => (
                 Actor::Duty(leader),
                 leader,
