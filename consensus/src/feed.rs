@@ -38,7 +38,10 @@ pub enum Committed {
     /// what the member has applied.
     Batches { batches: Vec<Arc<SealedBatch>>, head: Seq },
     /// The asker is too far behind, or what it needs was trimmed: the manifest of the member's snapshot.
-    Snapshot { manifest: Vec<u8> },
+    Snapshot {
+        #[serde(with = "serde_bytes")]
+        manifest: Vec<u8>,
+    },
 }
 
 /// What only members know: who they are, and whom they follow.

@@ -224,11 +224,17 @@ fn moved(state: &State, current: &Current) -> Option<Step> {
 fn joining(state: &State, current: &Current) -> Option<Step> {
     let count = voter_count(state);
     let standby = count - current.voters.len().min(count) + STANDBY_LEARNERS;
-    if current.learners().count() >= standby {
-        return None;
+    let voted: BTreeSet<&str> =
+        current.voters.iter().filter_map(|voter| Some(state.hosts.get(voter)?.failure_domain.as_str())).collect();
+    let brings_domain = |host: &Host| !host.failure_domain.is_empty() && !voted.contains(host.failure_domain.as_str());
+    let outside = state.hosts.iter().filter(|(host, _)| !current.addresses.contains_key(host));
+    let (host, known) = outside.min_by_key(|(id, host)| (!is_alive(host), !brings_domain(host), **id))?;
+    if current.learners().count() < standby {
+        return Some(Step::AddLearner { host: *host, address: known.address.clone() });
     }
-    let (host, known) = state.hosts.iter().find(|(host, _)| !current.addresses.contains_key(host))?;
-    Some(Step::AddLearner { host: *host, address: known.address.clone() })
+    // A learner that is away keeps its slot from one that is there, and could take a voter's place.
+    let away = current.learners().find(|learner| current.gone.contains(learner))?;
+    is_alive(known).then_some(Step::RemoveLearner { host: away })
 }
 
 /// A host that joined and did not report yet counts: its learner is how it learns that it joined.
@@ -372,6 +378,21 @@ mod tests {
         assert_eq!(plan(&site, &leads), None, "who leads is not away");
     }
 
+    #[test]
+    fn a_slot_goes_to_a_host_that_is_there_and_of_another_rack_first() {
+        let hosts: Vec<(u64, Liveness)> =
+            (1..=10).map(|id| (id, if id == 8 { Liveness::Unreachable } else { Liveness::Alive })).collect();
+        let racks: Vec<(u64, &str)> = (1..=10).map(|id| (id, if id == 10 { "b" } else { "a" })).collect();
+        let site = with_domains(state(&hosts), &racks);
+        let full = members(&[1, 2, 3], &[4, 5, 6, 7]);
+        assert_eq!(plan(&site, &full), None, "every slot is taken by a host that is there");
+        let away = Current { gone: ids(&[5]), ..full.clone() };
+        assert_eq!(plan(&site, &away), Some(Step::RemoveLearner { host: HostId(5) }));
+        let free = members(&[1, 2, 3], &[4, 6, 7]);
+        let step = Step::AddLearner { host: HostId(10), address: address(10) };
+        assert_eq!(plan(&site, &free), Some(step), "its rack has no vote yet");
+    }
+
     fn with_domains(mut state: State, domains: &[(u64, &str)]) -> State {
         for (host, domain) in domains {
             state.hosts.update(&HostId(*host), |host| host.failure_domain = (*domain).to_owned());
@@ -402,6 +423,7 @@ mod tests {
                 trimmed_upto: Seq::ZERO,
                 voters: 5,
                 generation: 0,
+                recovered_at: Seq::ZERO,
             });
             state
         };

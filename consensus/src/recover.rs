@@ -6,7 +6,8 @@
 //! 2. `raft/`: this host is the only member ([`crate::store::alone`]);
 //! 3. `identity.next/` takes the place of `identity/`, which is kept as `identity.generation-N/`.
 //!
-//! A power cut leaves the old site or, from the second step on, a directory that hostd refuses until the command is repeated.
+//! A power cut leaves the old site, or a directory that hostd refuses until the command is repeated. `identity.next/` must not be
+//! deleted from then on: behind the second step the store names this host alone, under the old authority.
 //! The first word of the host when it leads is `SiteRecover`: the others leave the log, with all that they held. Their certificates
 //! are of the old authority, so no host of the old site is heard, whatever it believes.
 
@@ -15,7 +16,6 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 use serde::Serialize;
-use statemachine::Fold;
 use statemachine::HostId;
 use statemachine::Seq;
 use statemachine::codec;
@@ -34,6 +34,8 @@ use crate::pki::identity::write_private;
 use crate::platform::Platform;
 use crate::store::Store;
 use crate::store::StoreError;
+use crate::store::alone::LastEntry;
+use crate::store::alone::Whole;
 
 /// Of hostd's data directory.
 const IDENTITY: &str = "identity";
@@ -68,6 +70,8 @@ pub struct Prospect {
     pub host: String,
     /// The generation that begins.
     pub generation: u32,
+    /// How hosts are compared. `None`: it pulled, so all that it has was committed.
+    pub last_entry: Option<LastEntry>,
     /// The last batch that this host has, and when it was decided.
     pub head: Seq,
     pub at_ms: u64,
@@ -85,13 +89,14 @@ pub struct Begun {
 /// Looks at what this host has, and changes nothing but a torn end of its log. hostd must be stopped.
 pub async fn look(data_dir: &Path) -> Result<Prospect, RecoverError> {
     let identity = Identity::load(&data_dir.join(IDENTITY))?;
-    let mut store = Store::open(Platform::real(), &data_dir.join(RAFT)).await?;
-    let fold = store.apply_whole_log().await;
+    let store = Store::open(Platform::real(), &data_dir.join(RAFT)).await?;
+    let whole = store.whole().await;
     store.close().await;
-    prospect(&*fold?, identity.host())
+    prospect(&whole?, identity.host())
 }
 
-fn prospect(fold: &Fold, own: HostId) -> Result<Prospect, RecoverError> {
+fn prospect(whole: &Whole, own: HostId) -> Result<Prospect, RecoverError> {
+    let fold = &whole.fold;
     let site = fold.state.site.as_ref().ok_or(RecoverError::NoSite)?;
     let host = fold.state.hosts.get(&own).ok_or(RecoverError::NotAHost { host: own })?;
     let others = fold.state.hosts.iter().filter(|(id, _)| **id != own);
@@ -99,6 +104,7 @@ fn prospect(fold: &Fold, own: HostId) -> Result<Prospect, RecoverError> {
         site: site.name.clone(),
         host: host.name.clone(),
         generation: site.generation + 1,
+        last_entry: whole.last,
         head: fold.head.seq,
         at_ms: fold.stamp.at_ms,
         leave: others.map(|(_, host)| (host.name.clone(), host.usage.vms)).collect(),
@@ -109,20 +115,32 @@ fn prospect(fold: &Fold, own: HostId) -> Result<Prospect, RecoverError> {
 pub async fn carry_out(data_dir: &Path, now_ms: u64) -> Result<Prospect, RecoverError> {
     let present = data_dir.join(IDENTITY);
     let next = data_dir.join(IDENTITY_NEXT);
+    if !present.exists() && next.join(CERTIFICATE_FILE).exists() {
+        // Power was lost between the last two steps.
+        rename(&next, &present)?;
+        return look(data_dir).await;
+    }
     let old = Identity::load(&present)?;
-    let mut store = Store::open(Platform::real(), &data_dir.join(RAFT)).await?;
-    let fold = store.apply_whole_log().await?;
-    let prospect = prospect(&fold, old.host())?;
-    let address = fold.state.hosts.get(&old.host()).map(|host| host.address.clone()).unwrap_or_default();
+    let store = Store::open(Platform::real(), &data_dir.join(RAFT)).await?;
+    let whole = store.whole().await?;
+    let prospect = prospect(&whole, old.host())?;
+    let address = whole.fold.state.hosts.get(&old.host()).map(|host| host.address.clone()).unwrap_or_default();
     // Its certificate is written last: an identity that is whole is used again.
     if !next.join(CERTIFICATE_FILE).exists() {
         make_identity(&present, &next, &old, &address, prospect.generation, now_ms)?;
     }
     store.go_on_alone(old.host(), address).await?;
-    let kept = data_dir.join(format!("{IDENTITY}.generation-{}", prospect.generation - 1));
-    rename(&present, &kept)?;
+    rename(&present, &aside(data_dir, prospect.generation - 1))?;
     rename(&next, &present)?;
     Ok(prospect)
+}
+
+/// Where the identity of a generation is kept: beside that of an earlier try, if there was one.
+fn aside(data_dir: &Path, generation: u32) -> PathBuf {
+    let name = format!("{IDENTITY}.generation-{generation}");
+    let tries = (2_u32..).map(|again| format!("{name}.{again}"));
+    let mut names = std::iter::once(name.clone()).chain(tries);
+    names.find(|name| !data_dir.join(name).exists()).map_or_else(|| data_dir.join(&name), |name| data_dir.join(name))
 }
 
 fn make_identity(
@@ -148,14 +166,19 @@ fn make_identity(
     write_private(&next.join(RECOVERY_FILE), &codec::encode(&begun))?;
     write_private(&next.join(CA_KEY_FILE), ca.key_pem().as_bytes())?;
     Identity::new(ca.certificate_pem(), &issued.certificate_pem, &key.to_pem())?.save(next)?;
+    // The store must never name this host alone while the new identity may still vanish.
+    sync_parent(next).map_err(file("sync", next))?;
     Ok(())
+}
+
+fn sync_parent(path: &Path) -> std::io::Result<()> {
+    std::fs::File::open(path.parent().unwrap_or(path))?.sync_all()
 }
 
 fn rename(from: &Path, to: &Path) -> Result<(), RecoverError> {
     let moved = |source| RecoverError::Move { path: from.to_owned(), source };
     std::fs::rename(from, to).map_err(moved)?;
-    let directory = from.parent().unwrap_or(from);
-    std::fs::File::open(directory).and_then(|directory| directory.sync_all()).map_err(moved)
+    sync_parent(from).map_err(moved)
 }
 
 /// A recovery that was begun here and is not in the log yet.

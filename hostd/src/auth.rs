@@ -187,6 +187,7 @@ mod tests {
             trimmed_upto: Seq::ZERO,
             voters: Site::VOTERS,
             generation: 0,
+            recovered_at: Seq::ZERO,
         };
         let mut state = State { site: Some(site), ..State::default() };
         for (index, (secret, purpose, status, expires_ms)) in tokens.iter().enumerate() {

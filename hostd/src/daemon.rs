@@ -18,6 +18,7 @@ use consensus::recover;
 use hostd_api::Problem;
 use hostd_api::SecretText;
 use hostd_api::problem::Code;
+use statemachine::Seq;
 use statemachine::command::Actor;
 use statemachine::command::Command;
 use statemachine::command::Request;
@@ -271,7 +272,16 @@ impl Daemon {
         }
         if let Some(begun) = recovered {
             let command = Command::SiteRecover { generation: begun.generation, ca: begun.ca };
-            member.propose(Actor::Duty(member.own()), None, command).await?;
+            // One batch takes out as many of the others as it carries.
+            let left = |member: &Member| {
+                let state = &member.fold().state;
+                let before = state.site.as_ref().map_or(Seq::ZERO, |site| site.recovered_at);
+                state.hosts.iter().any(|(id, _)| *id != member.own() && id.0 < before.0)
+            };
+            member.propose(Actor::Duty(member.own()), None, command.clone()).await?;
+            while left(&member) {
+                member.propose(Actor::Duty(member.own()), None, command.clone()).await?;
+            }
             let command = init::first_certificate(member.identity())?;
             member.propose(Actor::Duty(member.own()), None, command).await?;
             recover::finished(&self.config.identity_dir())?;

@@ -61,7 +61,7 @@ struct BatchWire {
 
 /// A batch as bytes: what the log carries, the stream serves and the chain hash covers.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SealedBatch(Vec<u8>);
+pub struct SealedBatch(#[serde(with = "serde_bytes")] Vec<u8>);
 
 impl std::fmt::Debug for SealedBatch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -67,6 +67,10 @@ impl Request {
     /// May a peer that proved to be `host` have sent this? A host forwards what its own API, agent or duty asks; in
     /// another's name it speaks never. Bearers of tokens and joiners have no host: the one that heard them vouches.
     pub fn may_come_from(&self, host: HostId) -> bool {
+        // Who recovers a site is its only member: nobody else may take the others out of it.
+        if matches!(self.command, Command::SiteRecover { .. }) {
+            return false;
+        }
         match self.actor {
             Actor::Root(actor) | Actor::Host(actor) | Actor::Duty(actor) => actor == host,
             Actor::Token(_) | Actor::Joiner => true,

@@ -38,6 +38,7 @@ use crate::state::VmSpec;
 pub struct EncodedEvent {
     pub kind: u16,
     pub version: u8,
+    #[serde(with = "serde_bytes")]
     pub payload: Vec<u8>,
 }
 

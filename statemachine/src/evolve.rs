@@ -48,6 +48,7 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
                 trimmed_upto: Seq::ZERO,
                 voters: Site::VOTERS,
                 generation: 0,
+                recovered_at: Seq::ZERO,
             });
         }
         Event::FeatureLevelActivated(e) => update_site(state, |site| site.feature_level = e.level),
@@ -55,6 +56,7 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
         Event::SiteRecovered(e) => update_site(state, |site| {
             site.generation = e.generation;
             site.ca = e.ca;
+            site.recovered_at = at.seq;
         }),
         Event::EventsTrimmed(e) => update_site(state, |site| site.trimmed_upto = e.upto),
         Event::DataCenterCreated(e) => {

@@ -23,6 +23,7 @@ use statemachine::rejection::RejectionClass;
 use statemachine::rejection::TokenFault;
 use statemachine::scheduler;
 use statemachine::scheduler::FilterName;
+use statemachine::state::Capacity;
 use statemachine::state::Created;
 use statemachine::state::Desired;
 use statemachine::state::ExitReason;
@@ -476,6 +477,9 @@ fn a_recovery_takes_the_other_hosts_out_with_all_that_they_held() {
     cluster.run_duties();
     let holder = cluster.permit("web1").host;
     let survivor = (0..3).map(|index| cluster.host(index)).find(|host| *host != holder).expect("another");
+    if let Some(site) = cluster.fold.state.site.as_mut() {
+        site.feature_level = 1;
+    }
     let recover = |generation, ca| Command::SiteRecover { generation, ca: Fingerprint([ca; 32]) };
     let by = |cluster: &mut Cluster, command| cluster.ask(Actor::Duty(survivor), survivor, command);
     let wrong = by(&mut cluster, recover(2, 8));
@@ -489,8 +493,40 @@ fn a_recovery_takes_the_other_hosts_out_with_all_that_they_held() {
     assert_eq!(state.removed_hosts.iter().count(), 2);
     let site = state.site.as_ref().expect("a site");
     assert_eq!((site.generation, site.ca), (1, Fingerprint([8; 32])));
+    assert_eq!(site.feature_level, FEATURE_LEVEL, "one host is left, so nothing holds the level back");
     assert!(cluster.fold.state.vm_by_name("web1").is_some_and(|(_, vm)| vm.permit.is_none()));
     assert!(state.data_centers.values().all(|center| center.spm.is_none_or(|spm| spm.host == survivor)));
     cluster.run_duties();
     assert_eq!(cluster.permit("web1").host, survivor, "what should run runs again");
+}
+
+#[test]
+fn a_recovery_of_a_large_site_takes_several_batches_and_no_newcomer() {
+    let mut cluster = Cluster::of(2);
+    let (survivor, gone) = (cluster.host(0), cluster.host(1));
+    cluster.grow(gone, 10_000_000);
+    let facts = HostFacts {
+        capacity: Capacity { cpu_threads: 10_000, memory_mib: 10_000_000 },
+        ..cluster.fold.state.hosts.get(&gone).expect("a host").facts.clone()
+    };
+    let report = cluster.report(gone);
+    cluster.ask(Actor::Host(gone), gone, Command::ReportHost { report, facts }).expect("a large host");
+    for number in 0..3_000 {
+        let name = format!("vm{number}");
+        cluster.root(Cluster::define(&name, 1, 2, RunStrategy::Manual)).expect("a VM");
+        let vm = cluster.vm(&name);
+        cluster.root(Command::VmStart { vm, host: Some(gone) }).expect("it starts");
+        cluster.duty(Command::VmPlace { vm }).expect("it fits");
+    }
+    let command = Command::SiteRecover { generation: 1, ca: Fingerprint([8; 32]) };
+    let by = |cluster: &mut Cluster| cluster.ask(Actor::Duty(survivor), survivor, command.clone()).expect("a batch");
+    let first = by(&mut cluster);
+    assert!(cluster.fold.state.hosts.contains(&gone), "it still holds permits");
+    let newcomer = cluster.join(7);
+    let second = by(&mut cluster);
+    assert!(!cluster.fold.state.hosts.contains(&gone));
+    assert!(cluster.fold.state.hosts.contains(&newcomer), "who joined after the recovery stays");
+    assert!(cluster.fold.state.vms.values().all(|vm| vm.permit.is_none()));
+    assert!(second.seq > first.seq);
+    assert_eq!(by(&mut cluster).seq, cluster.fold.head.seq, "nothing is left to do");
 }

@@ -168,7 +168,8 @@ where
             return View::Leader(vote.leader_id.to_committed());
         }
         let told = || self.told.borrow().as_ref().and_then(|outlook| outlook.leader);
-        View::Other(metrics.current_leader.map(HostId).or_else(told).filter(|leader| *leader != local))
+        // openraft goes on naming the leader that it last heard, also on a host that hears none any more.
+        View::Other(told().or(metrics.current_leader.map(HostId)).filter(|leader| *leader != local))
     }
 
     fn announce(&self, leadership: Leadership) {

@@ -44,6 +44,7 @@ pub struct SnapshotOffer {
     /// Where the leader serves the files; a host that has just joined may not know it otherwise.
     pub address: String,
     pub vote: Vote,
+    #[serde(with = "serde_bytes")]
     pub manifest: Vec<u8>,
 }
 

@@ -35,6 +35,8 @@ use crate::transport::Refusal;
 const BETWEEN: Duration = Duration::from_millis(50);
 /// Pause before the next member is asked when one does not answer well.
 const AFTER_FAILURE: Duration = Duration::from_millis(250);
+/// After so many answers without news another member is asked.
+const QUIET_ANSWERS: u32 = 8;
 /// A member looks this often whether it still is one.
 const MEMBER_LOOKS: Duration = Duration::from_secs(1);
 /// On top of the wait that was asked for.
@@ -44,7 +46,7 @@ const REPEAT: Duration = Duration::from_secs(60);
 
 /// Pulls whenever this host is no member and no leader appends to it; ends with the node.
 pub(super) async fn pull_while_outside<R: AsyncRuntime>(node: Weak<Inner<R>>) {
-    let mut turn = 0;
+    let (mut turn, mut quiet) = (0, 0);
     let mut told: Option<Instant> = None;
     loop {
         let Some(inner) = node.upgrade() else { return };
@@ -57,13 +59,19 @@ pub(super) async fn pull_while_outside<R: AsyncRuntime>(node: Weak<Inner<R>>) {
         let pause = match inner.pull(turn).await {
             Ok(Next::More) => Duration::ZERO,
             Ok(Next::Later) => BETWEEN,
+            Ok(Next::Quiet) => {
+                // One whose apply hangs says "nothing new" for ever.
+                quiet += 1;
+                turn += usize::from(quiet % QUIET_ANSWERS == 0);
+                Duration::ZERO
+            }
             Ok(Next::OtherMember) => {
                 turn += 1;
                 AFTER_FAILURE
             }
             Err(why) => {
                 turn += 1;
-                if told.is_none_or(|at| at.elapsed() > REPEAT) {
+                if inner.is_outside() && told.is_none_or(|at| at.elapsed() > REPEAT) {
                     tracing::warn!("this host pulls what was committed, and cannot now: {why}");
                     told = Some(Instant::now());
                 }
@@ -79,6 +87,8 @@ enum Next {
     /// The member has more.
     More,
     Later,
+    /// Nothing happened while the member held the request.
+    Quiet,
     /// This one knows no leader, or is behind us.
     OtherMember,
 }
@@ -160,10 +170,11 @@ impl<R: AsyncRuntime> Inner<R> {
                 hosts.push(host);
             }
         }
-        hosts.retain(|host| *host != self.host);
-        let host = *hosts.get(turn % hosts.len().max(1))?;
-        let told = || self.config.peers.iter().find(|peer| peer.host == host).map(|peer| peer.address.clone());
-        Some(Peer { host, address: self.addresses.address(host).or_else(told)? })
+        let told = |host| self.config.peers.iter().find(|peer| peer.host == host).map(|peer| peer.address.clone());
+        let address = |host| self.addresses.address(host).or_else(|| told(host));
+        let others = hosts.into_iter().filter(|host| *host != self.host);
+        let known: Vec<Peer> = others.filter_map(|host| Some(Peer { host, address: address(host)? })).collect();
+        known.get(turn % known.len().max(1)).cloned()
     }
 
     async fn pull(self: &Arc<Self>, turn: usize) -> Result<Next, String> {
@@ -183,7 +194,7 @@ impl<R: AsyncRuntime> Inner<R> {
         }
         let next = match what {
             Committed::Batches { batches, head } if batches.is_empty() && head < after => Next::OtherMember,
-            Committed::Batches { batches, .. } if batches.is_empty() => Next::Later,
+            Committed::Batches { batches, .. } if batches.is_empty() => Next::Quiet,
             Committed::Batches { batches, head } => {
                 let every = self.config.snapshot_every;
                 let appended = self.raft.with_state_machine(move |store| Box::pin(store.append_pulled(batches, every)));

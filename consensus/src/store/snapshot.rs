@@ -25,6 +25,7 @@ use statemachine::codec;
 use statemachine::codec::CodecError;
 use statemachine::codec::MAX_PAYLOAD;
 use statemachine::codec::RecordKind;
+use statemachine::decide::FEATURE_LEVEL;
 use statemachine::digest::Digest;
 use statemachine::state::StateImage;
 use thiserror::Error;
@@ -42,7 +43,7 @@ use crate::types::SnapshotMeta;
 use crate::types::StoredMembership;
 
 /// Version of the manifest's layout.
-pub const MANIFEST_FORMAT: u16 = 2;
+pub const MANIFEST_FORMAT: u16 = 3;
 const CURRENT: &str = "current";
 const STATE_SUFFIX: &str = ".state";
 /// A piece that a peer may ask for at once.
@@ -58,6 +59,8 @@ pub enum SnapshotError {
     Unreadable { path: PathBuf, source: CodecError },
     #[error("snapshot layout version {0} is unknown to this build; upgrade this host")]
     Format(u16),
+    #[error("the site is at feature level {level}, and this build knows {FEATURE_LEVEL}; upgrade quorate on this host")]
+    LevelTooHigh { level: u32 },
     #[error("the state folds to digest {found}, the log says {expected}: memory or code of this host lies")]
     Digest { expected: Digest, found: Digest },
     #[error("the state takes {bytes} bytes, a snapshot holds at most {limit}")]
@@ -222,10 +225,9 @@ impl SnapshotHandle {
         Snapshot { meta: self.manifest.meta(), snapshot: self }
     }
 
-    /// The same state and events, for a host without a log: it claims no place in one.
-    pub fn without_log(self) -> SnapshotHandle {
-        let manifest =
-            Manifest { last_applied: None, membership: StoredMembership::default(), ..(*self.manifest).clone() };
+    /// The same state and events, at another place in the log: that of the host that pulled it, or none.
+    pub fn at(self, last_applied: Option<LogId>, membership: StoredMembership) -> SnapshotHandle {
+        let manifest = Manifest { last_applied, membership, ..(*self.manifest).clone() };
         SnapshotHandle { manifest: Arc::new(manifest), home: self.home }
     }
 
@@ -455,6 +457,10 @@ fn decode_state(manifest: &Manifest, bytes: &[u8], path: &Path) -> Result<Applie
     let file: StateFile = codec::open_value(RecordKind::SnapshotState, bytes, MAX_PAYLOAD)
         .map_err(|source| SnapshotError::Unreadable { path: path.to_owned(), source })?;
     let state = State::from(file.image);
+    let level = state.site.as_ref().map_or(0, |site| site.feature_level);
+    if level > FEATURE_LEVEL {
+        return Err(SnapshotError::LevelTooHigh { level });
+    }
     let found = state.recompute_digest();
     if found != manifest.digest || file.head != manifest.head {
         return Err(SnapshotError::Digest { expected: manifest.digest, found });

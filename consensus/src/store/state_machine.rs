@@ -149,8 +149,7 @@ impl StateMachine {
         self.pulled_upto = head;
         self.show();
         let kept = self.snapshots.current().map_or(Seq::ZERO, |snapshot| snapshot.manifest.head.seq);
-        // A member's are asked for by openraft's log.
-        if self.applied.last_applied.is_none() && head.0 >= kept.0 + snapshot_every {
+        if head.0 >= kept.0 + snapshot_every {
             self.build().await?;
         }
         Ok(PulledEnd::At(head))
@@ -163,13 +162,14 @@ impl StateMachine {
         Ok(())
     }
 
-    /// Takes over a snapshot that was pulled from a member. What openraft knows of the member's log is left out: this host has none.
+    /// Takes over a snapshot that was pulled from a member. The place in the log stays this host's own, if it has one.
     pub async fn install_pulled(&mut self, snapshot: SnapshotHandle) -> Result<(), StoreError> {
-        if self.applied.last_applied.is_some() || snapshot.manifest.head.seq <= self.applied.fold.head.seq {
+        if snapshot.manifest.head.seq <= self.applied.fold.head.seq {
             return Ok(());
         }
+        let snapshot = snapshot.at(self.applied.last_applied, self.applied.membership.clone());
         let snapshots = self.snapshots.clone();
-        let installed = self.platform.on_disk(move || snapshots.install(snapshot.without_log())).await;
+        let installed = self.platform.on_disk(move || snapshots.install(snapshot)).await;
         match installed.ok_or(StoreError::ShuttingDown)? {
             Ok(applied) => {
                 self.applied = applied;
@@ -279,7 +279,7 @@ impl<R: AsyncRuntime> RaftStateMachine<TypeConfig<R>> for StateMachine {
     }
 
     async fn install_snapshot(&mut self, _meta: &SnapshotMeta, snapshot: SnapshotHandle) -> io::Result<()> {
-        if self.applied.last_applied.is_none() && self.applied.fold.head.seq >= snapshot.manifest.head.seq {
+        if self.applied.fold.head.seq >= snapshot.manifest.head.seq {
             return match self.adopt_log_position(&snapshot).await {
                 Err(StoreError::ShuttingDown) => Err(StoreError::ShuttingDown.into()),
                 Err(error) => Err(self.fatal(error)),

@@ -13,10 +13,13 @@ use consensus::recover;
 use consensus::recover::RecoverError;
 use consensus::store::Store;
 use consensus::store::StoreError;
+use statemachine::Fold;
 use statemachine::HostId;
+use statemachine::Seq;
 use statemachine::command::Actor;
 use statemachine::command::Command;
 use statemachine::command::Request;
+use statemachine::fold::Applied;
 use statemachine::state::Fingerprint;
 
 use crate::world::FIRST;
@@ -28,9 +31,8 @@ use crate::world::now_ms;
 
 async fn alone(site: &mut Site, host: HostId) {
     let platform = Platform { disk: Arc::new(site.disk(host)), ..Platform::real() };
-    let mut store = Store::open(platform, "/data".as_ref()).await.unwrap();
-    let fold = store.apply_whole_log().await.unwrap();
-    let address = fold.state.hosts.get(&host).unwrap().address.clone();
+    let store = Store::open(platform, "/data".as_ref()).await.unwrap();
+    let address = store.whole().await.unwrap().fold.state.hosts.get(&host).unwrap().address.clone();
     store.go_on_alone(host, address).await.unwrap();
     site.start(host).await;
 }
@@ -58,6 +60,8 @@ async fn a_voter_goes_on_alone_with_all_that_it_has() {
         }
     }
     alone(&mut site, survivor).await;
+    let by_another = Request { actor: Actor::Duty(FIRST), origin: FIRST, ..recovered(survivor) };
+    assert!(!by_another.may_come_from(FIRST), "nobody takes the others out of a site from outside");
     site.accept(recovered(survivor)).await;
     let node = site.node(survivor);
     assert_eq!(node.status().voters, [survivor]);
@@ -71,10 +75,14 @@ async fn a_voter_goes_on_alone_with_all_that_it_has() {
     site.accept(Request { origin: survivor, ..keyed("after") }).await;
 }
 
-/// What a puller has durably is its last snapshot; it begins a log of its own behind that.
+/// What a puller has durably is its sealed segments, also those behind its last snapshot; it begins a log of its own there.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_host_that_pulled_goes_on_alone_too() {
-    let mut site = Site::over_memory_with(|config| config.snapshot_every = 5).await.of_three().await;
+    let small = |config: &mut NodeConfig| {
+        config.snapshot_every = 9;
+        config.store.event_segment_bytes = 600;
+    };
+    let mut site = Site::over_memory_with(small).await.of_three().await;
     let outside = site.join().await;
     site.until("it pulls", async || site.node(outside).status().role == Role::Puller).await;
     for number in 0..12 {
@@ -94,7 +102,22 @@ async fn a_host_that_pulled_goes_on_alone_too() {
     let kept = site.node(outside).fold().head.seq;
     assert!(before.0 - kept.0 <= 5, "{kept} of {before}");
     site.accept(recovered(outside)).await;
-    site.accept(Request { origin: outside, ..keyed("after") }).await;
+    for number in 0..20 {
+        site.accept(Request { origin: outside, ..keyed(&format!("after{number}")) }).await;
+    }
+    let mut after = Seq::ZERO;
+    let mut fold = Fold::default();
+    while after < site.node(outside).events().head() {
+        for batch in site.node(outside).events().read(after, 10, 1 << 20).await.unwrap() {
+            assert_eq!(
+                fold.apply_sealed(&batch.sealed),
+                Ok(Applied::Applied(after.next())),
+                "one chain, without a fork"
+            );
+            after = batch.seq;
+        }
+    }
+    assert_eq!(fold.head, site.node(outside).fold().head);
     assert_eq!(site.node(outside).status().voters, [outside]);
 }
 
@@ -132,6 +155,17 @@ async fn the_recovery_of_a_data_directory_may_be_repeated() {
     recover::carry_out(root.path(), now_ms()).await.unwrap();
     let again = Identity::load(&root.path().join("identity")).unwrap();
     assert_eq!(again.ca_pem(), now.ca_pem(), "the authority that was made already");
+
+    // Power was lost between the two names.
+    std::fs::rename(root.path().join("identity"), root.path().join("identity.next")).unwrap();
+    recover::carry_out(root.path(), now_ms()).await.unwrap();
+    assert_eq!(Identity::load(&root.path().join("identity")).unwrap().ca_pem(), now.ca_pem());
+
+    // The log was not told before the host was lost too, and somebody recovers it once more.
+    let once_more = recover::carry_out(root.path(), now_ms()).await.unwrap();
+    assert_eq!(once_more.generation, 1, "the log knows of none yet");
+    let again = Identity::load(&root.path().join("identity")).unwrap();
+    let begun = recover::begun(&root.path().join("identity")).unwrap().unwrap();
 
     let node = Node::start(config(), again).await.unwrap();
     let told = node.initialise(genesis(socket.to_string())).await;

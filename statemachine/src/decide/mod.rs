@@ -71,7 +71,12 @@ pub fn decide(state: &State, request: &Request, seq: Seq, stamp: Stamp) -> Resul
         (Some(_), _) => permission::check(&context)?,
     }
     let decided = judge(&context)?;
+    let activated = decided.events.iter().filter_map(|event| match event {
+        Event::FeatureLevelActivated(activated) => Some(activated.level),
+        _ => None,
+    });
     let level = state.site.as_ref().map_or(site::FEATURE_LEVEL, |site| site.feature_level);
+    let level = activated.max().unwrap_or(level);
     match decided.events.iter().map(Event::feature_level).max() {
         Some(needed) if needed > level => Err(Rejection::FeatureLevel { needed, level }),
         _ => Ok(decided),

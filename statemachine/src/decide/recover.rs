@@ -3,7 +3,9 @@
 use super::Context;
 use super::Decided;
 use super::form;
+use super::site::FEATURE_LEVEL;
 use crate::event::Event;
+use crate::event::FeatureLevelActivated;
 use crate::event::HostRemoved;
 use crate::event::ReleaseEvidence;
 use crate::event::SiteRecovered;
@@ -11,31 +13,46 @@ use crate::event::SpmReleased;
 use crate::event::VmDesiredChanged;
 use crate::event::VmObservedExit;
 use crate::event::VmPermitReleased;
-use crate::ids::HostId;
+use crate::ids::VmId;
 use crate::rejection::Rejection;
 use crate::state::Desired;
 use crate::state::ExitReason;
 use crate::state::Fingerprint;
+use crate::state::Permit;
 use crate::state::StopMode;
+use crate::state::Vm;
 
-/// One batch, because half a recovery would be a host that is gone and still holds a permit.
+/// Events of one batch: the largest, of 79 bytes, leave room below a batch's limit of 1 MiB.
+const EVENTS_MAX: usize = 8_000;
+
+/// Begins the generation, and takes out hosts of the last one with all that they held, as many as one batch carries; asked again, the
+/// next of them, until none is left. A host leaves only when its last permit is released.
 pub(super) fn site(context: &Context<'_>, generation: u32, ca: Fingerprint) -> Result<Decided, Rejection> {
-    let present = context.state.site.as_ref().map_or(0, |site| site.generation);
-    if generation == present && context.state.site.as_ref().is_some_and(|site| site.ca == ca) {
-        // Asked again after a power cut.
-        return Ok(Decided::nothing());
-    }
-    if generation != present + 1 {
-        return Err(form::invalid(
-            "generation",
-            format!("the site is at generation {present}, not before {generation}"),
-        ));
-    }
-    let host = context.request.origin;
-    let mut events: Vec<Event> = vec![SiteRecovered { generation, host, ca }.into()];
-    let gone = context.state.hosts.iter().map(|(id, _)| *id).filter(|id| *id != host);
-    for gone in gone {
-        events.extend(permits_released(context, gone));
+    let Some(site) = &context.state.site else { return Err(Rejection::NotInitialised) };
+    let mut events: Vec<Event> = Vec::new();
+    let before = match generation {
+        same if same == site.generation && ca == site.ca => site.recovered_at,
+        next if next == site.generation + 1 => {
+            // One host is left, and this build runs on it.
+            if site.feature_level < FEATURE_LEVEL {
+                events.push(FeatureLevelActivated { level: FEATURE_LEVEL }.into());
+            }
+            events.push(SiteRecovered { generation, host: context.request.origin, ca }.into());
+            context.seq
+        }
+        _ => {
+            let why = format!("the site is at generation {}, not before {generation}", site.generation);
+            return Err(form::invalid("generation", why));
+        }
+    };
+    let hosts = context.state.hosts.iter().map(|(id, _)| *id);
+    for gone in hosts.filter(|id| *id != context.request.origin && id.0 < before.0) {
+        for (vm, known, permit) in context.state.permits_on(gone) {
+            if events.len() + 3 > EVENTS_MAX {
+                return Ok(Decided::many(events));
+            }
+            events.extend(released(vm, known, permit));
+        }
         let managed = context.state.data_centers.iter().filter(|(_, it)| it.spm.is_some_and(|spm| spm.host == gone));
         events.extend(managed.map(|(data_center, _)| SpmReleased { data_center: *data_center, host: gone }.into()));
         events.push(HostRemoved { host: gone }.into());
@@ -43,22 +60,13 @@ pub(super) fn site(context: &Context<'_>, generation: u32, ca: Fingerprint) -> R
     Ok(Decided::many(events))
 }
 
-fn permits_released(context: &Context<'_>, gone: HostId) -> Vec<Event> {
-    let mut events: Vec<Event> = Vec::new();
-    for (vm, known, permit) in context.state.permits_on(gone) {
-        let exit = VmObservedExit {
-            vm,
-            epoch: permit.epoch,
-            host: gone,
-            counter: 0,
-            reason: ExitReason::HostGone,
-            detail: String::new(),
-        };
-        events.push(exit.into());
-        events.push(VmPermitReleased { vm, epoch: permit.epoch, evidence: ReleaseEvidence::Operator }.into());
-        if known.desired == Desired::Running && !known.restarts_after(ExitReason::HostGone) {
-            events.push(VmDesiredChanged { vm, desired: Desired::Stopped(StopMode::PowerOff) }.into());
-        }
+fn released(vm: VmId, known: &Vm, permit: Permit) -> Vec<Event> {
+    let (epoch, reason) = (permit.epoch, ExitReason::HostGone);
+    let mut events: Vec<Event> =
+        vec![VmObservedExit { vm, epoch, host: permit.host, counter: 0, reason, detail: String::new() }.into()];
+    events.push(VmPermitReleased { vm, epoch, evidence: ReleaseEvidence::Operator }.into());
+    if known.desired == Desired::Running && !known.restarts_after(reason) {
+        events.push(VmDesiredChanged { vm, desired: Desired::Stopped(StopMode::PowerOff) }.into());
     }
     events
 }

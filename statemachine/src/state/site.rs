@@ -47,6 +47,8 @@ pub struct Site {
     pub voters: u8,
     /// Rises when the site is recovered after the loss of its majority.
     pub generation: u32,
+    /// Where in the log that was; hosts that are older leave.
+    pub recovered_at: Seq,
 }
 
 impl Site {

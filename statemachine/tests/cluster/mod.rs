@@ -166,6 +166,18 @@ impl Cluster {
         secret_hash
     }
 
+    /// A machine with a fresh token becomes a host.
+    pub fn join(&mut self, number: u16) -> HostId {
+        let secret_hash = self.token(TokenPurpose::Join, 60_000);
+        let join = Command::HostJoin { secret_hash, candidate: Cluster::candidate(number) };
+        let by = self.host(0);
+        let joined = self.ask(Actor::Joiner, by, join).expect("a fresh token");
+        match joined.created {
+            Some(statemachine::state::Created::Host(host)) => host,
+            other => panic!("a join creates a host, not {other:?}"),
+        }
+    }
+
     pub fn host(&self, index: usize) -> HostId {
         *self.fold.state.hosts.iter().nth(index).expect("so many hosts").0
     }

@@ -20,6 +20,11 @@ impl Show for Prospect {
         let at = i64::try_from(self.at_ms).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok());
         let at = at.map_or("-".to_owned(), |at| format!("{at:.0}"));
         table.field("last batch here", format!("{}, of {at}", self.head));
+        let last = self.last_entry.map(|last| format!("term {}, index {}", last.term, last.index));
+        table.field(
+            "last log entry here",
+            last.unwrap_or("none: it pulled, and all that it has was committed".to_owned()),
+        );
         for (host, vms) in &self.leave {
             table.field("leaves for good", format!("{host}, {} held there", output::agree(u64::from(*vms), "VM")));
         }
@@ -32,10 +37,10 @@ pub async fn run(context: &Context, data_dir: &Path, all_other_hosts_are_off: bo
     if !all_other_hosts_are_off {
         output::show(context.format, &recover::look(data_dir).await.map_err(failed)?)?;
         return Err(Failure::Local(
-            "nothing was changed. Whatever another host acknowledged after the batch above is lost, and what ran there is started \
-             here: a VM that still runs there would run twice and destroy its disks. Compare the last batch on every host \
-             that is left, choose the highest, switch all others off or wipe them, and give your word with \
-             --all-other-hosts-are-off"
+            "nothing was changed. What was acknowledged and this host never got is lost, and what ran there is started \
+             here: a VM that still runs there would run twice and destroy its disks. Compare the last log entry \
+             on every host that is left, choose the highest term, then the highest index; switch all others off or wipe them; \
+             and give your word with --all-other-hosts-are-off"
                 .to_owned(),
         ));
     }
