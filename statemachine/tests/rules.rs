@@ -504,16 +504,15 @@ fn a_recovery_takes_the_other_hosts_out_with_all_that_they_held() {
 fn a_recovery_of_a_large_site_takes_several_batches_and_no_newcomer() {
     let mut cluster = Cluster::of(2);
     let (survivor, gone) = (cluster.host(0), cluster.host(1));
-    cluster.grow(gone, 10_000_000);
     let facts = HostFacts {
-        capacity: Capacity { cpu_threads: 10_000, memory_mib: 10_000_000 },
+        capacity: Capacity { cpu_threads: 4_096, memory_mib: 10_000_000 },
         ..cluster.fold.state.hosts.get(&gone).expect("a host").facts.clone()
     };
     let report = cluster.report(gone);
     cluster.ask(Actor::Host(gone), gone, Command::ReportHost { report, facts }).expect("a large host");
     for number in 0..3_000 {
         let name = format!("vm{number}");
-        cluster.root(Cluster::define(&name, 1, 2, RunStrategy::Manual)).expect("a VM");
+        cluster.root(Cluster::define(&name, 1, 16, RunStrategy::Manual)).expect("a VM");
         let vm = cluster.vm(&name);
         cluster.root(Command::VmStart { vm, host: Some(gone) }).expect("it starts");
         cluster.duty(Command::VmPlace { vm }).expect("it fits");
