@@ -4,7 +4,7 @@
 //! - [`load`]: clients in a closed loop, and what they measured. [`site`]: three processes and a door to them.
 //! - [`quorate`], [`etcd`]: the two kinds of site.
 //! - [`compare`] (commits and reads), [`watch`], [`failover`], [`syncs`]: what is measured beside the peer; [`replay`]: one host alone with a long log.
-//! [`followers`]: a site of hundreds of hosts in this process. [`words`]: what those two say to a log.
+//! - [`followers`]: a site of hundreds of hosts in this process. [`words`]: what the last two say to a log.
 
 pub mod compare;
 pub mod etcd;
