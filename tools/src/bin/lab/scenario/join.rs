@@ -133,7 +133,7 @@ async fn refused(stage: &Stage, host: HostId, arguments: &[&str], words: &str) -
     Ok(())
 }
 
-async fn knock(stage: &Stage, from: HostId, at: HostId) -> Result<String> {
+pub(super) async fn knock(stage: &Stage, from: HostId, at: HostId) -> Result<String> {
     let server = format!("{}:7443", at.address());
     let said = stage.sh(from, &format!("lab in-host knock --server {server}")).await?;
     println!("{from} | GET https://{server}/v1/vms, by its certificate: {}", said.trim());

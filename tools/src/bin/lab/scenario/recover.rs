@@ -10,6 +10,7 @@ use anyhow::ensure;
 use super::guest::Guest;
 use super::guest::Shape;
 use super::guest::field;
+use super::join::knock;
 use super::stage::Stage;
 use super::table::Table;
 use crate::control::PowerAction;
@@ -65,11 +66,9 @@ pub async fn tell(stage: &mut Stage) -> Result<()> {
     let back_ns = stage.now_ns();
     stage.power(LOST[0], PowerAction::On).await?;
     stage.hostd_answers(LOST[0]).await?;
-    let logged = stage
-        .until("the recovered host refuses it", WITHIN, async || {
-            Ok(Some(stage.sh(SURVIVOR, "grep -m1 'another cluster' /var/log/hostd.log").await?))
-        })
-        .await?;
+    let knocked = knock(stage, LOST[0], SURVIVOR).await?;
+    ensure!(knocked.contains("no connection"), "a host of the old generation was let in: {knocked}");
+    let logged = stage.sh(SURVIVOR, "grep -m1 'another cluster' /var/log/hostd.log").await?;
     println!("{SURVIVOR}'s log | {}", logged.trim());
     let status = stage.query(LOST[0], &["status"]).await?;
     ensure!(status["member"]["leader"].is_null(), "it knows a leader: {status}");
