@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use openraft::AsyncRuntime;
 use openraft::ChangeMembers;
@@ -18,7 +19,9 @@ use crate::membership;
 use crate::membership::Current;
 use crate::membership::Release;
 use crate::membership::Step;
+use crate::types::LogId;
 use crate::types::PeerAddress;
+use crate::types::Proposal;
 
 /// A learner this close to the leader's log, in entries, counts as caught up.
 const CAUGHT_UP_WITHIN: u64 = 500;
@@ -142,6 +145,9 @@ impl<R: AsyncRuntime> Inner<R> {
             Release::Voters(voters) => self.take_step(Step::SetVoters(voters)).await,
             Release::HandOver { voters, to } => {
                 if let Some(voters) = voters {
+                    if !self.follows_now(to).await {
+                        return refused("the other host does not answer at this moment, and would have to vote");
+                    }
                     self.take_step(Step::SetVoters(voters)).await?;
                 }
                 self.take_step(Step::TransferLeader { to }).await?;
@@ -149,6 +155,20 @@ impl<R: AsyncRuntime> Inner<R> {
             }
             Release::Nobody => refused("it is the only one, and no other host that is up has the whole log"),
         }
+    }
+
+    /// Whether a host takes in an entry that is written now. A voter more raises the majority at once: who died a second ago, and
+    /// is alive in the log still, must not become one.
+    async fn follows_now(&self, host: HostId) -> bool {
+        let Ok(written) = self.raft.client_write(Proposal::barrier()).await else { return false };
+        let has = |matched: &Option<LogId>| matched.is_some_and(|log_id| log_id.index >= written.log_id.index);
+        let within = Duration::from_millis(self.config.timers.election_max_ms);
+        let waits = self.raft.wait(Some(within));
+        let follows = waits.metrics(
+            |metrics| metrics.replication.as_ref().and_then(|hosts| hosts.get(&host.0)).is_some_and(has),
+            "a host follows now",
+        );
+        follows.await.is_ok()
     }
 
     pub(super) async fn transfer(&self, to: HostId) -> Result<(), MemberError> {

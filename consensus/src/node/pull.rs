@@ -204,6 +204,9 @@ impl<R: AsyncRuntime> Inner<R> {
                     PulledEnd::Misfit { after } => {
                         return Err(format!("what host {} sent does not follow seq {after}", source.host));
                     }
+                    PulledEnd::Unsound { why } => {
+                        return Err(format!("host {} sent what it cannot have: {why}", source.host));
+                    }
                 }
             }
             Committed::Snapshot { manifest } => {

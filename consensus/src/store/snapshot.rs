@@ -23,6 +23,7 @@ use statemachine::State;
 use statemachine::batch::Head;
 use statemachine::codec;
 use statemachine::codec::CodecError;
+use statemachine::codec::HEADER_LEN;
 use statemachine::codec::MAX_PAYLOAD;
 use statemachine::codec::RecordKind;
 use statemachine::decide::FEATURE_LEVEL;
@@ -44,6 +45,8 @@ use crate::types::StoredMembership;
 
 /// Version of the manifest's layout.
 pub const MANIFEST_FORMAT: u16 = 3;
+/// A segment of four megabytes may grow to four times that while sealing lags; nothing sound is near this.
+const MAX_SEGMENT_BYTES: u64 = 64 << 20;
 const CURRENT: &str = "current";
 const STATE_SUFFIX: &str = ".state";
 /// A piece that a peer may ask for at once.
@@ -57,6 +60,8 @@ pub enum SnapshotError {
     Segment(#[from] SegmentError),
     #[error("snapshot {path} is unreadable: {source}", path = path.display())]
     Unreadable { path: PathBuf, source: CodecError },
+    #[error("the manifest of a snapshot says what cannot be: {why}")]
+    Implausible { why: String },
     #[error("snapshot layout version {0} is unknown to this build; upgrade this host")]
     Format(u16),
     #[error("the site is at feature level {level}, and this build knows {FEATURE_LEVEL}; upgrade quorate on this host")]
@@ -184,6 +189,26 @@ impl Manifest {
             MANIFEST_FORMAT => Ok(manifest),
             format => Err(SnapshotError::Format(format)),
         }
+    }
+
+    /// Whether a manifest of another host may be acted on: nothing that it names is larger or elsewhere than a host could have
+    /// written it.
+    fn check(&self) -> Result<(), SnapshotError> {
+        let refused = |why: String| Err(SnapshotError::Implausible { why });
+        if self.state.bytes > (MAX_PAYLOAD + HEADER_LEN) as u64 {
+            return refused(format!("a state of {} bytes", self.state.bytes));
+        }
+        let mut before = Seq::ZERO;
+        for id in &self.segments {
+            if id.bytes > MAX_SEGMENT_BYTES {
+                return refused(format!("{} bytes of events {} to {}", id.bytes, id.first, id.last));
+            }
+            if id.first > id.last || id.last <= before || id.last > self.head.seq {
+                return refused(format!("events {} to {} after {before}, of {}", id.first, id.last, self.head.seq));
+            }
+            before = id.last;
+        }
+        Ok(())
     }
 
     pub fn meta(&self) -> SnapshotMeta {
@@ -370,6 +395,7 @@ impl Snapshots {
     /// Begins, or goes on with, receiving the snapshot of a peer.
     pub fn receive(self: &Arc<Self>, manifest: &[u8]) -> Result<Receiving, SnapshotError> {
         let manifest = Manifest::decode(manifest, &self.incoming.join("manifest"))?;
+        manifest.check()?;
         let own = self.segments.sealed_head().seq;
         let lacking = manifest.segments.iter().filter(|id| id.last > own && !self.segments.holds(id));
         let parts = lacking.map(|id| Part::Segment(*id)).chain([Part::State(manifest.state)]).collect();

@@ -16,6 +16,7 @@ use statemachine::Fold;
 use statemachine::Seq;
 use statemachine::batch::SealedBatch;
 use statemachine::fold::Applied;
+use statemachine::fold::ApplyError;
 use tokio::sync::watch;
 
 use crate::platform::Blocking;
@@ -24,6 +25,7 @@ use crate::store::StoreError;
 use crate::store::health::Health;
 use crate::store::segments::Segments;
 use crate::store::snapshot::AppliedState;
+use crate::store::snapshot::SnapshotError;
 use crate::store::snapshot::SnapshotHandle;
 use crate::store::snapshot::Snapshots;
 use crate::types::Entry;
@@ -51,12 +53,14 @@ pub struct StateMachine {
 }
 
 /// How an append of pulled batches ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PulledEnd {
     /// The head after it.
     At(Seq),
     /// A batch does not follow `after`, this host's head: another chain, or the fold grew meanwhile.
     Misfit { after: Seq },
+    /// A batch that follows the head does not decode. What one member sent is no reason to end this host: it asks another.
+    Unsound { why: String },
 }
 
 /// Writes one snapshot, of the moment at which it was made.
@@ -137,17 +141,29 @@ impl StateMachine {
         batches: &[Arc<SealedBatch>],
         snapshot_every: u64,
     ) -> Result<PulledEnd, StoreError> {
+        let before = self.applied.fold.head.seq;
+        let mut broken_off = None;
         for sealed in batches {
-            if self.append(sealed)? == Applied::Superseded {
-                self.show();
-                return Ok(PulledEnd::Misfit { after: self.applied.fold.head.seq });
+            match self.append(sealed) {
+                Ok(Applied::Applied(_)) => {}
+                Ok(Applied::Superseded) => broken_off = Some(PulledEnd::Misfit { after: self.applied.fold.head.seq }),
+                Err(StoreError::Apply(error @ ApplyError::Undecodable { .. })) => {
+                    broken_off = Some(PulledEnd::Unsound { why: error.to_string() });
+                }
+                Err(error) => return Err(error),
+            }
+            if broken_off.is_some() {
+                break;
             }
         }
         self.seal_overfull().await?;
-        self.health.pulled(batches.len());
         let head = self.applied.fold.head.seq;
+        self.health.pulled((head.0 - before.0) as usize);
         self.pulled_upto = head;
         self.show();
+        if let Some(broken_off) = broken_off {
+            return Ok(broken_off);
+        }
         let kept = self.snapshots.current().map_or(Seq::ZERO, |snapshot| snapshot.manifest.head.seq);
         if head.0 >= kept.0 + snapshot_every {
             self.build().await?;
@@ -178,6 +194,8 @@ impl StateMachine {
                 self.show();
                 Ok(())
             }
+            // Nothing was taken over yet; another member's may be sound.
+            Err(error @ (SnapshotError::Unreadable { .. } | SnapshotError::Digest { .. })) => Err(error.into()),
             Err(error) => {
                 let error = error.into();
                 self.platform.exit.fatal(&error);

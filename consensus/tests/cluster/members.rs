@@ -125,6 +125,21 @@ async fn the_only_voter_is_removed_after_it_has_made_another() {
     assert_eq!(site.node(other).status().voters, [other]);
 }
 
+/// The log calls a host alive for ten seconds after it died. As the second of two voters it would take the majority with it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_that_died_a_moment_ago_is_not_made_the_other_voter() {
+    let mut site = Site::over_memory().await;
+    let other = site.join().await;
+    site.settle(1).await;
+    let leader = site.leader().await;
+    site.accept(root(Command::HostMaintenance { host: leader })).await;
+    site.stop(other).await;
+    let removal = site.node(leader).propose(root(Command::HostRemove { host: leader })).await;
+    assert!(removal.is_err(), "nobody could go on: {removal:?}");
+    assert_eq!(site.node(leader).status().voters, [leader]);
+    site.accept(keyed("after")).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_layer_above_calls_its_peers_and_itself() {
     let site = Site::over_memory().await.of_three().await;

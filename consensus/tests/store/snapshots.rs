@@ -1,10 +1,15 @@
 //! Snapshots: built, restarted from, sent in pieces, broken off, damaged on the way, installed across power cuts.
 
+use std::sync::Arc;
+
 use consensus::store::Store;
 use consensus::store::event_store::EventStoreError;
+use consensus::store::snapshot::Manifest;
 use consensus::store::snapshot::SnapshotError;
+use consensus::store::state_machine::PulledEnd;
 use openraft::storage::RaftStateMachine;
 use statemachine::Seq;
+use statemachine::batch::SealedBatch;
 
 use crate::world::*;
 
@@ -107,6 +112,45 @@ async fn a_part_that_was_damaged_on_the_way_is_fetched_again() {
     assert!(matches!(refused, Err(SnapshotError::PartDamaged { .. })));
     assert_eq!(receiving.wants().expect("readable"), Some((part, 0)), "it begins again");
     assert!(matches!(receiving.finish(), Err(SnapshotError::Incomplete(_))));
+}
+
+#[tokio::test]
+async fn a_manifest_that_names_what_no_host_writes_is_refused() {
+    let world = World::new();
+    let store = leader(&world).await;
+    let sound = (*store.snapshots.current().expect("a snapshot").manifest).clone();
+    assert!(store.snapshots.receive(&sound.encode()).is_ok());
+    let changes: [(&str, fn(&mut Manifest)); 5] = [
+        ("a state that fills the disk", |manifest| manifest.state.bytes = 1 << 40),
+        ("a segment that fills the disk", |manifest| manifest.segments[0].bytes = u64::MAX),
+        ("a segment that ends before it begins", |manifest| manifest.segments[0].first = Seq(1 << 40)),
+        ("segments out of order", |manifest| manifest.segments.reverse()),
+        ("events after its head", |manifest| manifest.segments.last_mut().expect("some").last = Seq(1 << 40)),
+    ];
+    for (what, change) in changes {
+        let mut manifest = sound.clone();
+        change(&mut manifest);
+        let refused = store.snapshots.receive(&manifest.encode()).map(|_| ());
+        assert!(matches!(refused, Err(SnapshotError::Implausible { .. })), "{what}: {refused:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_member_that_sends_rubbish_does_not_end_a_host_that_pulls() {
+    let world = World::new();
+    let mut store = world.open().await.expect("opens");
+    let mut chain = Chain::default();
+    let first = Arc::new(chain.next());
+    let sound = chain.next();
+    let mut rubbish = sound.as_bytes().to_vec();
+    *rubbish.last_mut().expect("bytes") ^= 1;
+    let batches = vec![first, Arc::new(SealedBatch::from_bytes(rubbish))];
+    let ended = store.state_machine.append_pulled(batches, 1000).await;
+    assert!(matches!(ended, Ok(PulledEnd::Unsound { .. })), "{ended:?}");
+    assert_eq!(store.fold.borrow().head.seq, Seq(1), "what came before it counts");
+    let ended = store.state_machine.append_pulled(vec![Arc::new(sound)], 1000).await;
+    assert_eq!(ended.expect("another member's"), PulledEnd::At(Seq(2)));
+    assert_eq!(world.fatal.reasons(), Vec::<String>::new());
 }
 
 #[test]
