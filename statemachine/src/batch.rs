@@ -90,20 +90,34 @@ impl SealedBatch {
     }
 
     pub fn open(&self) -> Result<Batch, CodecError> {
+        self.wire()?.decode()
+    }
+
+    /// The batch, if it claims to follow this head; events of one that does not may be unknown.
+    pub fn open_after(&self, head: Head) -> Result<Option<Batch>, CodecError> {
         let wire = self.wire()?;
-        Ok(Batch {
-            previous: wire.previous,
-            stamp: wire.stamp,
-            actor: wire.actor,
-            origin: wire.origin,
-            idempotency: wire.idempotency,
-            created: wire.created,
-            events: wire.events.iter().map(Event::decode).collect::<Result<_, _>>()?,
-        })
+        match wire.previous == head {
+            true => wire.decode().map(Some),
+            false => Ok(None),
+        }
     }
 
     fn wire(&self) -> Result<BatchWire, CodecError> {
         codec::open_value(RecordKind::Batch, &self.0, MAX_BATCH_LEN)
+    }
+}
+
+impl BatchWire {
+    fn decode(self) -> Result<Batch, CodecError> {
+        Ok(Batch {
+            previous: self.previous,
+            stamp: self.stamp,
+            actor: self.actor,
+            origin: self.origin,
+            idempotency: self.idempotency,
+            created: self.created,
+            events: self.events.iter().map(Event::decode).collect::<Result<_, _>>()?,
+        })
     }
 }
 

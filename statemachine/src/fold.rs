@@ -101,7 +101,7 @@ impl Fold {
 
     fn remembered(&self, request: &Request) -> Option<Decision> {
         let idempotency = request.idempotency.as_ref()?;
-        let key = RememberedKey { actor: request.actor.clone(), key: idempotency.key.clone() };
+        let key = RememberedKey::of(&request.actor, &idempotency.key);
         let remembered = self.state.remembered.get(&key)?;
         if remembered.body_hash != idempotency.body_hash {
             return Some(Decision::Rejected(Rejection::IdempotencyConflict { seq: remembered.seq }));
@@ -113,11 +113,8 @@ impl Fold {
     pub fn apply_sealed(&mut self, sealed: &SealedBatch) -> Result<Applied, ApplyError> {
         let seq = self.head.seq.next();
         // A batch whose header is unreadable cannot be shown not to fit: the host stops.
-        let previous = sealed.previous().map_err(|source| ApplyError::Undecodable { seq, source })?;
-        if previous != self.head {
-            return Ok(Applied::Superseded);
-        }
-        let batch = sealed.open().map_err(|source| ApplyError::Undecodable { seq, source })?;
+        let follows = sealed.open_after(self.head).map_err(|source| ApplyError::Undecodable { seq, source })?;
+        let Some(batch) = follows else { return Ok(Applied::Superseded) };
         let levels = batch.events.iter().filter_map(|event| match event {
             Event::FeatureLevelActivated(activated) => Some(activated.level),
             Event::SiteInitialised(site) => Some(site.feature_level),
@@ -145,22 +142,19 @@ impl Fold {
     fn remember(&mut self, batch: &Batch) {
         let now_ms = batch.stamp.at_ms;
         if let Some(idempotency) = &batch.idempotency {
-            let key = RememberedKey { actor: batch.actor.clone(), key: idempotency.key.clone() };
+            let key = RememberedKey::of(&batch.actor, &idempotency.key);
             let remembered = Remembered {
                 body_hash: idempotency.body_hash,
                 seq: batch.seq(),
                 created: batch.created,
                 at_ms: now_ms,
             };
-            self.state.remembered.insert(key.clone(), remembered);
+            self.state.remembered.insert(key, remembered);
             self.state.remembered_order.insert(batch.seq(), key);
         }
         // At most two leave for each that enters, so forgetting is O(1) a batch.
         for _ in 0..2 {
-            let Some((seq, key)) = self.state.remembered_order.iter().next().map(|(seq, key)| (*seq, key.clone()))
-            else {
-                return;
-            };
+            let Some((seq, key)) = self.state.remembered_order.get_min().copied() else { return };
             let expired = self.state.remembered.get(&key).is_none_or(|old| old.at_ms + REMEMBERED_FOR_MS < now_ms);
             if !expired && self.state.remembered_order.len() <= REMEMBERED_MAX {
                 return;

@@ -7,6 +7,7 @@ use crate::ids::Epoch;
 use crate::ids::VmId;
 use crate::scheduler;
 use crate::state::HostUsage;
+use crate::state::Remembered;
 use crate::state::State;
 use crate::state::Vm;
 
@@ -32,6 +33,10 @@ pub fn check(state: &State) -> Vec<Violation> {
     let mut found = Vec::new();
     check_capacity(state, &mut found);
     check_volumes(state, &mut found);
+    let index = |(key, remembered): (_, &Remembered)| state.remembered_order.get(&remembered.seq) == Some(key);
+    if state.remembered.len() != state.remembered_order.len() || !state.remembered.iter().all(index) {
+        found.push(violation("E2", "the order of remembered answers differs from the answers".to_owned()));
+    }
     if state.digest() != state.recompute_digest() {
         found.push(violation("E2", "the digest kept step by step differs from the recomputed one".to_owned()));
     }

@@ -44,7 +44,7 @@ use crate::types::SnapshotMeta;
 use crate::types::StoredMembership;
 
 /// Version of the manifest's layout.
-pub const MANIFEST_FORMAT: u16 = 3;
+pub const MANIFEST_FORMAT: u16 = 4;
 /// A segment of four megabytes may grow to four times that while sealing lags; nothing sound is near this.
 const MAX_SEGMENT_BYTES: u64 = 64 << 20;
 const CURRENT: &str = "current";

@@ -12,6 +12,7 @@ pub use host::*;
 pub use site::*;
 pub use vm::*;
 
+use imbl::OrdMap;
 use serde::Deserialize;
 use serde::Serialize;
 
@@ -38,8 +39,8 @@ pub struct State {
     /// VM names are unique; the index makes that rule O(log n).
     pub vm_names: DigestMap<String, VmId>,
     pub remembered: DigestMap<RememberedKey, Remembered>,
-    /// Insertion order of `remembered`, so that it can be bounded.
-    pub remembered_order: DigestMap<Seq, RememberedKey>,
+    /// Insertion order of `remembered`, so that it can be bounded. An index: neither digested nor written down.
+    pub remembered_order: OrdMap<Seq, RememberedKey>,
 }
 
 impl Default for State {
@@ -54,7 +55,7 @@ impl Default for State {
             vms: DigestMap::new("vm"),
             vm_names: DigestMap::new("vm_name"),
             remembered: DigestMap::new("remembered"),
-            remembered_order: DigestMap::new("remembered_order"),
+            remembered_order: OrdMap::new(),
         }
     }
 }
@@ -77,12 +78,12 @@ impl State {
             };
         }
         let mut total = Digest::of("site", &self.site);
-        sum!(total, data_centers, clusters, hosts, removed_hosts, tokens, vms, vm_names, remembered, remembered_order);
+        sum!(total, data_centers, clusters, hosts, removed_hosts, tokens, vms, vm_names, remembered);
         total
     }
 
     pub fn vm_by_name(&self, name: &str) -> Option<(VmId, &Vm)> {
-        let vm = *self.vm_names.get(&name.to_owned())?;
+        let vm = *self.vm_names.get(name)?;
         Some((vm, self.vms.get(&vm)?))
     }
 
@@ -115,7 +116,6 @@ pub struct StateImage {
     vms: Vec<(VmId, Vm)>,
     vm_names: Vec<(String, VmId)>,
     remembered: Vec<(RememberedKey, Remembered)>,
-    remembered_order: Vec<(Seq, RememberedKey)>,
 }
 
 impl From<&State> for StateImage {
@@ -130,7 +130,6 @@ impl From<&State> for StateImage {
             vms: state.vms.to_entries(),
             vm_names: state.vm_names.to_entries(),
             remembered: state.remembered.to_entries(),
-            remembered_order: state.remembered_order.to_entries(),
         }
     }
 }
@@ -146,8 +145,8 @@ impl From<StateImage> for State {
             tokens: DigestMap::from_entries("token", image.tokens),
             vms: DigestMap::from_entries("vm", image.vms),
             vm_names: DigestMap::from_entries("vm_name", image.vm_names),
+            remembered_order: image.remembered.iter().map(|(key, remembered)| (remembered.seq, *key)).collect(),
             remembered: DigestMap::from_entries("remembered", image.remembered),
-            remembered_order: DigestMap::from_entries("remembered_order", image.remembered_order),
         }
     }
 }

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Deserialize;
 use serde::Serialize;
 
+use crate::codec;
 use crate::command::Actor;
 use crate::ids::ClusterId;
 use crate::ids::DataCenterId;
@@ -138,11 +139,14 @@ pub enum TokenStatus {
     Revoked,
 }
 
-/// Scope of an idempotency key: the actor who chose it.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct RememberedKey {
-    pub actor: Actor,
-    pub key: String,
+/// An idempotency key within its scope, the actor who chose it: blake3 of both, so that a comparison follows no pointer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct RememberedKey([u8; 32]);
+
+impl RememberedKey {
+    pub fn of(actor: &Actor, key: &str) -> RememberedKey {
+        RememberedKey(*blake3::hash(&codec::encode(&(actor, key))).as_bytes())
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
