@@ -4,6 +4,7 @@
 //! - [`load`]: clients in a closed loop, and what they measured. [`site`]: three processes and a door to them.
 //! - [`quorate`], [`etcd`]: the two kinds of site.
 //! - [`compare`] (commits and reads), [`watch`], [`failover`], [`syncs`]: what is measured beside the peer; [`replay`]: one host alone with a long log.
+//! - [`newcomer`]: a fourth host over a slow link.
 //! - [`followers`]: a site of hundreds of hosts in this process. [`words`]: what the last two say to a log.
 
 pub mod compare;
@@ -11,6 +12,7 @@ pub mod etcd;
 pub mod failover;
 pub mod followers;
 pub mod load;
+pub mod newcomer;
 pub mod process;
 pub mod quorate;
 pub mod replay;
@@ -60,6 +62,8 @@ enum Bench {
     Replay(replay::ReplayArgs),
     /// Commits of a site with hundreds of hosts that pull
     Followers(followers::FollowersArgs),
+    /// A host that joins over a slow link, and what commits notice of it (root: it makes a network namespace)
+    Newcomer(newcomer::NewcomerArgs),
     /// From the leader's SIGKILL to the next acknowledged commit
     Failover(failover::FailoverArgs),
 }
@@ -67,6 +71,9 @@ enum Bench {
 pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
     // It can be installed once a process; a second time changes nothing.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    if let Bench::Newcomer(newcomer) = &args.bench {
+        newcomer::narrow_network(newcomer.kbit)?;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         match &args.bench {
@@ -78,6 +85,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
             Bench::Syncs(syncs) => syncs::run(syncs, &args.dir, args.peer).await,
             Bench::Replay(replay) => replay::run(replay, &args.dir).await,
             Bench::Followers(followers) => followers::run(followers, &args.dir).await,
+            Bench::Newcomer(newcomer) => newcomer::run(newcomer, &args.dir).await,
             Bench::Failover(failover) => failover::run(failover, &args.dir, args.peer).await,
         }
     })?;

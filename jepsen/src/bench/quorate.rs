@@ -31,6 +31,8 @@ use super::site::MEMBERS;
 use super::site::SUBJECTS;
 use super::site::WATCH_AHEAD;
 
+/// Index of a host that joins later.
+pub const NEWCOMER: usize = MEMBERS;
 const READY_WITHIN: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 const DAY_MS: u64 = 24 * 3_600_000;
@@ -53,6 +55,23 @@ fn start_member(dir: &Path, member: usize) -> anyhow::Result<Process> {
     Process::start(command, &dir.join(format!("host{}.log", member + 1)))
 }
 
+fn write_config(dir: &Path, member: usize) -> anyhow::Result<()> {
+    let number = member + 1;
+    let toml = format!(
+        "name = \"host{number}\"\naddress = \"127.0.0.{number}:17443\"\ndata_dir = \"{dir}/data{number}\"\n\
+         run_dir = \"{dir}/run{number}\"\nallowed_paths = [\"/srv\"]\n",
+        dir = dir.display(),
+    );
+    Ok(std::fs::write(dir.join(format!("host{number}.toml")), toml)?)
+}
+
+/// Starts a member and waits until it answers.
+async fn answering_member(dir: &Path, member: usize) -> anyhow::Result<(Process, Client)> {
+    let (process, client) = (start_member(dir, member)?, client(dir, member)?);
+    until("hostd answers", async || client.status().await.is_ok()).await?;
+    Ok((process, client))
+}
+
 fn client(dir: &Path, member: usize) -> anyhow::Result<Client> {
     Ok(Client::new(&Options::Socket(dir.join(format!("run{}/hostd.sock", member + 1))))?)
 }
@@ -73,18 +92,8 @@ impl Quorate {
     pub async fn start(dir: &Path) -> anyhow::Result<Quorate> {
         let mut members = Vec::new();
         for member in 0..MEMBERS {
-            let number = member + 1;
-            let toml = format!(
-                "name = \"host{number}\"\naddress = \"127.0.0.{number}:17443\"\ndata_dir = \"{dir}/data{number}\"\n\
-                 run_dir = \"{dir}/run{number}\"\nallowed_paths = [\"/srv\"]\n",
-                dir = dir.display(),
-            );
-            std::fs::write(dir.join(format!("host{number}.toml")), toml)?;
-            members.push(start_member(dir, member)?);
-        }
-        for member in 0..MEMBERS {
-            let client = client(dir, member)?;
-            until("hostd answers", async || client.status().await.is_ok()).await?;
+            write_config(dir, member)?;
+            members.push(answering_member(dir, member).await?.0);
         }
         let first = client(dir, 0)?;
         first.init(&InitRequest { name: "bench".to_owned() }).await?;
@@ -189,6 +198,23 @@ impl Quorate {
             }
         }
         bail!("no member names a leader")
+    }
+
+    /// A fourth host, up to its place in the site; it catches up afterwards.
+    pub async fn add_newcomer(&mut self) -> anyhow::Result<()> {
+        write_config(&self.dir, NEWCOMER)?;
+        let (process, newcomer) = answering_member(&self.dir, NEWCOMER).await?;
+        self.members.push(process);
+        let asked = TokenCreate { purpose: TokenPurpose::Join, ttl_ms: DAY_MS, note: String::new() };
+        let token = client(&self.dir, 0)?.token_create(&asked).await?.token;
+        newcomer.join(&JoinRequest { token }).await?;
+        Ok(())
+    }
+
+    /// The seq up to which a member has applied the log.
+    pub async fn applied(&self, member: usize) -> anyhow::Result<u64> {
+        let status = client(&self.dir, member)?.status().await?;
+        Ok(status.member.map_or(0, |member| member.applied_seq.0))
     }
 
     pub async fn restart(&mut self, member: usize) -> anyhow::Result<()> {
