@@ -4,7 +4,7 @@
 //! - [`load`]: clients in a closed loop, and what they measured. [`site`]: three processes and a door to them.
 //! - [`quorate`], [`etcd`]: the two kinds of site.
 //! - [`compare`] (commits and reads), [`watch`], [`failover`], [`syncs`]: what is measured beside the peer; [`replay`]: one host alone with a long log.
-//! - [`newcomer`]: a fourth host over a slow link.
+//! - [`newcomer`]: a fourth host over a slow link. [`network`]: slow links.
 //! - [`followers`]: a site of hundreds of hosts in this process. [`words`]: what the last two say to a log.
 
 pub mod compare;
@@ -12,6 +12,7 @@ pub mod etcd;
 pub mod failover;
 pub mod followers;
 pub mod load;
+pub mod network;
 pub mod newcomer;
 pub mod process;
 pub mod quorate;
@@ -71,8 +72,10 @@ enum Bench {
 pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
     // It can be installed once a process; a second time changes nothing.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    if let Bench::Newcomer(newcomer) = &args.bench {
-        newcomer::narrow_network(newcomer.kbit)?;
+    match &args.bench {
+        Bench::Newcomer(newcomer) => newcomer.narrow_network()?,
+        Bench::Failover(failover) => failover.delay_network()?,
+        _ => {}
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {

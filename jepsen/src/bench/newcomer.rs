@@ -1,25 +1,23 @@
 //! A host that joins a busy site over a slow link: how long it takes to catch up, and what commits notice of it (hazard H25).
 //!
-//! The site is in a network namespace of its own, where `tc` gives the newcomer's address a narrow class of the loopback device.
+//! The newcomer's address has a narrow link ([`super::network`]).
 
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
 use anyhow::bail;
 use clap::Args;
 use comfy_table::Table;
 use comfy_table::presets::ASCII_MARKDOWN;
 use hdrhistogram::Histogram;
-use nix::sched::CloneFlags;
 use tokio::time::Instant;
 
 use super::load;
 use super::load::Load;
 use super::load::Measured;
 use super::load::Work;
+use super::network;
 use super::quorate::NEWCOMER;
 use super::site::Kind;
 use super::site::Site;
@@ -33,7 +31,7 @@ const WITHIN: Duration = Duration::from_secs(600);
 pub struct NewcomerArgs {
     /// What the newcomer's link carries, in kilobits a second, each way
     #[arg(long, default_value_t = 8_000)]
-    pub kbit: u32,
+    kbit: u32,
     /// Seconds for which 64 clients fill the log before it joins
     #[arg(long, default_value_t = 15)]
     fill: u64,
@@ -42,29 +40,10 @@ pub struct NewcomerArgs {
     clients: usize,
 }
 
-/// Leaves the namespace of this machine; before any thread is started.
-pub fn narrow_network(kbit: u32) -> anyhow::Result<()> {
-    nix::sched::unshare(CloneFlags::CLONE_NEWNET).context("make a network namespace: it needs root")?;
-    let address = format!("127.0.0.{}/32", NEWCOMER + 1);
-    let steps = [
-        "ip link set lo mtu 1500 up".to_owned(),
-        "tc qdisc add dev lo root handle 1: htb default 10".to_owned(),
-        "tc class add dev lo parent 1: classid 1:10 htb rate 10gbit".to_owned(),
-        format!("tc class add dev lo parent 1: classid 1:20 htb rate {kbit}kbit"),
-        format!("tc class add dev lo parent 1: classid 1:30 htb rate {kbit}kbit"),
-        format!("tc filter add dev lo parent 1: protocol ip prio 1 u32 match ip src {address} flowid 1:20"),
-        format!("tc filter add dev lo parent 1: protocol ip prio 1 u32 match ip dst {address} flowid 1:30"),
-    ];
-    for step in steps {
-        let mut words = step.split(' ');
-        let program = words.next().unwrap_or_default();
-        let done =
-            Command::new(program).args(words).output().with_context(|| format!("{step}: is iproute2 installed?"))?;
-        if !done.status.success() {
-            bail!("{step}: {}", String::from_utf8_lossy(&done.stderr).trim());
-        }
+impl NewcomerArgs {
+    pub fn narrow_network(&self) -> anyhow::Result<()> {
+        network::narrow(&format!("127.0.0.{}", NEWCOMER + 1), self.kbit)
     }
-    Ok(())
 }
 
 pub async fn run(args: &NewcomerArgs, dir: &Path) -> anyhow::Result<()> {
