@@ -16,6 +16,7 @@
 
 pub mod decider;
 pub mod feed;
+pub mod forwarded;
 pub mod membership;
 pub mod network;
 pub mod node;

@@ -1,6 +1,6 @@
 //! One host's member of the cluster: the door through which hostd proposes, reads, listens and calls its peers.
 //!
-//! - [`proposals`]: a command reaches the leader and comes back with its seq.
+//! - [`proposals`]: a command reaches the leader and comes back with its seq; [`forward`]: many of them in one message.
 //! - [`reads`]: the applied fold, waiting for a seq, linearizable reads from any host.
 //! - [`members`]: membership steps, one at a time; leader transfer.
 //! - [`handler`]: what this host answers its peers. [`pull`]: a host that is no member asks for what was committed.
@@ -10,6 +10,7 @@
 //! Start at [`NodeOn::bootstrap`] for the first host of a site and [`NodeOn::start`] for every other start.
 
 pub mod config;
+mod forward;
 mod guard;
 mod handler;
 mod members;
@@ -129,6 +130,8 @@ pub(crate) struct Inner<R: AsyncRuntime> {
     health: Arc<Health>,
     closing: Closing,
     decider: Decider,
+    /// Commands that wait for a message to their leader.
+    lanes: forward::Lanes,
     /// Reads that wait for a ReadIndex round.
     reads: mpsc::Sender<reads::Waiting>,
     service: RaftService<R, StateMachine>,
@@ -213,6 +216,7 @@ impl<R: AsyncRuntime> NodeOn<R> {
         let started_ms = platform.clock.boottime_ns() / 1_000_000;
         let inner = Arc::new(Inner {
             host,
+            lanes: forward::Lanes::default(),
             reads,
             decider: Decider::start(raft.clone(), fold.clone(), told, platform.clock.clone(), limits),
             service: RaftService::new(raft.clone(), store.snapshot_files, transport.clone()),

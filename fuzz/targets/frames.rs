@@ -17,6 +17,8 @@ use consensus::feed::Committed;
 use consensus::feed::Outlook;
 use consensus::feed::PullRequest;
 use consensus::feed::Pulled;
+use consensus::forwarded;
+use consensus::forwarded::EncodedCommand;
 use consensus::network::SnapshotOffer;
 use consensus::store::entry_codec;
 use consensus::store::snapshot::Manifest;
@@ -55,7 +57,6 @@ use statemachine::Fold;
 use statemachine::HostId;
 use statemachine::codec;
 use statemachine::codec::RecordKind;
-use statemachine::command::Request;
 use statemachine::fold::Answer;
 
 const REQUEST: u8 = 0;
@@ -119,11 +120,13 @@ impl Leader {
     }
 
     fn propose(&mut self, body: &[u8]) {
-        let Some(request) = read::<Request>(body) else { return };
-        // Whichever host it names: its certificate would say the same.
-        let from = request.origin;
-        if request.may_come_from(from) {
-            site::decide(&mut self.fold, &request);
+        let Ok(requests) = forwarded::decode(body) else { return };
+        for request in requests {
+            // Whichever host it names: its certificate would say the same.
+            let from = request.origin;
+            if request.may_come_from(from) {
+                site::decide(&mut self.fold, &request);
+            }
         }
     }
 
@@ -252,6 +255,6 @@ fn samples() -> Vec<Vec<u8>> {
     ];
     let further = SITE.further();
     let requests = SITE.requests.iter().chain(further.iter().map(|(request, _)| request));
-    messages.extend(requests.map(|it| request(Channel::Propose, codec::encode(it))));
+    messages.extend(requests.map(|it| request(Channel::Propose, forwarded::encode(&[EncodedCommand::of(it)]))));
     messages.iter().map(|(tag, message)| joined([(*tag, message.as_slice())])).collect()
 }

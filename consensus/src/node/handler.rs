@@ -10,7 +10,6 @@ use futures::future::BoxFuture;
 use openraft::AsyncRuntime;
 use statemachine::HostId;
 use statemachine::codec;
-use statemachine::command::Request;
 
 use super::Inner;
 use super::NodeOn;
@@ -89,14 +88,7 @@ impl<R: AsyncRuntime> Inner<R> {
             Channel::TransferLeader => self.service.transfer_leader(body).await,
             Channel::SnapshotOffer => self.service.install(from, body).await,
             Channel::SnapshotChunk => self.service.chunk(body).await,
-            Channel::Propose => {
-                let request: Request = codec::decode(&body).map_err(Refusal::new)?;
-                if !request.may_come_from(from) {
-                    return Err(Refusal::new(format!("host {from} forwarded a request in another's name")));
-                }
-                let request = Request { origin: from, ..request };
-                Ok(Bytes::from(codec::encode(&self.propose_forwarded(request).await)))
-            }
+            Channel::Propose => self.serve_forwarded(from, &body).await,
             Channel::ReadIndex => {
                 let seq = self.confirm_lead().await.map_err(Refusal::new)?;
                 Ok(Bytes::from(codec::encode(&seq)))

@@ -5,7 +5,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use openraft::AsyncRuntime;
 use statemachine::HostId;
-use statemachine::codec;
 use statemachine::command::Command;
 use statemachine::command::Request;
 use statemachine::fold::Answer;
@@ -64,17 +63,6 @@ impl<R: AsyncRuntime> NodeOn<R> {
 }
 
 impl<R: AsyncRuntime> Inner<R> {
-    async fn forward(&self, leader: HostId, request: Request) -> Result<Answer, ProposeError> {
-        let Some(peer) = self.peer(leader) else {
-            return Err(ProposeError::NoLeader);
-        };
-        let body = Bytes::from(codec::encode(&request));
-        let answer = self.transport.call(peer, Channel::Propose, body, self.config.propose_timeout()).await;
-        let answer = answer.map_err(|error| ProposeError::retry(error.to_string()))?;
-        codec::decode::<Result<Answer, ProposeError>>(&answer)
-            .unwrap_or_else(|error| Err(ProposeError::retry(format!("the leader's answer does not decode: {error}"))))
-    }
-
     /// A forwarded command: decided here or not at all. It is never forwarded twice, so it cannot circle.
     pub(super) async fn propose_forwarded(&self, request: Request) -> Result<Answer, ProposeError> {
         match self.leadership_now() {
