@@ -14,18 +14,20 @@ impl Checker {
     /// DESIGN §5, *Grant*: a lease ends one lease after the send of the heartbeat that it answers, by the host's own clock;
     /// its ground is no older than that heartbeat (hazard C4), and the host was not lost there (C3).
     pub(super) fn look_at_lease(&mut self, host: &Host, hostd: &Hostd, network: &Network) {
+        let Some(seen) = self.seen.get_mut(&host.id) else { return };
+        // A leader's own heartbeats do not cross the network. One that stood still may be deposed in the moment in which it is
+        // granted what it asked for before.
+        let leads = matches!(*hostd.node.leadership().borrow(), Leadership::Leading { .. });
+        let led = std::mem::replace(&mut seen.led, leads);
         let Some(grant) = hostd.lease.grant().borrow().clone() else { return };
         let deadline = grant.deadline;
-        let Some(seen) = self.seen.get_mut(&host.id) else { return };
         if deadline.as_ns() == seen.granted_deadline_ns {
             return;
         }
         seen.granted_deadline_ns = deadline.as_ns();
         let unreachable = seen.unreachable.clone();
         let sent_ns = deadline.as_ns().saturating_sub(LEASE.as_nanos() as u64);
-        // A leader's own heartbeats do not cross the network.
-        let leads = matches!(*hostd.node.leadership().borrow(), Leadership::Leading { .. });
-        if !leads && !network.heartbeat_left(host.id, sent_ns) {
+        if !leads && !led && !network.heartbeat_left(host.id, sent_ns) {
             let what =
                 format!("host {} holds a lease until {deadline} that no heartbeat of its own asked for", host.id);
             return self.violate("R4", what);

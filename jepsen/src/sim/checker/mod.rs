@@ -62,6 +62,7 @@ struct Seen {
     /// Where in the log it was unreachable: from a seq, before a seq.
     unreachable: Vec<(Seq, Option<Seq>)>,
     granted_deadline_ns: u64,
+    led: bool,
 }
 
 pub struct Checker {
