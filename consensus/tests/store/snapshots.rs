@@ -120,7 +120,8 @@ async fn a_manifest_that_names_what_no_host_writes_is_refused() {
     let store = leader(&world).await;
     let sound = (*store.snapshots.current().expect("a snapshot").manifest).clone();
     assert!(store.snapshots.receive(&sound.encode()).is_ok());
-    let changes: [(&str, fn(&mut Manifest)); 5] = [
+    type Change = fn(&mut Manifest);
+    let changes: [(&str, Change); 5] = [
         ("a state that fills the disk", |manifest| manifest.state.bytes = 1 << 40),
         ("a segment that fills the disk", |manifest| manifest.segments[0].bytes = u64::MAX),
         ("a segment that ends before it begins", |manifest| manifest.segments[0].first = Seq(1 << 40)),
