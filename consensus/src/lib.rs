@@ -11,6 +11,7 @@
 //! - [`decider`]: commands become batches on the leader, and answers wait for their ground.
 //! - [`recover`]: one host goes on when the majority is lost.
 //! - [`node`]: one host's member: the door for hostd. [`membership`]: who should vote. [`feed`]: members are pushed to, others pull.
+//!   [`forwarded`]: commands on their way to the leader.
 //!
 //! Start reading at [`node::NodeOn::propose`], and at [`store::Store::open`] for what is on the disk.
 

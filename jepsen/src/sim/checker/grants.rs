@@ -16,9 +16,12 @@ impl Checker {
     pub(super) fn look_at_lease(&mut self, host: &Host, hostd: &Hostd, network: &Network) {
         let Some(seen) = self.seen.get_mut(&host.id) else { return };
         // A leader's own heartbeats do not cross the network. One that stood still may be deposed in the moment in which it is
-        // granted what it asked for before.
+        // granted what it asked for while it led.
         let leads = matches!(*hostd.node.leadership().borrow(), Leadership::Leading { .. });
-        let led = std::mem::replace(&mut seen.led, leads);
+        if leads {
+            seen.led_ms = Some(self.now_ms);
+        }
+        let led_ms = seen.led_ms;
         let Some(grant) = hostd.lease.grant().borrow().clone() else { return };
         let deadline = grant.deadline;
         if deadline.as_ns() == seen.granted_deadline_ns {
@@ -27,7 +30,8 @@ impl Checker {
         seen.granted_deadline_ns = deadline.as_ns();
         let unreachable = seen.unreachable.clone();
         let sent_ns = deadline.as_ns().saturating_sub(LEASE.as_nanos() as u64);
-        if !leads && !led && !network.heartbeat_left(host.id, sent_ns) {
+        let asked_itself = led_ms.is_some_and(|led_ms| host.oscillator.true_ms(sent_ns) <= led_ms + STEP_MS);
+        if !asked_itself && !network.heartbeat_left(host.id, sent_ns) {
             let what =
                 format!("host {} holds a lease until {deadline} that no heartbeat of its own asked for", host.id);
             return self.violate("R4", what);

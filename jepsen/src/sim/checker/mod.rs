@@ -62,7 +62,8 @@ struct Seen {
     /// Where in the log it was unreachable: from a seq, before a seq.
     unreachable: Vec<(Seq, Option<Seq>)>,
     granted_deadline_ns: u64,
-    led: bool,
+    /// When it was last seen leading, in this life of its hostd.
+    led_ms: Option<u64>,
 }
 
 pub struct Checker {
