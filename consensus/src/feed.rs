@@ -12,6 +12,8 @@ use statemachine::HostId;
 use statemachine::Seq;
 use statemachine::batch::SealedBatch;
 
+use crate::types::LogId;
+
 /// One answer holds about this much: it travels on the socket of heartbeats, so it stays small (hazard H25).
 pub(crate) const PULL_BYTES: usize = 256 << 10;
 pub(crate) const PULL_BATCHES: usize = 4096;
@@ -50,4 +52,13 @@ pub struct Outlook {
     pub leader: Option<HostId>,
     pub voters: Vec<HostId>,
     pub learners: Vec<HostId>,
+    /// The committed entry that made them the members.
+    pub since: Option<LogId>,
+}
+
+impl Outlook {
+    /// A host that was a member up to `until` is none any more.
+    pub(crate) fn ends_membership_of(&self, host: HostId, until: Option<LogId>) -> bool {
+        self.since > until && !self.voters.contains(&host) && !self.learners.contains(&host)
+    }
 }

@@ -76,6 +76,7 @@ use crate::transport::quic::QuicError;
 use crate::transport::quic::QuicTransport;
 use crate::transport::quic::keys::KEYS_FILE;
 use crate::transport::quic::keys::TransportKeys;
+use crate::types::LogId;
 use crate::types::PeerAddress;
 use crate::types::TokioRuntime;
 use crate::types::TypeConfig;
@@ -143,6 +144,8 @@ pub(crate) struct Inner<R: AsyncRuntime> {
     pulled_ms: AtomicU64,
     /// What members say, while this host is none.
     outlook: watch::Sender<Option<Outlook>>,
+    /// The newest entry known that made others the members, without this host: what its own log says of it is older.
+    left: Mutex<Option<LogId>>,
     /// Since when a leader knows a host as unreachable: milliseconds of its boottime.
     away_since_ms: Mutex<BTreeMap<HostId, u64>>,
     /// One membership change at a time.
@@ -234,6 +237,7 @@ impl<R: AsyncRuntime> NodeOn<R> {
             heard_ms: AtomicU64::new(started_ms),
             pulled_ms: AtomicU64::new(0),
             outlook,
+            left: Mutex::default(),
             away_since_ms: Mutex::default(),
             membership: tokio::sync::Mutex::default(),
             guard: Mutex::default(),

@@ -233,7 +233,7 @@ fn samples() -> Vec<Vec<u8>> {
     let offer = SnapshotOffer { address: "10.0.0.1:7443".to_owned(), vote, manifest: vec![1, 2, 3] };
     let batches = SITE.batches[..2].iter().cloned().map(Into::into).collect();
     let (head, voters) = (SITE.fold.head.seq, vec![LEADER, HostId(4)]);
-    let outlook = Outlook { leader: Some(LEADER), voters, learners: vec![HostId(7)] };
+    let outlook = Outlook { leader: Some(LEADER), voters, learners: vec![HostId(7)], since: None };
     let answer = Answer { seq: SITE.fold.head.seq, created: None };
     let served = |body: Vec<u8>| (RESPONSE, frame::encode_response(&Ok(body.into())));
 

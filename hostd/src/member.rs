@@ -40,6 +40,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::api::events::Rendered;
 use crate::api::events::Source;
 use crate::api::events::SourceError;
 use crate::auth::Caller;
@@ -70,6 +71,7 @@ const EVENT_READ_BYTES: usize = 1 << 20;
 
 pub struct Member {
     node: Node,
+    events: Arc<Rendered<LogSource>>,
     identity: Identity,
     peers: PeerClients,
     authority: Authority,
@@ -113,6 +115,7 @@ impl Member {
         };
         let authority = Authority::new(config.identity_dir(), identity.clone(), node.clone());
         let member = Member {
+            events: Arc::new(Rendered::new(identity.site(), LogSource(EventStore::clone(node.events())))),
             peers: PeerClients::new(identity.clone()),
             authority: authority.clone(),
             node,
@@ -189,8 +192,8 @@ impl Member {
         &self.cancel
     }
 
-    pub fn events(&self) -> LogSource {
-        LogSource(EventStore::clone(self.node.events()))
+    pub fn events(&self) -> &Arc<Rendered<LogSource>> {
+        &self.events
     }
 
     /// Sends a command to the leader, and goes on through a change of leader. Every command has an idempotency key,

@@ -5,6 +5,7 @@
 //! learner: what comes out of the log then and is in the fold already changes nothing.
 
 use std::sync::Arc;
+use std::sync::PoisonError;
 use std::sync::Weak;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,10 +14,12 @@ use bytes::Bytes;
 use openraft::AsyncRuntime;
 use openraft::async_runtime::WatchReceiver;
 use statemachine::HostId;
+use statemachine::Seq;
 use statemachine::codec;
 use tokio::time::Instant;
 
 use super::Inner;
+use crate::decider::Leadership;
 use crate::feed::Committed;
 use crate::feed::Outlook;
 use crate::feed::PULL_BATCHES;
@@ -52,6 +55,10 @@ pub(super) async fn pull_while_outside<R: AsyncRuntime>(node: Weak<Inner<R>>) {
         let Some(inner) = node.upgrade() else { return };
         if !inner.is_outside() {
             inner.outlook.send_if_modified(|outlook| outlook.take().is_some());
+            if inner.is_member() && inner.is_unheard() {
+                inner.ask_who_is_member(turn).await;
+                turn += 1;
+            }
             drop(inner);
             tokio::time::sleep(MEMBER_LOOKS).await;
             continue;
@@ -97,12 +104,33 @@ impl<R: AsyncRuntime> Inner<R> {
     fn is_member(&self) -> bool {
         let metrics = self.raft.metrics();
         let membership = metrics.borrow_watched().membership_config.clone();
-        membership.nodes().any(|(host, _)| *host == self.host.0)
+        let is_named = membership.nodes().any(|(host, _)| *host == self.host.0);
+        is_named && *self.left.lock().unwrap_or_else(PoisonError::into_inner) <= *membership.log_id()
+    }
+
+    /// No leader appends to it, and it is none.
+    fn is_unheard(&self) -> bool {
+        let leads = matches!(self.leadership_now(), Leadership::Leading { .. });
+        !leads && self.silence_ms() > 3 * self.config.timers.election_max_ms
     }
 
     /// No member, and no leader appends to it: one that is being added hears its leader before it knows.
     pub(super) fn is_outside(&self) -> bool {
-        !self.is_member() && self.silence_ms() > 3 * self.config.timers.election_max_ms
+        !self.is_member() && self.is_unheard()
+    }
+
+    /// A host that was away may have lost its slot meanwhile, and nobody appends to it to say so: its own log calls it a member for
+    /// ever (found by the simulation, seed 260). A later entry, committed, says otherwise.
+    async fn ask_who_is_member(&self, turn: usize) {
+        let Some(source) = self.source(turn) else { return };
+        let body = Bytes::from(codec::encode(&PullRequest { after: Seq(u64::MAX), wait_ms: 0 }));
+        let Ok(answer) = self.transport.call(source, Channel::Pull, body, ANSWER_WITHIN).await else { return };
+        let Ok(Pulled { outlook, .. }) = codec::decode(&answer) else { return };
+        let known = *self.raft.metrics().borrow_watched().membership_config.log_id();
+        if outlook.ends_membership_of(self.host, known) {
+            tracing::info!("this host lost its place in the Raft group while it was away; it pulls from now on");
+            *self.left.lock().unwrap_or_else(PoisonError::into_inner) = outlook.since;
+        }
     }
 
     /// On a member: what was committed after what the asker has.
@@ -143,8 +171,9 @@ impl<R: AsyncRuntime> Inner<R> {
 
     fn outlook_of_member(&self) -> Outlook {
         let metrics = self.raft.metrics();
-        let membership = metrics.borrow_watched().membership_config.clone();
+        let membership = metrics.borrow_watched().committed_membership_config.clone();
         Outlook {
+            since: *membership.log_id(),
             leader: self.leader_now(),
             voters: membership.voter_ids().map(HostId).collect(),
             learners: membership.membership().learner_ids().map(HostId).collect(),

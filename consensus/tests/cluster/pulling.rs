@@ -5,6 +5,7 @@ use consensus::node::Role;
 use statemachine::HostId;
 use statemachine::Seq;
 use statemachine::batch::SealedBatch;
+use statemachine::command::Actor;
 use statemachine::command::Command;
 use statemachine::command::Request;
 
@@ -128,6 +129,61 @@ async fn a_puller_becomes_a_voter_and_loses_nothing() {
     site.accept(keyed("last")).await;
     site.agree().await;
     assert_eq!(stream(&site, outside).await, stream(&site, leader).await);
+}
+
+/// Its log calls it a member for ever: nobody appends to it to say otherwise (found by the simulation, seed 260).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_learner_that_lost_its_slot_while_it_was_away_pulls_and_gets_another() {
+    let mut site = Site::over_memory_with(|config| config.replace_voter_after_ms = 100).await.of_three().await;
+    for _ in 0..5 {
+        site.join().await;
+    }
+    let members = |current: &consensus::membership::Current| current.addresses.keys().copied().collect::<Vec<_>>();
+    let leader = site.leader().await;
+    let reconciled = async |site: &Site| {
+        let _ = site.node(leader).reconcile_membership().await;
+        site.node(leader).membership().filter(|current| !current.is_changing)
+    };
+    site.until("seven are members", async || reconciled(&site).await.is_some_and(|now| now.addresses.len() == 7)).await;
+    site.agree().await;
+    let current = site.node(leader).membership().unwrap();
+    let away = current.learners().next().unwrap();
+    let eighth = site.hosts().into_iter().find(|host| !current.addresses.contains_key(host)).unwrap();
+    site.stop(away).await;
+    let duty = Actor::Duty(leader);
+    let silent = [Command::HostSuspect { host: away }, Command::HostLost { host: away }];
+    for command in silent {
+        site.accept(Request { actor: duty.clone(), origin: leader, idempotency: None, command }).await;
+    }
+    site.until("another host has its slot", async || {
+        let now = reconciled(&site).await.map(|now| members(&now)).unwrap_or_default();
+        now.contains(&eighth) && !now.contains(&away)
+    })
+    .await;
+    accept_many(&site, "meanwhile", 10).await;
+
+    site.start(away).await;
+    until_it_pulls(&site, away).await;
+    site.agree().await;
+    site.stop(away).await;
+    accept_many(&site, "again", 5).await;
+    site.start(away).await;
+    until_it_pulls(&site, away).await;
+    site.agree().await;
+
+    let other = current.learners().find(|host| *host != away).unwrap();
+    site.accept(root(Command::HostMaintenance { host: other })).await;
+    site.accept(root(Command::HostRemove { host: other })).await;
+    site.stop(other).await;
+    site.forget(other);
+    site.until("it has a slot again", async || {
+        let is_member = reconciled(&site).await.is_some_and(|now| now.addresses.contains_key(&away));
+        is_member && site.node(away).status().role == Role::Learner
+    })
+    .await;
+    accept_many(&site, "last", 10).await;
+    site.agree().await;
+    assert_eq!(stream(&site, away).await, stream(&site, leader).await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

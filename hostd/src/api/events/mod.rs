@@ -1,11 +1,13 @@
 //! `GET /v1/events`: the log as Server-Sent Events (DESIGN §10, docs/protocol/events.md).
 //!
-//! Three parts: [`start`] decides where a reader begins, or why it cannot; [`reader`] turns batches into frames, and
-//! owns the cursor; [`pump`] moves frames to one reader, within bounds. None of them knows HTTP or Raft.
+//! Four parts: [`start`] decides where a reader begins, or why it cannot; [`rendered`] turns batches into frames, once
+//! for all readers; [`reader`] chooses among them, and owns the cursor; [`pump`] moves frames to one reader, within
+//! bounds. None of them knows HTTP or Raft.
 
 mod frame;
 mod pump;
 mod reader;
+mod rendered;
 mod source;
 mod start;
 
@@ -33,6 +35,7 @@ use crate::auth::Right;
 use pump::Patience;
 use pump::Pump;
 use reader::Reader;
+pub use rendered::Rendered;
 pub use source::Source;
 pub use source::SourceError;
 
@@ -56,7 +59,7 @@ pub async fn stream(
         Some(Err(_)) => return Err(Failure::new(Code::BadRequest, "the header Last-Event-ID is not a cursor")),
     };
     let member = looker.member;
-    let source = member.events();
+    let source = member.events().clone();
     let follow = query.follow.unwrap_or(true);
     let begin = start::resolve(&query, last_event_id, member.site(), &source).await?;
 

@@ -23,6 +23,8 @@ use super::Source;
 use super::SourceError;
 use super::frame;
 use super::reader::Reader;
+use super::rendered::Rendered;
+use super::rendered::RenderedBatch;
 use super::start;
 use crate::metrics::Metrics;
 
@@ -65,7 +67,7 @@ pub(super) fn buffer_of(frames: usize) -> (Sender, mpsc::Receiver<Bytes>) {
 
 pub struct Pump<S> {
     pub reader: Reader,
-    pub source: S,
+    pub source: Arc<Rendered<S>>,
     /// `from=state`: what is sent first. The reader begins behind its head.
     pub snapshot: Option<Arc<Fold>>,
     pub follow: bool,
@@ -150,7 +152,7 @@ impl<S: Source> Pump<S> {
         }
     }
 
-    async fn read(&mut self) -> Result<Vec<statemachine::Batch>, Ending> {
+    async fn read(&mut self) -> Result<Vec<Arc<RenderedBatch>>, Ending> {
         if self.cancel.is_cancelled() {
             return Err(stopping());
         }

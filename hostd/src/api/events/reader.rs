@@ -1,15 +1,14 @@
-//! One reader's place in the log: batches in, frames and a cursor out. Pure.
+//! One reader's place in the log: rendered batches in, frames that pass and a cursor out. Pure.
 
 use axum::body::Bytes;
 use hostd_api::Cursor;
 use hostd_api::event::EventFilter;
-use hostd_api::event::EventView;
 use hostd_api::event::StateItem;
-use statemachine::Batch;
 use statemachine::Fold;
 use statemachine::Seq;
 
 use super::frame;
+use super::rendered::RenderedBatch;
 
 pub struct Reader {
     /// Everything up to here was framed, or did not pass the filter.
@@ -41,12 +40,11 @@ impl Reader {
     }
 
     /// Frames of a batch that pass. The reader stands behind the batch afterwards, whatever passed.
-    pub fn take(&mut self, batch: &Batch) -> Vec<Framed> {
-        let views = EventView::of_batch(self.cursor.site, batch);
-        let wanted = views.iter().filter(|view| self.cursor.precedes(view.seq, view.position));
-        let passing = wanted.filter(|view| self.filter.passes(view));
-        let framed = passing.map(|view| Framed { bytes: frame::event(view), cursor: view.cursor }).collect();
-        self.cursor = self.cursor.max(Cursor::after_batch(self.cursor.site, batch.seq()));
+    pub fn take(&mut self, batch: &RenderedBatch) -> Vec<Framed> {
+        let wanted = batch.events.iter().filter(|event| self.cursor.precedes(event.view.seq, event.view.position));
+        let passing = wanted.filter(|event| self.filter.passes(&event.view));
+        let framed = passing.map(|event| Framed { bytes: event.frame.clone(), cursor: event.view.cursor }).collect();
+        self.cursor = self.cursor.max(Cursor::after_batch(self.cursor.site, batch.seq));
         framed
     }
 

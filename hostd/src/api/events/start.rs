@@ -11,6 +11,7 @@ use statemachine::Seq;
 use statemachine::SiteId;
 
 use super::Source;
+use super::rendered::Rendered;
 
 /// A cursor from another host may be ahead of this one for a moment.
 const CATCH_UP: Duration = Duration::from_secs(2);
@@ -26,7 +27,7 @@ pub async fn resolve<S: Source>(
     query: &EventsQuery,
     last_event_id: Option<&str>,
     site: SiteId,
-    source: &S,
+    source: &Rendered<S>,
 ) -> Result<Begin, Problem> {
     // A browser that reconnects repeats its URL, so the header is the newer word.
     let (after, from) = match (last_event_id, &query.after) {
@@ -51,7 +52,7 @@ pub async fn resolve<S: Source>(
     Ok(Begin { after: cursor, with_state: false })
 }
 
-async fn wait_until_reached<S: Source>(cursor: Cursor, source: &S) {
+async fn wait_until_reached<S: Source>(cursor: Cursor, source: &Rendered<S>) {
     let mut head = source.watch_head();
     let reached = head.wait_for(|head| *head >= cursor.seq);
     // Late or never: `check` says it in words.

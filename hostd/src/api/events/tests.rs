@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::body::Bytes;
@@ -20,8 +22,10 @@ use statemachine::SiteId;
 use statemachine::Stamp;
 use statemachine::batch::Head;
 use statemachine::command::Actor;
+use statemachine::event::CertificateIssued;
 use statemachine::event::HostActivated;
 use statemachine::event::HostSuspected;
+use statemachine::state::Fingerprint;
 use tokio::sync::mpsc;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -32,6 +36,7 @@ use super::pump::Patience;
 use super::pump::Pump;
 use super::pump::buffer_of;
 use super::reader::Reader;
+use super::rendered::Rendered;
 use super::start;
 use crate::metrics::Metrics;
 
@@ -42,12 +47,15 @@ struct List {
     batches: Arc<Mutex<Vec<Batch>>>,
     oldest: Seq,
     head: watch::Sender<Seq>,
+    /// Batches that were read so far.
+    read: Arc<AtomicUsize>,
 }
 
 impl List {
     fn of(batches: Vec<Batch>) -> List {
         let head = batches.last().map_or(Seq::ZERO, Batch::seq);
-        List { batches: Arc::new(Mutex::new(batches)), oldest: Seq(1), head: watch::Sender::new(head) }
+        let head = watch::Sender::new(head);
+        List { batches: Arc::new(Mutex::new(batches)), oldest: Seq(1), head, read: Arc::default() }
     }
 
     fn append(&self, batch: Batch) {
@@ -62,8 +70,12 @@ impl Source for List {
         if after.next() < self.oldest {
             return Err(SourceError::Trimmed { oldest: self.oldest });
         }
+        // As a store that reads from its disk.
+        tokio::task::yield_now().await;
         let batches = self.batches.lock().unwrap();
-        Ok(batches.iter().filter(|batch| batch.seq() > after).take(limit).cloned().collect())
+        let read: Vec<Batch> = batches.iter().filter(|batch| batch.seq() > after).take(limit).cloned().collect();
+        self.read.fetch_add(read.len(), Ordering::Relaxed);
+        Ok(read)
     }
 
     fn oldest(&self) -> Seq {
@@ -85,6 +97,10 @@ fn suspected(host: u64) -> Event {
 
 fn activated(host: u64) -> Event {
     HostActivated { host: HostId(host) }.into()
+}
+
+fn issued(serial: String) -> Event {
+    CertificateIssued { host: HostId(1), serial, fingerprint: Fingerprint([0; 32]), not_after_ms: 0 }.into()
 }
 
 fn batch(seq: u64, events: Vec<Event>) -> Batch {
@@ -111,10 +127,14 @@ fn filter(kind: Option<&str>, entity: Option<&str>) -> EventFilter {
     EventFilter::of(&query).unwrap()
 }
 
+fn shared(source: List) -> Arc<Rendered<List>> {
+    Arc::new(Rendered::new(site(), source))
+}
+
 fn pump(source: List, after: Cursor, filter: EventFilter, follow: bool) -> Pump<List> {
     Pump {
         reader: Reader::new(after, filter),
-        source,
+        source: shared(source),
         snapshot: None,
         follow,
         patience: Patience::default(),
@@ -305,6 +325,58 @@ async fn a_reader_that_falls_behind_the_trim_is_told_the_oldest_cursor() {
     assert_eq!(frames[0].id, Some(Cursor::after_batch(site(), Seq(9))));
 }
 
+#[tokio::test]
+async fn readers_at_the_head_share_what_one_of_them_made() {
+    let source = List::of(log(3));
+    let shared = shared(source.clone());
+    let streams = (0..8).map(|reader| {
+        let about = format!("host/{}", reader % 3 + 1);
+        let mut stream = pump(source.clone(), Cursor::after_batch(site(), Seq(3)), filter(None, Some(&about)), true);
+        stream.source = shared.clone();
+        let (sender, receiver) = buffer_of(256);
+        tokio::spawn(stream.run(sender));
+        receiver
+    });
+    let mut receivers: Vec<_> = streams.collect();
+    for batch in log(103).split_off(3) {
+        source.append(batch);
+        tokio::task::yield_now().await;
+    }
+    for receiver in &mut receivers {
+        let mut seen = Vec::new();
+        while seen.len() < 100 {
+            seen.extend(events(&[next(receiver).await.unwrap()]));
+        }
+        assert!(seen.iter().map(|(seq, _)| *seq).eq(4..=103), "{seen:?}");
+    }
+    assert_eq!(source.read.load(Ordering::Relaxed), 100, "each batch once");
+}
+
+#[tokio::test]
+async fn what_readers_share_is_bounded_and_never_out_of_place() {
+    // More than two megabytes each: one batch is kept.
+    let long = |seq| batch(seq, vec![issued("x".repeat(1_200_000)), issued("y".repeat(1_200_000))]);
+    let source = List::of((1..=5).map(long).collect());
+    let shared = shared(source.clone());
+    let read = async |after: u64, limit: usize| {
+        let batches = shared.read(Seq(after), limit).await.unwrap();
+        batches.iter().map(|batch| batch.seq.0).collect::<Vec<_>>()
+    };
+    for after in (0..=5).chain([2, 0, 4, 1, 3, 4]) {
+        for limit in [1, 64] {
+            let some = read(after, limit).await;
+            assert!(some.iter().copied().eq((after + 1..=5).take(some.len())), "{some:?} after {after}");
+            assert_eq!(some.is_empty(), after == 5, "{some:?} after {after}");
+            assert!(some.len() <= limit);
+        }
+    }
+    let before = source.read.load(Ordering::Relaxed);
+    assert_eq!(read(4, 64).await, [5]);
+    assert_eq!(source.read.load(Ordering::Relaxed), before, "the newest is kept");
+    assert_eq!(read(0, 1).await, [1]);
+    assert_eq!(source.read.load(Ordering::Relaxed), before + 1, "the oldest is not");
+}
+
 #[test]
 fn a_cursor_is_checked_against_what_is_here() {
     let check = |cursor: Cursor| start::check(cursor, site(), Seq(10), Seq(20));
@@ -333,7 +405,7 @@ async fn where_a_reader_begins() {
     let cursor = |seq| Cursor::after_batch(site(), Seq(seq));
     let begin = async |query: EventsQuery, last: Option<Cursor>| {
         let last = last.map(|last| last.to_string());
-        start::resolve(&query, last.as_deref(), site(), &source).await
+        start::resolve(&query, last.as_deref(), site(), &shared(source.clone())).await
     };
     let from = |from| EventsQuery { from: Some(from), ..EventsQuery::default() };
     let after = |cursor: Cursor| EventsQuery { after: Some(cursor.to_string()), ..EventsQuery::default() };
@@ -354,7 +426,7 @@ async fn where_a_reader_begins() {
 async fn a_cursor_that_another_host_gave_a_moment_ago_is_waited_for() {
     let source = List::of(log(3));
     let query = EventsQuery { after: Some(Cursor::after_batch(site(), Seq(4)).to_string()), ..EventsQuery::default() };
-    let behind = source.clone();
+    let behind = shared(source.clone());
     let resolving = tokio::spawn(async move { start::resolve(&query, None, site(), &behind).await });
     source.append(batch(4, vec![suspected(1)]));
     assert_eq!(resolving.await.unwrap().unwrap().after.seq, Seq(4));

@@ -127,7 +127,12 @@ impl Checker {
 
     pub(super) fn look_at_lead(&mut self, host: &Host, node: &SimNode) {
         let Leadership::Leading { session, ready } = *node.leadership().borrow() else { return };
-        let term = node.metrics().term;
+        let metrics = node.metrics();
+        if !metrics.is_leader {
+            // Deposed in this moment, and its term is already the next one's; the decider has not looked yet.
+            return;
+        }
+        let term = metrics.term;
         let Some(seen) = self.seen.get_mut(&host.id) else { return };
         if session != seen.session {
             let same_term = seen.session != 0 && seen.session_term == term;
