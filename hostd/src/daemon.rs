@@ -165,6 +165,11 @@ impl Daemon {
         let heard = fold.wait_for(|fold| fold.state.hosts.contains(&member.own()));
         match tokio::time::timeout(HEARD_WITHIN, heard).await {
             Ok(Ok(_)) => Ok(member.clone()),
+            // A large site over a slow link: the leader is heard, and its snapshot is on the way.
+            _ if member.raft().leader.is_some() => {
+                tracing::info!("this host catches up with the site still");
+                Ok(member.clone())
+            }
             _ => Err(BootstrapError::NotHeard {
                 host: member.own().0,
                 after_s: HEARD_WITHIN.as_secs(),

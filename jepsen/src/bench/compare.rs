@@ -46,7 +46,7 @@ pub async fn run(rounds: &Rounds, work: Work, dir: &Path, peer: Option<Peer>) ->
         for row in comparison.turns(round) {
             let site = Arc::new(Site::start(row.kind, dir).await?);
             let (warm_up, measure) = (Duration::from_secs(2), Duration::from_secs(rounds.seconds));
-            let load = Load { clients: row.clients, work, warm_up, measure };
+            let load = Load { clients: row.clients, work, warm_up, measure, pace: None };
             row.take(round, load::put(&site, load).await?, &site);
         }
     }

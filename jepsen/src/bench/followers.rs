@@ -43,8 +43,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 #[derive(Debug, Args)]
 pub struct FollowersArgs {
-    /// Pulling hosts, one measurement each
-    #[arg(long, value_delimiter = ',', default_values_t = [0, 200, 500])]
+    /// Pulling hosts beside the three voters, one measurement each; a site has at most 500 hosts
+    #[arg(long, value_delimiter = ',', default_values_t = [0, 200, 497])]
     followers: Vec<usize>,
     /// Commits a second, one measurement each
     #[arg(long, value_delimiter = ',', default_values_t = [10, 50])]

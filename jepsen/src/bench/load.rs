@@ -1,4 +1,4 @@
-//! Clients in a closed loop: each asks again as soon as it was answered.
+//! Clients in a closed loop: each asks again as soon as it was answered, or keeps to a pace.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -29,6 +29,8 @@ pub struct Load {
     /// Before anything is counted.
     pub warm_up: Duration,
     pub measure: Duration,
+    /// A client asks at most once in this time.
+    pub pace: Option<Duration>,
 }
 
 #[derive(Debug, Clone)]
@@ -80,6 +82,9 @@ pub async fn put(site: &Arc<Site>, load: Load) -> anyhow::Result<Measured> {
                         }
                         tokio::time::sleep(AFTER_ERROR).await;
                     }
+                }
+                if let Some(pace) = load.pace {
+                    tokio::time::sleep_until(asked + pace).await;
                 }
             }
             anyhow::Ok(took_us)

@@ -58,6 +58,7 @@ pub async fn run(args: &NewcomerArgs, dir: &Path) -> anyhow::Result<()> {
         work: Work::Commit { bytes: 256 },
         warm_up: Duration::ZERO,
         measure: Duration::from_secs(args.fill),
+        pace: None,
     };
     load::put(&shared, fill).await?;
     let window = Load { clients: args.clients, measure: WINDOW, ..fill };

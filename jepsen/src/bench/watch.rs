@@ -26,6 +26,9 @@ pub struct WatchArgs {
     /// Clients that commit meanwhile
     #[arg(long, default_value_t = 16)]
     clients: usize,
+    /// Commits a second, of all clients together; without it as many as the site takes
+    #[arg(long)]
+    rate: Option<u32>,
     /// Seconds that clients commit
     #[arg(long, default_value_t = 6)]
     seconds: u64,
@@ -65,8 +68,9 @@ pub async fn run(args: &WatchArgs, dir: &Path, peer: Option<Peer>) -> anyhow::Re
                     anyhow::Ok(took_us)
                 });
                 let measure = Duration::from_secs(args.seconds);
+                let pace = args.rate.map(|rate| Duration::from_secs(args.clients as u64) / rate.max(1));
                 let work = Work::Commit { bytes: 256 };
-                let load = Load { clients: args.clients, work, warm_up: Duration::ZERO, measure };
+                let load = Load { clients: args.clients, work, warm_up: Duration::ZERO, measure, pace };
                 let written = load::put(&site, load).await?;
                 let took_us = counting.await??;
                 tasks.abort_all();
