@@ -31,8 +31,10 @@ pub async fn tell(stage: &mut Stage, runs: u32, options: &StoryOptions) -> Resul
     let blow = if options.hang { Blow::DiskHangs } else { Blow::PowerOff };
     stage.form_cluster().await?;
     if options.delay_ms > 0 {
-        stage.say(&format!("every link is {} ms slower, one way", options.delay_ms));
+        let timers = Timers::for_links(options.delay_ms);
+        stage.say(&format!("every link is {} ms slower, one way; timers {timers}", options.delay_ms));
         for host in stage.hosts() {
+            timers.set(stage, host).await?;
             stage.link(host, LinkChange::Delay { ms: options.delay_ms }).await?;
         }
     }
@@ -65,6 +67,42 @@ pub async fn tell(stage: &mut Stage, runs: u32, options: &StoryOptions) -> Resul
     table.row("runs that the emulator stopped, not counted", emulator_stops.to_string(), "");
     table.print();
     Ok(())
+}
+
+/// Raft's times. On slow links an operator sets longer ones, as hostd's log asks for: a heartbeat is three round trips.
+struct Timers {
+    heartbeat_ms: u32,
+}
+
+impl Timers {
+    /// `heartbeat_ms` of `lab/hostd.toml.in`, and what a round trip between emulated hosts may take by itself.
+    const SHORTEST_MS: u32 = 200;
+    const OWN_ROUND_TRIP_MS: u32 = 60;
+
+    fn for_links(delay_ms: u32) -> Timers {
+        Timers { heartbeat_ms: Self::SHORTEST_MS.max(3 * (2 * delay_ms + Self::OWN_ROUND_TRIP_MS)) }
+    }
+
+    fn lines(&self) -> [(&'static str, u32); 3] {
+        let heartbeat = self.heartbeat_ms;
+        [("heartbeat_ms", heartbeat), ("election_min_ms", 3 * heartbeat), ("election_max_ms", 6 * heartbeat)]
+    }
+
+    /// Kept on the host's disk, where they win over the image's.
+    async fn set(&self, stage: &Stage, host: HostId) -> Result<()> {
+        let edits: Vec<String> = self.lines().map(|(name, ms)| format!("-e 's/^{name} = .*/{name} = {ms}/'")).into();
+        let file = "/etc/quorate/hostd.toml";
+        let line = format!("sed -i {} {file} && cp {file} /var/lib/quorate/ && service hostd restart", edits.join(" "));
+        stage.sh(host, &line).await?;
+        stage.hostd_answers(host).await
+    }
+}
+
+impl std::fmt::Display for Timers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [heartbeat, least, most] = self.lines().map(|(_, ms)| ms);
+        write!(f, "{heartbeat}/{least}/{most} ms")
+    }
 }
 
 struct Failover {
