@@ -69,7 +69,8 @@ pub async fn tell(stage: &mut Stage, runs: u32, options: &StoryOptions) -> Resul
     Ok(())
 }
 
-/// Raft's times. On slow links an operator sets longer ones, as hostd's log asks for: a heartbeat is three round trips.
+/// Raft's times. On slow links an operator sets longer ones, as hostd's log asks for: a heartbeat is three round trips. Leases bound the
+/// others (three elections fit into one).
 struct Timers {
     heartbeat_ms: u32,
 }
@@ -85,7 +86,7 @@ impl Timers {
 
     fn lines(&self) -> [(&'static str, u32); 3] {
         let heartbeat = self.heartbeat_ms;
-        [("heartbeat_ms", heartbeat), ("election_min_ms", 3 * heartbeat), ("election_max_ms", 6 * heartbeat)]
+        [("heartbeat_ms", heartbeat), ("election_min_ms", 2 * heartbeat), ("election_max_ms", 4 * heartbeat)]
     }
 
     /// Kept on the host's disk, where they win over the image's.

@@ -26,8 +26,9 @@ use crate::net;
 use crate::state::HostId;
 use crate::state::LabState;
 
-/// An attempt that takes longer is given up; the next one asks again.
-const ATTEMPT: Duration = Duration::from_millis(400);
+/// An attempt that takes longer is given up; the next one asks again. On slow links it has this many crossings more.
+const ATTEMPT_MS: u64 = 400;
+const CROSSINGS: u64 = 10;
 /// Between two attempts through one host.
 const PAUSE: Duration = Duration::from_millis(10);
 /// The VM whose definition is changed to make commits.
@@ -42,6 +43,8 @@ pub struct ProbeOptions {
     ca: PathBuf,
     #[arg(long)]
     token_file: PathBuf,
+    #[arg(long)]
+    attempt_ms: u64,
 }
 
 /// The process: one task a host, each printing the clock at every answered commit.
@@ -49,7 +52,10 @@ pub async fn run(options: ProbeOptions) -> Result<()> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let pem = std::fs::read(&options.ca).context("read the CA")?;
     let token = std::fs::read_to_string(&options.token_file).context("read the token")?;
-    let builder = reqwest::Client::builder().tls_built_in_root_certs(false).no_proxy().timeout(ATTEMPT);
+    let builder = reqwest::Client::builder()
+        .tls_built_in_root_certs(false)
+        .no_proxy()
+        .timeout(Duration::from_millis(options.attempt_ms));
     let http = builder.add_root_certificate(Certificate::from_pem(&pem)?).build()?;
     // No two processes write the same words: what changes nothing has no batch.
     let run = clock::now_ns();
@@ -126,7 +132,16 @@ impl Access {
         let state = LabState::load(&stage.dir)?.context("the lab is up")?;
         let program = std::env::current_exe().context("find this program")?;
         let mut command = net::inside(&state.config.netns, &program.display().to_string());
-        command.arg("probe").arg("--ca").arg(ca_file).arg("--token-file").arg(token_file);
+        let delay_ms = state.hosts.iter().map(|host| u64::from(host.link.delay_ms)).max().unwrap_or(0);
+        let attempt_ms = ATTEMPT_MS + CROSSINGS * delay_ms;
+        command
+            .arg("probe")
+            .arg("--attempt-ms")
+            .arg(attempt_ms.to_string())
+            .arg("--ca")
+            .arg(ca_file)
+            .arg("--token-file")
+            .arg(token_file);
         for host in stage.hosts() {
             command.arg("--server").arg(format!("https://{}:7443", host.address()));
         }
