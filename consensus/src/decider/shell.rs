@@ -78,7 +78,7 @@ impl Decider {
     {
         let (queue, commands) = mpsc::channel(QUEUE);
         let (announce, leadership) = watch::channel(Leadership::Following { leader: None });
-        let shell = Shell { raft, fold, told, clock, limits, commands, announce, session: 0 };
+        let shell = Shell { raft, fold, told, clock, limits, commands, announce, session: 0, ended: String::new() };
         tokio::spawn(shell.run());
         Decider { queue, leadership }
     }
@@ -113,6 +113,8 @@ struct Shell<R: AsyncRuntime, SM: RaftStateMachine<TypeConfig<R>, SnapshotData =
     commands: mpsc::Receiver<Queued>,
     announce: watch::Sender<Leadership>,
     session: u64,
+    /// Why the last session ended: a leader without a quorum ends one each [`NEXT_SESSION_PAUSE`], and says so once.
+    ended: String,
 }
 
 /// The task is to end: raft stopped, or nobody can propose any more.
@@ -146,13 +148,19 @@ where
                 Ok(session) => {
                     self.announce(Leadership::Leading { session: self.session, ready: true });
                     tracing::info!(session = self.session, "this host leads and decides");
+                    self.ended.clear();
                     self.lead(leader, session).await
                 }
                 Err(why) => why,
             };
-            tracing::info!(session = self.session, "a decider session ended: {why}");
+            if why == self.ended {
+                tracing::debug!(session = self.session, "a decider session ended as the one before: {why}");
+            } else {
+                tracing::info!(session = self.session, "a decider session ended: {why}");
+            }
             self.announce_following();
             self.drain(&why);
+            self.ended = why;
             tokio::time::sleep(NEXT_SESSION_PAUSE).await;
         }
         self.commands.close();
