@@ -68,7 +68,9 @@ async fn network(stage: &Stage, guest: &Guest, table: &mut Table) -> Result<()> 
     let pings = stage.sh(from, &format!("ping -c 20 -i 0.2 -W 2 {ADDRESS}")).await?;
     let summary = |start: &str| pings.lines().find(|line| line.contains(start)).unwrap_or_default().to_owned();
     println!("  {}\n  {}", summary("packets transmitted"), summary("round-trip"));
-    table.row("pings of 20 lost", &lost_pings(&pings).context("ping said nothing of losses")?, "0%");
+    let lost = lost_pings(&pings).context("ping said nothing of losses")?;
+    ensure!(lost == "0%", "pings were lost: {pings}");
+    table.row("pings of 20 lost", lost, "0%");
 
     stage.sh(from, "rm -f /tmp/got; nc -l -p 9000 >/tmp/got 2>/dev/null </dev/null &").await?;
     let make = format!("sh dd if=/dev/urandom of=/tmp/blob bs=64k count={} 2>/dev/null; sha256sum /tmp/blob", MIB * 16);
