@@ -213,6 +213,7 @@ fn spec(name: &str) -> VmSpec {
         initrd: Some("/srv/initrd".to_owned()),
         cmdline: "console=ttyS0".to_owned(),
         disks: vec![disk],
+        nics: Vec::new(),
         highly_available: true,
         release: None,
     }

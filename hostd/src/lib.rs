@@ -32,6 +32,7 @@ pub mod grants;
 pub mod lease;
 pub mod member;
 pub mod metrics;
+pub mod network;
 pub mod notify;
 pub mod peer;
 pub mod serve;

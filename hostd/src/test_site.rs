@@ -74,6 +74,7 @@ pub fn spec(release: ReleaseClass) -> VmSpec {
         initrd: None,
         cmdline: "console=ttyS0".to_owned(),
         disks: Vec::new(),
+        nics: Vec::new(),
         highly_available: false,
         release: Some(release),
     }

@@ -18,6 +18,7 @@ use crate::state::ExitReason;
 use crate::state::Fingerprint;
 use crate::state::GuestStatus;
 use crate::state::MachineType;
+use crate::state::Nic;
 use crate::state::ReleaseClass;
 use crate::state::RunStrategy;
 use crate::state::StopMode;
@@ -279,6 +280,8 @@ pub struct VmSpecChange {
     pub disks: Option<Vec<Disk>>,
     pub highly_available: Option<bool>,
     pub release: Option<ReleaseClass>,
+    /// All of them.
+    pub nics: Option<Vec<Nic>>,
 }
 
 impl VmSpecChange {
@@ -295,6 +298,7 @@ impl VmSpecChange {
             },
             cmdline: changed.cmdline.unwrap_or_else(|| present.cmdline.clone()),
             disks: changed.disks.unwrap_or_else(|| present.disks.clone()),
+            nics: changed.nics.unwrap_or_else(|| present.nics.clone()),
             highly_available: changed.highly_available.unwrap_or(present.highly_available),
             release: changed.release.or(present.release),
         }

@@ -162,6 +162,9 @@ impl Event {
     pub fn feature_level(&self) -> u32 {
         match self {
             Event::VoterCountChanged(_) | Event::SiteRecovered(_) | Event::HostFailureDomainChanged(_) => 2,
+            Event::VmDefined(VmDefined { spec, .. }) | Event::VmSpecChanged(VmSpecChanged { spec, .. }) => {
+                spec.feature_level()
+            }
             _ => 1,
         }
     }

@@ -80,6 +80,8 @@ pub enum Rejection {
         "disk {path} of vm {name} is held by vm {holder}, which may write it; stop {holder}, or make the disk read-only or shareable"
     )]
     DiskInUse { name: String, path: String, holder: String },
+    #[error("the address {mac} is that of a network card of vm {holder}; choose another, or none, and one is made")]
+    MacInUse { mac: String, holder: String },
     #[error("the idempotency key was used for another request at seq {seq}; use a new key for a new request")]
     IdempotencyConflict { seq: Seq },
     #[error("the report is older than what is known and was dropped")]
@@ -129,6 +131,7 @@ impl Rejection {
             | Rejection::HostState { .. }
             | Rejection::VmState { .. }
             | Rejection::DiskInUse { .. }
+            | Rejection::MacInUse { .. }
             | Rejection::IdempotencyConflict { .. }
             | Rejection::SpmHeld { .. }
             | Rejection::FeatureLevel { .. } => RejectionClass::Conflict,
@@ -149,6 +152,7 @@ impl Rejection {
             Rejection::VmState { .. } => "vm-state",
             Rejection::NoHostFits { .. } => "no-host-fits",
             Rejection::DiskInUse { .. } => "disk-in-use",
+            Rejection::MacInUse { .. } => "mac-in-use",
             Rejection::IdempotencyConflict { .. } => "idempotency-conflict",
             Rejection::StaleReport => "stale-report",
             Rejection::StaleEpoch { .. } => "stale-epoch",

@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use pnet_base::MacAddr;
 use statemachine::Event;
 use statemachine::command::HostCandidate;
 use statemachine::command::HostFacts;
@@ -101,6 +102,15 @@ fn samples() -> Vec<Event> {
     ]
 }
 
+/// Events that hold a spec of a later layout: (layout, event).
+fn samples_of_later_layouts() -> Vec<(u8, Event)> {
+    let nic = |id: &str, mac| Nic { id: id.to_owned(), bridge: "br0".to_owned(), mac };
+    let nics = vec![nic("lan", None), nic("wan", Some(MacAddr::new(0x52, 0x54, 0, 1, 2, 3)))];
+    let spec = Arc::new(VmSpec { nics, ..world::spec(15) });
+    let vm = VmId(Uuid::from_u128(7));
+    vec![(2, VmSpecChanged { vm, spec }.into())]
+}
+
 fn golden_dir() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
 }
@@ -117,9 +127,11 @@ fn unhex(text: &str) -> Vec<u8> {
 #[test]
 fn golden_bytes_of_every_event_decode_to_what_they_meant() {
     let write = std::env::var_os("QUORATE_WRITE_GOLDEN").is_some();
-    for event in samples() {
+    let later = samples_of_later_layouts().into_iter().map(|(layout, event)| (format!(".spec{layout}"), event));
+    for (layout, event) in samples().into_iter().map(|event| (String::new(), event)).chain(later) {
         let encoded = event.encode();
-        let path = golden_dir().join(format!("{:03}-{}.v{}.hex", encoded.kind, event.name(), encoded.version));
+        let name = format!("{:03}-{}.v{}{layout}.hex", encoded.kind, event.name(), encoded.version);
+        let path = golden_dir().join(name);
         if write && !path.exists() {
             std::fs::create_dir_all(golden_dir()).expect("the tree is writable");
             std::fs::write(&path, hex(&encoded.payload) + "\n").expect("the tree is writable");

@@ -4,6 +4,7 @@ mod cluster;
 
 use cluster::Cluster;
 use cluster::boot;
+use pnet_base::MacAddr;
 use statemachine::Batch;
 use statemachine::command::Actor;
 use statemachine::command::Command;
@@ -29,6 +30,7 @@ use statemachine::state::Desired;
 use statemachine::state::ExitReason;
 use statemachine::state::Fingerprint;
 use statemachine::state::GuestStatus;
+use statemachine::state::Nic;
 use statemachine::state::ReleaseClass;
 use statemachine::state::RunStrategy;
 use statemachine::state::StopMode;
@@ -204,6 +206,38 @@ fn a_disk_has_one_writer() {
 }
 
 #[test]
+fn a_hardware_address_is_that_of_one_card() {
+    let mut cluster = Cluster::of(1);
+    let mac = Some(MacAddr::new(0x52, 0x54, 0, 1, 2, 3));
+    cluster.root(Cluster::define_with_nic("a", mac)).expect("defined");
+    let refusal = cluster.root(Cluster::define_with_nic("b", mac)).expect_err("a has it");
+    assert_eq!(refusal.code(), "mac-in-use");
+    cluster.root(Cluster::define_with_nic("b", None)).expect("one is made");
+    // A running guest keeps its address until it stops, whatever its definition says by then.
+    cluster.start("a").expect("room");
+    let nics = |nics| VmChange { spec: VmSpecChange { nics: Some(nics), ..Default::default() }, ..Default::default() };
+    let (a, b) = (cluster.vm("a"), cluster.vm("b"));
+    let with_address = || Nic { id: "lan".to_owned(), bridge: "br1".to_owned(), mac };
+    cluster.root(Command::VmChange { vm: a, change: nics(Vec::new()) }).expect("it gives the address away");
+    let take = Command::VmChange { vm: b, change: nics(vec![with_address()]) };
+    assert_eq!(cluster.root(take.clone()).expect_err("a runs with it").code(), "mac-in-use");
+    cluster.exit("a", ExitReason::GuestPoweredOff);
+    cluster.root(take).expect("the address is free");
+}
+
+#[test]
+fn a_card_waits_for_the_level_that_knows_cards() {
+    let mut cluster = Cluster::of(1);
+    if let Some(site) = cluster.fold.state.site.as_mut() {
+        site.feature_level = 2;
+    }
+    let refusal = cluster.root(Cluster::define_with_nic("a", None));
+    assert_eq!(refusal, Err(Rejection::FeatureLevel { needed: 3, level: 2 }));
+    cluster.run_duties();
+    cluster.root(Cluster::define_with_nic("a", None)).expect("every host knows cards");
+}
+
+#[test]
 fn a_guest_that_powers_off_stays_down_when_manual_and_is_due_again_when_always() {
     let mut cluster = Cluster::of(1);
     cluster.root(Cluster::define("manual", 1, 64, RunStrategy::Manual)).expect("defined");
@@ -366,6 +400,11 @@ fn contradictory_and_oversized_definitions_are_refused_in_words() {
         (Cluster::define("web1", 1, 1, RunStrategy::Manual), "memory"),
         (Cluster::define_on_disk("web1", "/srv/../etc/shadow", false), "disk path"),
         (Cluster::define_on_disk("web1", "relative", false), "disk path"),
+        (Cluster::define_with_nic("web1", Some(MacAddr::broadcast())), "nic mac"),
+        (Cluster::define_with_nic("web1", Some(MacAddr::zero())), "nic mac"),
+        (Cluster::define_on_bridge("web1", "br0; reboot"), "nic bridge"),
+        (Cluster::define_on_bridge("web1", "../br0"), "nic bridge"),
+        (Cluster::define_on_bridge("web1", "sixteen-long-name"), "nic bridge"),
     ];
     for (command, field) in cases {
         let refusal = cluster.root(command).expect_err(field);
@@ -443,7 +482,7 @@ fn a_new_level_waits_for_every_host_that_is_not_away() {
     let (report, upgraded) = (cluster.report(old), facts(&cluster, FEATURE_LEVEL));
     cluster.ask(Actor::Host(old), old, Command::ReportHost { report, facts: upgraded }).expect("its word");
     cluster.run_duties();
-    assert_eq!(level(&cluster), 2);
+    assert_eq!(level(&cluster), FEATURE_LEVEL);
     cluster.root(five).expect("now it may");
     assert_eq!(cluster.fold.state.site.as_ref().map(|site| site.voters), Some(5));
 }

@@ -350,6 +350,7 @@ pub fn define_vm(name: &str) -> Command {
         initrd: None,
         cmdline: String::new(),
         disks: Vec::new(),
+        nics: Vec::new(),
         highly_available: false,
         release: None,
     };

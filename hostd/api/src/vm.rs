@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use pnet_base::MacAddr;
 use serde::Deserialize;
 use serde::Serialize;
 use statemachine::ClusterId;
@@ -17,6 +18,7 @@ use statemachine::state::Disk;
 use statemachine::state::ExitReason;
 use statemachine::state::GuestStatus;
 use statemachine::state::MachineType;
+use statemachine::state::Nic;
 use statemachine::state::ReleaseClass;
 use statemachine::state::RunStrategy;
 use statemachine::state::StopMode;
@@ -71,6 +73,9 @@ pub struct VmSpecBody {
     /// All disks; a `PATCH` with disks replaces them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disks: Option<Vec<DiskBody>>,
+    /// All network cards; a `PATCH` with cards replaces them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nics: Option<Vec<NicBody>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub highly_available: Option<bool>,
     /// `lease`, `power`, `storage` or `operator`; by default `lease` for highly available VMs, `operator` for the rest.
@@ -93,6 +98,20 @@ pub struct DiskBody {
     pub shareable: bool,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NicBody {
+    /// Name within the VM.
+    pub id: String,
+    /// A bridge that every host that may run the VM has.
+    #[schema(example = "br0")]
+    pub bridge: String,
+    /// Hardware address; by default one that follows from the VM and the card.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, example = "52:54:00:12:34:56")]
+    pub mac: Option<MacAddr>,
+}
+
 impl VmSpecBody {
     pub const DEFAULT_MEMORY_MIB: u64 = 512;
     pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
@@ -107,6 +126,7 @@ impl VmSpecBody {
             initrd: None,
             cmdline: Self::DEFAULT_CMDLINE.to_owned(),
             disks: Vec::new(),
+            nics: Vec::new(),
             highly_available: false,
             release: None,
         };
@@ -126,7 +146,14 @@ impl From<VmSpecBody> for VmSpecChange {
             disks: body.disks.map(|disks| disks.into_iter().map(Disk::from).collect()),
             highly_available: body.highly_available,
             release: body.release,
+            nics: body.nics.map(|nics| nics.into_iter().map(Nic::from).collect()),
         }
+    }
+}
+
+impl From<NicBody> for Nic {
+    fn from(body: NicBody) -> Nic {
+        Nic { id: body.id, bridge: body.bridge, mac: body.mac }
     }
 }
 

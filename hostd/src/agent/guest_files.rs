@@ -9,13 +9,16 @@ use std::path::PathBuf;
 use statemachine::ids::Epoch;
 use statemachine::ids::VmId;
 use statemachine::state::MachineType;
+use statemachine::state::Nic;
 use statemachine::state::ReleaseClass;
 use statemachine::state::VmSpec;
 use thiserror::Error;
 use vmm_control::DiskConfig;
 use vmm_control::Identity;
 use vmm_control::LeaseConfig;
+use vmm_control::NicConfig;
 use vmm_control::VmmConfig;
+use vmm_control::config::DEFAULT_MTU;
 
 use crate::lease::clock::Boottime;
 
@@ -75,6 +78,7 @@ pub fn vmm_config(
             shared: true,
         });
     }
+    let nic = |nic: &Nic| NicConfig { id: nic.id.clone(), mac: nic.mac_of(identity.vm), mtu: DEFAULT_MTU };
     let release = release_class(identity.release);
     let config = VmmConfig {
         vm: identity.vm.0,
@@ -90,6 +94,7 @@ pub fn vmm_config(
         initrd: spec.initrd.as_ref().map(|initrd| resolve("initrd", initrd, false)).transpose()?,
         cmdline: format!("{} quorate.epoch={}", spec.cmdline, identity.epoch).trim_start().to_owned(),
         disks,
+        nics: spec.nics.iter().map(nic).collect(),
         identity: Identity { uuid: identity.vm.0, serial: identity.vm.to_string() },
         release,
         started_marker: places.mark,

@@ -13,6 +13,8 @@ use std::process::Stdio;
 
 use statemachine::state::VmSpec;
 use thiserror::Error;
+use vmm_control::VmmConfig;
+use vmm_control::config::MAX_MTU;
 
 use super::group::Group;
 use super::group::Groups;
@@ -25,6 +27,8 @@ use super::marks::Marks;
 use super::run_dir::Lock;
 use super::run_dir::RunDir;
 use super::run_dir::RunDirError;
+use crate::network::NetworkError;
+use crate::network::tap::Tap;
 
 #[derive(Debug, Error)]
 pub enum LaunchError {
@@ -39,6 +43,12 @@ pub enum LaunchError {
     RunDir(#[from] RunDirError),
     #[error(transparent)]
     Mark(#[from] MarkError),
+    #[error("network card {id}: {source}")]
+    Nic {
+        id: String,
+        #[source]
+        source: NetworkError,
+    },
     #[error("cannot make the guest's control group: {0}")]
     Group(#[source] io::Error),
     #[error("cannot start {program}: {source}; is it installed, and does `vmm` in hostd.toml name it?")]
@@ -47,6 +57,31 @@ pub enum LaunchError {
         #[source]
         source: io::Error,
     },
+}
+
+/// A tap and the card that it belongs to.
+struct Cable {
+    nic: String,
+    tap: Tap,
+}
+
+impl Cable {
+    fn argument(&self) -> [String; 2] {
+        ["--tap-fd".to_owned(), format!("{}={}", self.nic, self.tap.descriptor.as_raw_fd())]
+    }
+}
+
+/// A tap for each card, in the bridge that the spec names; each card is told its bridge's MTU.
+fn plug_in(config: &mut VmmConfig, spec: &VmSpec) -> Result<Vec<Cable>, LaunchError> {
+    let mut cables = Vec::with_capacity(config.nics.len());
+    for (card, nic) in config.nics.iter_mut().zip(&spec.nics) {
+        let failed = |source| LaunchError::Nic { id: nic.id.clone(), source };
+        let tap = Tap::plug(&nic.bridge, card.mac).map_err(failed)?;
+        card.mtu = u16::try_from(tap.mtu).unwrap_or(MAX_MTU).min(MAX_MTU);
+        cables.push(Cable { nic: nic.id.clone(), tap });
+    }
+    config.check().map_err(GuestFilesError::Definition)?;
+    Ok(cables)
 }
 
 /// What every launch on this host needs.
@@ -76,12 +111,14 @@ impl Launcher {
         self.marks.prepare(identity.vm)?;
         let mark = self.marks.path(identity.vm, identity.epoch);
         let places = GuestPlaces { run_dir: run_dir.path().to_owned(), mark };
-        let config = guest_files::vmm_config(identity, spec, &self.allowed_paths, places)?;
+        let mut config = guest_files::vmm_config(identity, spec, &self.allowed_paths, places)?;
+        // Last, so that a definition that makes no guest moves no cable.
+        let taps = plug_in(&mut config, spec)?;
         run_dir.prepare(&lock, &config)?;
-        self.spawn(&run_dir, &group, &lock)
+        self.spawn(&run_dir, &group, &lock, &taps)
     }
 
-    fn spawn(&self, run_dir: &RunDir, group: &Group, lock: &Lock) -> Result<(), LaunchError> {
+    fn spawn(&self, run_dir: &RunDir, group: &Group, lock: &Lock, taps: &[Cable]) -> Result<(), LaunchError> {
         let mut words = group.launch_prefix();
         words.push(self.vmm.display().to_string());
         let program = words.remove(0);
@@ -98,6 +135,7 @@ impl Launcher {
             .arg(run_dir.control_socket())
             .arg("--lock-fd")
             .arg(lock.file.as_raw_fd().to_string())
+            .args(taps.iter().flat_map(Cable::argument))
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(log.try_clone().map_err(failed)?)
@@ -115,8 +153,9 @@ impl Launcher {
         };
         let group_file = group_file.map(|path| OpenOptions::new().write(true).open(path)).transpose();
         let group_file = group_file.map_err(LaunchError::Group)?;
-        let lock_fd = lock.file.as_raw_fd();
-        let detach = move || detach(lock_fd, group_file.as_ref());
+        let taps = taps.iter().map(|cable| cable.tap.descriptor.as_raw_fd());
+        let inherited: Vec<i32> = std::iter::once(lock.file.as_raw_fd()).chain(taps).collect();
+        let detach = move || detach(&inherited, group_file.as_ref());
         // SAFETY: between fork and exec only system calls run: setsid, fork, _exit, fcntl, and one write of a constant.
         unsafe { command.pre_exec(detach) };
         let mut middle = command.spawn().map_err(failed)?;
@@ -126,7 +165,7 @@ impl Launcher {
     }
 }
 
-fn detach(lock_fd: i32, mut group: Option<&std::fs::File>) -> io::Result<()> {
+fn detach(inherited: &[i32], mut group: Option<&std::fs::File>) -> io::Result<()> {
     let checked = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) };
     // SAFETY: plain system calls on descriptors that the caller keeps open.
     unsafe {
@@ -134,9 +173,11 @@ fn detach(lock_fd: i32, mut group: Option<&std::fs::File>) -> io::Result<()> {
         if checked(libc::fork())? > 0 {
             libc::_exit(0);
         }
-        // The vmm inherits the lock's descriptor; every other one of hostd's closes at exec.
-        let flags = checked(libc::fcntl(lock_fd, libc::F_GETFD))?;
-        checked(libc::fcntl(lock_fd, libc::F_SETFD, flags & !libc::FD_CLOEXEC))?;
+        // The vmm inherits its lock and its taps; every other descriptor of hostd closes at exec.
+        for descriptor in inherited {
+            let flags = checked(libc::fcntl(*descriptor, libc::F_GETFD))?;
+            checked(libc::fcntl(*descriptor, libc::F_SETFD, flags & !libc::FD_CLOEXEC))?;
+        }
     }
     match &mut group {
         Some(file) => file.write_all(b"0"),

@@ -53,6 +53,7 @@ pub fn vm_define(number: usize) -> Command {
         initrd: None,
         cmdline: String::new(),
         disks: Vec::new(),
+        nics: Vec::new(),
         highly_available: false,
         release: None,
     };

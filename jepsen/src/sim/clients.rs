@@ -80,6 +80,7 @@ fn define(dice: &mut Dice, id: u64) -> Command {
         initrd: None,
         cmdline: "x".repeat(dice.range(0..400) as usize),
         disks: Vec::new(),
+        nics: Vec::new(),
         highly_available: false,
         release: Some(release),
     };

@@ -3,6 +3,7 @@
 
 use crate::rejection::Rejection;
 use crate::state::Capacity;
+use crate::state::Nic;
 use crate::state::ReleaseClass;
 use crate::state::VmSpec;
 
@@ -94,6 +95,7 @@ pub(super) fn vm_spec(spec: &VmSpec) -> Result<(), Rejection> {
             return Err(invalid("disks", format!("{} is listed twice", disk.id)));
         }
     }
+    nics(&spec.nics)?;
     if spec.highly_available && spec.release == Some(ReleaseClass::Operator) {
         return Err(invalid(
             "release",
@@ -101,6 +103,41 @@ pub(super) fn vm_spec(spec: &VmSpec) -> Result<(), Rejection> {
         ));
     }
     Ok(())
+}
+
+fn nics(nics: &[Nic]) -> Result<(), Rejection> {
+    if nics.len() > VmSpec::MAX_NICS {
+        return Err(invalid("nics", format!("{} asked for, at most {}", nics.len(), VmSpec::MAX_NICS)));
+    }
+    for (index, nic) in nics.iter().enumerate() {
+        name("nic id", &nic.id)?;
+        bridge(&nic.bridge)?;
+        if let Some(mac) = nic.mac
+            && (mac.is_zero() || !mac.is_unicast())
+        {
+            return Err(invalid("nic mac", format!("{mac} is not the address of one card")));
+        }
+        let before = &nics[..index];
+        if before.iter().any(|other| other.id == nic.id || nic.mac.is_some() && other.mac == nic.mac) {
+            return Err(invalid("nics", format!("the id or the address of {} is listed twice", nic.id)));
+        }
+    }
+    Ok(())
+}
+
+/// As Linux takes the name of an interface, without what a shell or a path would read otherwise.
+fn bridge(bridge: &str) -> Result<(), Rejection> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let good = (1..=Nic::MAX_BRIDGE_NAME).contains(&bridge.len())
+        && bridge.chars().all(fits)
+        && bridge.starts_with(|c: char| c.is_ascii_alphanumeric());
+    match good {
+        true => Ok(()),
+        false => Err(invalid(
+            "nic bridge",
+            format!("{bridge:?} is no name of a bridge: 1 to {} of letters, digits, -, _ and .", Nic::MAX_BRIDGE_NAME),
+        )),
+    }
 }
 
 fn path(field: &str, path: &str) -> Result<(), Rejection> {

@@ -33,7 +33,7 @@ use crate::state::TokenStatus;
 /// The feature level that a new site starts at: everything this build writes.
 ///
 /// - 2: voter count, failure domains, recovery.
-pub const FEATURE_LEVEL: u32 = 2;
+pub const FEATURE_LEVEL: u32 = 3;
 /// Tokens that are remembered at once; old ones that cannot be used any more make room.
 const TOKENS_MAX: usize = 1000;
 const TTL_MAX_MS: u64 = 10 * 365 * 24 * 60 * 60 * 1000;

@@ -37,6 +37,7 @@ use crate::state::Created;
 use crate::state::Desired;
 use crate::state::ExitReason;
 use crate::state::GuestStatus;
+use crate::state::Nic;
 use crate::state::RunStrategy;
 use crate::state::StopMode;
 use crate::state::Vm;
@@ -75,6 +76,7 @@ pub(super) fn define(
     }
     let site = context.state.site.as_ref().map_or_else(SiteId::default, |site| site.id);
     let vm = VmId::derive(site, context.seq);
+    check_macs(context, vm, spec)?;
     let defined = VmDefined { vm, name: name.to_owned(), cluster, spec: Arc::new(spec.clone()), run_strategy };
     Ok(Decided::one(defined).creating(Created::Vm(vm)))
 }
@@ -92,6 +94,7 @@ pub(super) fn change(context: &Context<'_>, vm: VmId, change: &VmChange) -> Resu
     let spec = change.spec.over(&known.spec);
     if spec != *known.spec {
         form::vm_spec(&spec)?;
+        check_macs(context, vm, &spec)?;
         events.push(VmSpecChanged { vm, spec: Arc::new(spec) }.into());
     }
     if let Some(run_strategy) = change.run_strategy.filter(|strategy| *strategy != known.run_strategy) {
@@ -106,6 +109,25 @@ pub(super) fn change(context: &Context<'_>, vm: VmId, change: &VmChange) -> Resu
         }
     }
     Ok(Decided::many(events))
+}
+
+/// Two cards of one address on a network take each other's frames, so a site has every address once.
+fn check_macs(context: &Context<'_>, vm: VmId, spec: &VmSpec) -> Result<(), Rejection> {
+    for (index, nic) in spec.nics.iter().enumerate() {
+        let mac = nic.mac_of(vm);
+        let same = |other: &&Nic, of: VmId| other.mac_of(of) == mac;
+        if spec.nics[..index].iter().any(|other| same(&other, vm)) {
+            return Err(form::invalid("nic mac", format!("{mac} is listed twice")));
+        }
+        for (id, other) in context.state.vms.iter().filter(|(id, _)| **id != vm) {
+            // What it runs with keeps its address until it stops.
+            let granted = other.granted_spec.iter().flat_map(|spec| &spec.nics);
+            if other.spec.nics.iter().chain(granted).any(|nic| same(&nic, *id)) {
+                return Err(Rejection::MacInUse { mac: mac.to_string(), holder: other.name.clone() });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Asking for what is wanted already changes nothing, and a pulled plug is not put back by the button.

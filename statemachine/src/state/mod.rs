@@ -6,10 +6,12 @@
 
 mod host;
 mod site;
+mod spec;
 mod vm;
 
 pub use host::*;
 pub use site::*;
+pub use spec::*;
 pub use vm::*;
 
 use imbl::OrdMap;

@@ -1,4 +1,4 @@
-//! A virtual machine: definition, desire, permit, observation.
+//! A virtual machine: desire, permit, observation.
 
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use crate::ids::Epoch;
 use crate::ids::HostId;
 use crate::ids::Seq;
 use crate::scheduler::Explanation;
+use crate::state::VmSpec;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Vm {
@@ -51,61 +52,6 @@ impl Vm {
             ) => self.spec.highly_available,
         }
     }
-}
-
-/// What a guest is made of. Frozen into the permit when it starts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VmSpec {
-    pub machine: MachineType,
-    pub vcpus: u32,
-    pub memory_mib: u64,
-    /// Host paths, or devices that all hosts share, under the hosts' allowed directories.
-    pub kernel: String,
-    pub initrd: Option<String>,
-    pub cmdline: String,
-    pub disks: Vec<Disk>,
-    /// Restarted by the cluster after its host is lost.
-    pub highly_available: bool,
-    /// What may end its permit without its host's word; `None` takes the default of [`VmSpec::release_class`].
-    pub release: Option<ReleaseClass>,
-}
-
-impl VmSpec {
-    pub const MAX_VCPUS: u32 = 64;
-    pub const MAX_MEMORY_MIB: u64 = 4 << 20;
-    pub const MAX_DISKS: usize = 16;
-    /// A huge page: guest RAM is a whole number of them.
-    pub const MEMORY_GRANULE_MIB: u64 = 2;
-    /// Linux takes 2047 bytes; the host appends the epoch.
-    pub const MAX_CMDLINE: usize = 2000;
-
-    /// DESIGN §5: `lease` for highly available guests, `operator` for the rest.
-    pub fn release_class(&self) -> ReleaseClass {
-        match self.release {
-            Some(class) => class,
-            None if self.highly_available => ReleaseClass::Lease,
-            None => ReleaseClass::Operator,
-        }
-    }
-}
-
-/// Machine types are versioned and frozen (DESIGN §7).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MachineType {
-    #[serde(rename = "q-direct-1")]
-    QDirect1,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Disk {
-    /// Name within the VM; the guest sees it as the disk's serial.
-    pub id: String,
-    pub path: String,
-    pub read_only: bool,
-    /// More than one VM may write it (S2's exception).
-    pub shareable: bool,
 }
 
 /// KubeVirt's run strategies.

@@ -1,5 +1,6 @@
 //! A cluster of a few hosts for stories: the fold, and a clock.
 
+use pnet_base::MacAddr;
 use statemachine::command::Actor;
 use statemachine::command::Command;
 use statemachine::command::HostCandidate;
@@ -23,6 +24,7 @@ use statemachine::state::Disk;
 use statemachine::state::ExitReason;
 use statemachine::state::Fingerprint;
 use statemachine::state::MachineType;
+use statemachine::state::Nic;
 use statemachine::state::Permit;
 use statemachine::state::RunStrategy;
 use statemachine::state::TokenPurpose;
@@ -98,6 +100,7 @@ impl Cluster {
             initrd: None,
             cmdline: "console=ttyS0".to_owned(),
             disks: Vec::new(),
+            nics: Vec::new(),
             highly_available: false,
             release: None,
         }
@@ -119,6 +122,20 @@ impl Cluster {
     pub fn define_on_disk(name: &str, path: &str, shareable: bool) -> Command {
         let disk = Disk { id: "root".to_owned(), path: path.to_owned(), read_only: false, shareable };
         let spec = VmSpec { disks: vec![disk], ..Cluster::spec(1, 64) };
+        Cluster::definition(name, spec, RunStrategy::Manual)
+    }
+
+    /// On one network, with the address that is given or made.
+    pub fn define_with_nic(name: &str, mac: Option<MacAddr>) -> Command {
+        Cluster::define_with(name, Nic { id: "lan".to_owned(), bridge: "br0".to_owned(), mac })
+    }
+
+    pub fn define_on_bridge(name: &str, bridge: &str) -> Command {
+        Cluster::define_with(name, Nic { id: "lan".to_owned(), bridge: bridge.to_owned(), mac: None })
+    }
+
+    fn define_with(name: &str, nic: Nic) -> Command {
+        let spec = VmSpec { nics: vec![nic], ..Cluster::spec(1, 64) };
         Cluster::definition(name, spec, RunStrategy::Manual)
     }
 

@@ -1,5 +1,6 @@
 //! A small world in which random steps become requests about things that exist, or nearly do.
 
+use pnet_base::MacAddr;
 use proptest::prelude::*;
 use statemachine::command::Actor;
 use statemachine::command::Command;
@@ -28,6 +29,7 @@ use statemachine::state::ExitReason;
 use statemachine::state::Fingerprint;
 use statemachine::state::GuestStatus;
 use statemachine::state::MachineType;
+use statemachine::state::Nic;
 use statemachine::state::RunStrategy;
 use statemachine::state::StopMode;
 use statemachine::state::TokenPurpose;
@@ -85,6 +87,13 @@ pub fn spec(a: u16) -> VmSpec {
     if a.is_multiple_of(5) {
         disks.push(disk("common", "/srv/common".to_owned(), true));
     }
+    // Few addresses, so that two VMs ask for the same; a card without one gets its own.
+    let nic = |mac| Nic { id: "lan".to_owned(), bridge: "br0".to_owned(), mac };
+    let nics = match a % 7 {
+        2 => vec![nic(None)],
+        4 => vec![nic(Some(MacAddr::new(2, 0, 0, 0, 0, (a % 4) as u8)))],
+        _ => Vec::new(),
+    };
     VmSpec {
         machine: MachineType::QDirect1,
         vcpus: u32::from(a % 5),
@@ -93,6 +102,7 @@ pub fn spec(a: u16) -> VmSpec {
         initrd: None,
         cmdline: "console=ttyS0".to_owned(),
         disks,
+        nics,
         highly_available: a.is_multiple_of(3),
         release: None,
     }

@@ -33,6 +33,7 @@ fn define(name: &str) -> Request {
         initrd: None,
         cmdline: String::new(),
         disks: Vec::new(),
+        nics: Vec::new(),
         highly_available: false,
         release: None,
     };

@@ -27,6 +27,8 @@ pub struct Shape<'a> {
     pub vcpus: u32,
     /// `shared1` to `shared4`: small disks that all hosts see. The guest stamps the first.
     pub disks: &'a [&'a str],
+    /// On the network of the hosts, with this address (10.77.0.100 and above are free).
+    pub address: Option<&'a str>,
     /// Highly available: its permit is of class `lease`.
     pub lease: bool,
 }
@@ -36,10 +38,15 @@ impl Guest {
         let vcpus = shape.vcpus.to_string();
         let disk = |export: &&str| format!("id={export},path=/dev/disk/by-id/virtio-{export}");
         let disks: Vec<String> = shape.disks.iter().map(disk).collect();
+        let network = shape.address.map(|address| format!(" address={address}/24")).unwrap_or_default();
+        let command_line = format!("console=ttyS0 quiet{network}");
         let mut words = vec!["vm", "create", name, "--vcpus", &vcpus, "--memory", "192MiB"];
-        words.extend(["--kernel", KERNEL, "--initrd", INITRD, "--cmdline", "console=ttyS0 quiet"]);
+        words.extend(["--kernel", KERNEL, "--initrd", INITRD, "--cmdline", &command_line]);
         for disk in &disks {
             words.extend(["--disk", disk]);
+        }
+        if shape.address.is_some() {
+            words.extend(["--nic", "id=lan,bridge=br0"]);
         }
         if shape.lease {
             words.push("--ha");

@@ -62,12 +62,24 @@ fn a_disk_needs_an_id_and_a_path_and_knows_no_other_words() {
 #[test]
 fn options_go_over_the_definition_of_a_file() {
     let mut spec = VmSpecBody { vcpus: Some(4), kernel: Some("/a".into()), ..Default::default() };
-    let cli = parse("quorate vm create web1 --kernel /b --memory 1GiB --ha --disk id=r,path=/r").unwrap();
+    let cli = parse("quorate vm create web1 --kernel /b --memory 1GiB --ha --disk id=r,path=/r --nic id=lan,bridge=br0,mac=52:54:00:12:34:56").unwrap();
     let Command::Vm(VmCommand::Create(create)) = cli.command else { panic!("not vm create") };
     create.machine.apply(&mut spec);
     assert_eq!((spec.vcpus, spec.memory_mib, spec.highly_available), (Some(4), Some(1024), Some(true)));
     assert_eq!(spec.kernel.as_deref(), Some("/b"));
     assert_eq!(spec.disks.map(|disks| disks.len()), Some(1));
+    assert_eq!(spec.nics.map(|nics| nics.len()), Some(1));
+}
+
+#[test]
+fn a_network_card_is_an_id_and_a_bridge() {
+    let nic = parse_nic("id=lan,bridge=br0").unwrap();
+    assert_eq!((nic.id.as_str(), nic.bridge.as_str(), nic.mac), ("lan", "br0", None));
+    let mac = parse_nic("bridge=br0,mac=52:54:00:12:34:56,id=lan").unwrap().mac;
+    assert_eq!(mac.map(|mac| mac.to_string()).as_deref(), Some("52:54:00:12:34:56"));
+    for text in ["", "id=lan", "bridge=br0", "id=lan,bridge=br0,mac=52", "id=lan,bridge=br0,vlan=3"] {
+        assert!(parse_nic(text).is_err(), "{text:?}");
+    }
 }
 
 #[test]
@@ -78,6 +90,7 @@ fn contradictions_on_the_command_line_are_usage_errors() {
         "quorate vm create",
         "quorate vm start",
         "quorate vm change web1 --initrd /i --no-initrd",
+        "quorate vm change web1 --nic id=lan,bridge=br0 --no-nics",
         "quorate events --after x --from oldest",
         "quorate token create --purpose root",
         "quorate token revoke seventeen",

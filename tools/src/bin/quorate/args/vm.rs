@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use clap::Subcommand;
 use hostd_api::vm::DiskBody;
+use hostd_api::vm::NicBody;
 use hostd_api::vm::VmSpecBody;
 
 use super::Release;
@@ -13,6 +14,7 @@ use super::Wait;
 use super::parse_disk;
 use super::parse_duration;
 use super::parse_memory_mib;
+use super::parse_nic;
 
 #[derive(Debug, Subcommand)]
 pub enum VmCommand {
@@ -110,6 +112,9 @@ pub struct ChangeArgs {
     /// Take all disks away
     #[arg(long, conflicts_with = "disk")]
     pub no_disks: bool,
+    /// Take all network cards away
+    #[arg(long, conflicts_with = "nic")]
+    pub no_nics: bool,
 }
 
 /// What a guest is made of; what is left out stays, or has its default.
@@ -133,6 +138,9 @@ pub struct MachineArgs {
     /// A disk: id=NAME,path=PATH[,ro][,shareable]; once for each, and all of them
     #[arg(long, value_name = "DISK", value_parser = parse_disk)]
     pub disk: Vec<DiskBody>,
+    /// A network card: id=NAME,bridge=BRIDGE[,mac=ADDRESS]; once for each, and all of them
+    #[arg(long, value_name = "NIC", value_parser = parse_nic)]
+    pub nic: Vec<NicBody>,
     /// Restart it elsewhere when its host is lost
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub ha: Option<bool>,
@@ -155,6 +163,7 @@ impl MachineArgs {
         over(&mut spec.vcpus, self.vcpus);
         over(&mut spec.memory_mib, self.memory);
         over(&mut spec.disks, (!self.disk.is_empty()).then_some(self.disk));
+        over(&mut spec.nics, (!self.nic.is_empty()).then_some(self.nic));
         over(&mut spec.highly_available, self.ha);
         over(&mut spec.release, self.release.map(Into::into));
     }

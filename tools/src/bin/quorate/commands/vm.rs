@@ -128,7 +128,10 @@ fn patch(args: &ChangeArgs) -> VmPatch {
     if args.no_disks {
         spec.disks = Some(Vec::new());
     }
-    let names_machine = args.no_initrd || args.no_disks || args.machine != MachineArgs::default();
+    if args.no_nics {
+        spec.nics = Some(Vec::new());
+    }
+    let names_machine = args.no_initrd || args.no_disks || args.no_nics || args.machine != MachineArgs::default();
     VmPatch {
         name: args.rename.clone(),
         run_strategy: args.run_strategy.map(Into::into),

@@ -60,6 +60,9 @@ impl Show for Item<VmView> {
         for disk in &spec.disks {
             table.field(&format!("disk {}", disk.id), disk_line(disk));
         }
+        for nic in &spec.nics {
+            table.field(&format!("nic {}", nic.id), format!("{} on {}", nic.mac_of(vm.id), nic.bridge));
+        }
         if let Some(exit) = &vm.last_exit {
             table.field("last exit", exit_line(exit));
         }
