@@ -1,5 +1,7 @@
 //! Commands: what somebody wants, or what a host saw. One accepted command is one batch of events.
 
+use std::sync::Arc;
+
 use serde::Deserialize;
 use serde::Serialize;
 
@@ -16,6 +18,7 @@ use crate::state::Capacity;
 use crate::state::Disk;
 use crate::state::ExitReason;
 use crate::state::Fingerprint;
+use crate::state::GuestFacts;
 use crate::state::GuestStatus;
 use crate::state::MachineType;
 use crate::state::Nic;
@@ -244,6 +247,15 @@ pub enum Command {
     },
     SpmRelease {
         data_center: DataCenterId,
+    },
+
+    // -- since level 3: a variant's number never changes either
+    /// What a guest's agent says of the guest.
+    ReportVmGuest {
+        report: ReportId,
+        vm: VmId,
+        epoch: Epoch,
+        facts: Arc<GuestFacts>,
     },
 }
 

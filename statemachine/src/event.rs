@@ -26,6 +26,7 @@ use crate::scheduler::Explanation;
 use crate::state::Desired;
 use crate::state::ExitReason;
 use crate::state::Fingerprint;
+use crate::state::GuestFacts;
 use crate::state::GuestStatus;
 use crate::state::ReleaseClass;
 use crate::state::RunStrategy;
@@ -140,6 +141,8 @@ events! {
     49 VmPermitReleased { vm: VmId, epoch: Epoch, evidence: ReleaseEvidence }
     50 VmObservedStatus { vm: VmId, epoch: Epoch, host: HostId, counter: u64, status: GuestStatus }
     51 VmObservedExit { vm: VmId, epoch: Epoch, host: HostId, counter: u64, reason: ExitReason, detail: String }
+    /// What the guest's agent says of the guest.
+    52 VmObservedGuest { vm: VmId, epoch: Epoch, host: HostId, counter: u64, facts: Arc<GuestFacts> }
 
     60 SpmGranted { data_center: DataCenterId, host: HostId }
     61 SpmReleased { data_center: DataCenterId, host: HostId }
@@ -165,6 +168,7 @@ impl Event {
             Event::VmDefined(VmDefined { spec, .. }) | Event::VmSpecChanged(VmSpecChanged { spec, .. }) => {
                 spec.feature_level()
             }
+            Event::VmObservedGuest(_) => 3,
             _ => 1,
         }
     }
@@ -206,6 +210,7 @@ impl Event {
             Event::VmPermitReleased(e) => vec![vm(&e.vm)],
             Event::VmObservedStatus(e) => vec![vm(&e.vm), host(&e.host)],
             Event::VmObservedExit(e) => vec![vm(&e.vm), host(&e.host)],
+            Event::VmObservedGuest(e) => vec![vm(&e.vm), host(&e.host)],
             Event::SpmGranted(e) => vec![format!("data_center/{}", e.data_center), host(&e.host)],
             Event::SpmReleased(e) => vec![format!("data_center/{}", e.data_center), host(&e.host)],
         }

@@ -208,6 +208,10 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
                     Some(Exit { epoch: e.epoch, host: e.host, reason: e.reason, detail: e.detail.clone(), at: at.seq });
             });
         }
+        Event::VmObservedGuest(e) => {
+            state.hosts.update(&e.host, |host| host.report_counter = e.counter);
+            state.guests.insert(e.vm, e.facts.clone());
+        }
 
         Event::SpmGranted(e) => state.data_centers.update(&e.data_center, |data_center| {
             data_center.spm = Some(SpmPermit { host: e.host, token: at.seq });
@@ -241,6 +245,7 @@ fn release(state: &mut State, vm: VmId, epoch: Epoch) {
             freed = vm.permit.take().zip(vm.granted_spec.take());
             vm.observed = None;
         });
+        state.guests.remove(&vm);
     }
     if let Some((permit, spec)) = freed {
         state.hosts.update(&permit.host, |host| {

@@ -45,6 +45,11 @@ pub fn check(state: &State) -> Vec<Violation> {
             found.push(violation("E2", format!("the name index points {name} at a VM of another name")));
         }
     }
+    for (vm, _) in state.guests.iter() {
+        if state.vms.get(vm).is_none_or(|vm| vm.permit.is_none()) {
+            found.push(violation("E2", format!("something is known of the guest of vm {vm}, which may not run")));
+        }
+    }
     found
 }
 

@@ -45,6 +45,30 @@ fn explanation() -> scheduler::Explanation {
     }
 }
 
+fn guest_facts() -> GuestFacts {
+    let interface = |name: &str, addresses: &[&str]| GuestInterface {
+        name: name.to_owned(),
+        mac: Some(MacAddr::new(0x52, 0x54, 0, 1, 2, 3)),
+        addresses: addresses.iter().map(|address| address.parse().expect("an address")).collect(),
+    };
+    GuestFacts {
+        hostname: Some("web1".to_owned()),
+        os: Some(GuestOs {
+            id: Some("debian".to_owned()),
+            version_id: Some("12".to_owned()),
+            pretty_name: Some("Debian GNU/Linux 12".to_owned()),
+            kernel: None,
+        }),
+        interfaces: [interface("eth0", &["10.0.0.5/24", "fe80::5054:ff:fe01:203/64"]), interface("eth1", &[])].into(),
+        filesystems: [GuestFilesystem {
+            mountpoint: "/".to_owned(),
+            kind: "ext4".to_owned(),
+            total_bytes: Some(1 << 30),
+        }]
+        .into(),
+    }
+}
+
 /// As they were when the bytes were frozen.
 fn at_level_1(facts: HostFacts) -> HostFacts {
     HostFacts { feature_level: 1, ..facts }
@@ -97,6 +121,7 @@ fn samples() -> Vec<Event> {
         VmPermitReleased { vm, epoch: Epoch(42), evidence: ReleaseEvidence::BootId }.into(),
         VmObservedStatus { vm, epoch: Epoch(42), host, counter: 8, status: GuestStatus::PausedLease }.into(),
         VmObservedExit { vm, epoch: Epoch(42), host, counter: 9, reason: ExitReason::Lost, detail: text() }.into(),
+        VmObservedGuest { vm, epoch: Epoch(42), host, counter: 10, facts: Arc::new(guest_facts()) }.into(),
         SpmGranted { data_center, host }.into(),
         SpmReleased { data_center, host }.into(),
     ]

@@ -29,6 +29,7 @@ use statemachine::state::Created;
 use statemachine::state::Desired;
 use statemachine::state::ExitReason;
 use statemachine::state::Fingerprint;
+use statemachine::state::GuestFacts;
 use statemachine::state::GuestStatus;
 use statemachine::state::Nic;
 use statemachine::state::ReleaseClass;
@@ -284,6 +285,32 @@ fn a_report_about_an_epoch_that_is_over_is_dropped() {
     let late = Command::ReportVmStatus { report, vm, epoch: old, status: GuestStatus::Up };
     assert_eq!(cluster.ask(Actor::Host(host), host, late).map_err(|no| no.class()), Err(RejectionClass::Stale));
     assert_eq!(cluster.status("web1"), VmStatus::WaitForLaunch, "hazard H16: it does not rise from the dead");
+}
+
+#[test]
+fn what_a_guest_says_of_itself_is_known_while_it_may_run() {
+    let mut cluster = Cluster::of(1);
+    cluster.root(Cluster::define("web", 1, 64, RunStrategy::Manual)).expect("defined");
+    cluster.start("web").expect("room");
+    let (vm, permit) = (cluster.vm("web"), cluster.permit("web"));
+    let says = |cluster: &mut Cluster, epoch, hostname: &str| {
+        let facts = GuestFacts { hostname: Some(hostname.to_owned()), ..GuestFacts::default() };
+        let report = cluster.report(permit.host);
+        let told = Command::ReportVmGuest { report, vm, epoch, facts: facts.into() };
+        cluster.ask(Actor::Host(permit.host), permit.host, told)
+    };
+    says(&mut cluster, permit.epoch, "web-1").expect("news");
+    let head = cluster.fold.head;
+    says(&mut cluster, permit.epoch, "web-1").expect("no news");
+    assert_eq!(cluster.fold.head, head, "what is known changes nothing");
+    let old = Epoch(permit.epoch.0 - 1);
+    assert_eq!(says(&mut cluster, old, "web-0").expect_err("of another life").class(), RejectionClass::Stale);
+    let escape = says(&mut cluster, permit.epoch, "web\u{1b}[2J").expect_err("hostile");
+    assert_eq!(escape.class(), RejectionClass::Invalid);
+    let known = |cluster: &Cluster| cluster.fold.state.guests.get(&vm).and_then(|facts| facts.hostname.clone());
+    assert_eq!(known(&cluster).as_deref(), Some("web-1"));
+    cluster.exit("web", ExitReason::GuestPoweredOff);
+    assert_eq!(known(&cluster), None);
 }
 
 #[test]

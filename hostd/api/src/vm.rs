@@ -16,6 +16,7 @@ use statemachine::scheduler::Explanation;
 use statemachine::state::Desired;
 use statemachine::state::Disk;
 use statemachine::state::ExitReason;
+use statemachine::state::GuestFacts;
 use statemachine::state::GuestStatus;
 use statemachine::state::MachineType;
 use statemachine::state::Nic;
@@ -232,6 +233,9 @@ pub struct VmView {
     #[schema(value_type = Option<String>)]
     pub observed: Option<GuestStatus>,
     pub last_exit: Option<ExitView>,
+    /// What its agent says of it: host name, operating system, addresses, file systems. Nobody vouches for a guest's word.
+    #[schema(value_type = Option<Object>)]
+    pub guest: Option<Arc<GuestFacts>>,
     #[schema(value_type = Object)]
     pub spec: Arc<VmSpec>,
     /// It runs with an older spec, until its next start.
@@ -286,6 +290,7 @@ impl VmView {
                 epoch: exit.epoch,
                 at: exit.at,
             }),
+            guest: state.guests.get(&id).cloned(),
             spec: vm.spec.clone(),
             spec_pending: vm.granted_spec.as_ref().is_some_and(|granted| *granted != vm.spec),
         }

@@ -119,6 +119,7 @@ fn judge(context: &Context<'_>) -> Result<Decided, Rejection> {
         Command::ReportVmExited { report, vm, epoch, reason, detail } => {
             vm::report_exited(context, report, *vm, *epoch, *reason, detail)
         }
+        Command::ReportVmGuest { report, vm, epoch, facts } => vm::report_guest(context, report, *vm, *epoch, facts),
 
         Command::VoterCount { voters } => site::voter_count(context, *voters),
         Command::SiteRecover { generation, ca } => recover::site(context, *generation, *ca),

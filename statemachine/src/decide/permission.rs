@@ -23,7 +23,8 @@ fn needs(command: &Command) -> Needs {
     match command {
         Command::ReportHost { report, .. }
         | Command::ReportVmStatus { report, .. }
-        | Command::ReportVmExited { report, .. } => Needs::Itself(report.host),
+        | Command::ReportVmExited { report, .. }
+        | Command::ReportVmGuest { report, .. } => Needs::Itself(report.host),
         Command::CertificateIssue { .. }
         | Command::HostSuspect { .. }
         | Command::HostLost { .. }

@@ -15,6 +15,7 @@ use crate::event::VmDeleted;
 use crate::event::VmDesiredChanged;
 use crate::event::VmDesiredReset;
 use crate::event::VmObservedExit;
+use crate::event::VmObservedGuest;
 use crate::event::VmObservedStatus;
 use crate::event::VmPermitGranted;
 use crate::event::VmPermitReleased;
@@ -36,6 +37,7 @@ use crate::scheduler;
 use crate::state::Created;
 use crate::state::Desired;
 use crate::state::ExitReason;
+use crate::state::GuestFacts;
 use crate::state::GuestStatus;
 use crate::state::Nic;
 use crate::state::RunStrategy;
@@ -263,6 +265,23 @@ pub(super) fn report_status(
         return Ok(Decided::nothing());
     }
     Ok(Decided::one(VmObservedStatus { vm, epoch, host: report.host, counter: report.counter, status }))
+}
+
+/// A guest's own word: bounded, recorded, and the ground of no decision.
+pub(super) fn report_guest(
+    context: &Context<'_>,
+    report: &ReportId,
+    vm: VmId,
+    epoch: Epoch,
+    facts: &Arc<GuestFacts>,
+) -> Result<Decided, Rejection> {
+    find_reported(context, report, vm, epoch)?;
+    facts.check()?;
+    if context.state.guests.get(&vm) == Some(facts) {
+        return Ok(Decided::nothing());
+    }
+    let (host, counter) = (report.host, report.counter);
+    Ok(Decided::one(VmObservedGuest { vm, epoch, host, counter, facts: facts.clone() }))
 }
 
 pub(super) fn report_exited(

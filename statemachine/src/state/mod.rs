@@ -4,19 +4,23 @@
 //! fork costs O(1). Derived numbers that the scheduler needs ([`HostUsage`]) are kept beside their
 //! source by `evolve` and checked against it by [`crate::invariants`].
 
+mod guest_facts;
 mod host;
+mod image;
 mod site;
 mod spec;
 mod vm;
 
+pub use guest_facts::*;
 pub use host::*;
+pub use image::*;
 pub use site::*;
 pub use spec::*;
 pub use vm::*;
 
+use std::sync::Arc;
+
 use imbl::OrdMap;
-use serde::Deserialize;
-use serde::Serialize;
 
 use crate::digest::Digest;
 use crate::digest::DigestMap;
@@ -40,6 +44,8 @@ pub struct State {
     pub vms: DigestMap<VmId, Vm>,
     /// VM names are unique; the index makes that rule O(log n).
     pub vm_names: DigestMap<String, VmId>,
+    /// What the agents of guests that hold a permit said last. Level 3.
+    pub guests: DigestMap<VmId, Arc<GuestFacts>>,
     pub remembered: DigestMap<RememberedKey, Remembered>,
     /// Insertion order of `remembered`, so that it can be bounded. An index: neither digested nor written down.
     pub remembered_order: OrdMap<Seq, RememberedKey>,
@@ -56,6 +62,7 @@ impl Default for State {
             tokens: DigestMap::new("token"),
             vms: DigestMap::new("vm"),
             vm_names: DigestMap::new("vm_name"),
+            guests: DigestMap::new("guest"),
             remembered: DigestMap::new("remembered"),
             remembered_order: OrdMap::new(),
         }
@@ -80,7 +87,8 @@ impl State {
             };
         }
         let mut total = Digest::of("site", &self.site);
-        sum!(total, data_centers, clusters, hosts, removed_hosts, tokens, vms, vm_names, remembered);
+        // Without entries a map adds nothing, so one of a later level is not seen before that level.
+        sum!(total, data_centers, clusters, hosts, removed_hosts, tokens, vms, vm_names, guests, remembered);
         total
     }
 
@@ -103,52 +111,5 @@ impl State {
 
     pub fn token_by_hash(&self, secret_hash: &[u8; 32]) -> Option<(TokenId, &Token)> {
         self.tokens.iter().find(|(_, token)| &token.secret_hash == secret_hash).map(|(id, token)| (*id, token))
-    }
-}
-
-/// `State` as it is written to a snapshot: plain entries, encoded by [`crate::codec`].
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct StateImage {
-    site: Option<Site>,
-    data_centers: Vec<(DataCenterId, DataCenter)>,
-    clusters: Vec<(ClusterId, Cluster)>,
-    hosts: Vec<(HostId, Host)>,
-    removed_hosts: Vec<(HostId, Seq)>,
-    tokens: Vec<(TokenId, Token)>,
-    vms: Vec<(VmId, Vm)>,
-    vm_names: Vec<(String, VmId)>,
-    remembered: Vec<(RememberedKey, Remembered)>,
-}
-
-impl From<&State> for StateImage {
-    fn from(state: &State) -> Self {
-        StateImage {
-            site: state.site.clone(),
-            data_centers: state.data_centers.to_entries(),
-            clusters: state.clusters.to_entries(),
-            hosts: state.hosts.to_entries(),
-            removed_hosts: state.removed_hosts.to_entries(),
-            tokens: state.tokens.to_entries(),
-            vms: state.vms.to_entries(),
-            vm_names: state.vm_names.to_entries(),
-            remembered: state.remembered.to_entries(),
-        }
-    }
-}
-
-impl From<StateImage> for State {
-    fn from(image: StateImage) -> Self {
-        State {
-            site: image.site,
-            data_centers: DigestMap::from_entries("data_center", image.data_centers),
-            clusters: DigestMap::from_entries("cluster", image.clusters),
-            hosts: DigestMap::from_entries("host", image.hosts),
-            removed_hosts: DigestMap::from_entries("removed_host", image.removed_hosts),
-            tokens: DigestMap::from_entries("token", image.tokens),
-            vms: DigestMap::from_entries("vm", image.vms),
-            vm_names: DigestMap::from_entries("vm_name", image.vm_names),
-            remembered_order: image.remembered.iter().map(|(key, remembered)| (remembered.seq, *key)).collect(),
-            remembered: DigestMap::from_entries("remembered", image.remembered),
-        }
     }
 }

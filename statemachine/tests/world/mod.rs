@@ -27,6 +27,8 @@ use statemachine::state::Capacity;
 use statemachine::state::Disk;
 use statemachine::state::ExitReason;
 use statemachine::state::Fingerprint;
+use statemachine::state::GuestFacts;
+use statemachine::state::GuestInterface;
 use statemachine::state::GuestStatus;
 use statemachine::state::MachineType;
 use statemachine::state::Nic;
@@ -46,7 +48,7 @@ pub struct Step {
 }
 
 pub fn step() -> impl Strategy<Value = Step> {
-    (0..40u8, any::<u16>(), any::<u16>(), prop::bool::weighted(0.2)).prop_map(|(action, a, b, keyed)| Step {
+    (0..42u8, any::<u16>(), any::<u16>(), prop::bool::weighted(0.2)).prop_map(|(action, a, b, keyed)| Step {
         action,
         a,
         b,
@@ -259,6 +261,16 @@ impl World {
                 let spm = state.data_centers.get(&data_center).and_then(|dc| dc.spm).map_or(any_host, |spm| spm.host);
                 (Actor::Host(spm), spm, Command::SpmRelease { data_center })
             }
+            38 | 39 => (Actor::Host(holder), holder, {
+                let interface = GuestInterface {
+                    name: "eth0".to_owned(),
+                    mac: None,
+                    addresses: [format!("10.0.0.{}/24", b % 3 + 1).parse().expect("an address")].into(),
+                };
+                let facts = GuestFacts { interfaces: [interface].into(), ..GuestFacts::default() };
+                let epoch = if b.is_multiple_of(9) { Epoch(epoch.0.saturating_sub(1)) } else { epoch };
+                Command::ReportVmGuest { report: holder_report, vm: about, epoch, facts: facts.into() }
+            }),
             // What the leader owes, or a stray duty.
             _ => {
                 let owed = planner::due(state, leader);
@@ -279,11 +291,12 @@ impl World {
 
 /// Of some of what a guest is made of.
 fn some_change(number: u16) -> VmSpecChange {
-    let VmSpec { vcpus, memory_mib, disks, release, .. } = spec(number / 3);
+    let VmSpec { vcpus, memory_mib, disks, nics, release, .. } = spec(number / 3);
     VmSpecChange {
         vcpus: number.is_multiple_of(5).then_some(vcpus),
         memory_mib: number.is_multiple_of(3).then_some(memory_mib),
         disks: number.is_multiple_of(7).then_some(disks),
+        nics: number.is_multiple_of(4).then_some(nics),
         release: release.filter(|_| number.is_multiple_of(2)),
         ..VmSpecChange::default()
     }

@@ -1,11 +1,15 @@
 //! Virtual machines.
 
+use std::net::IpAddr;
+
 use hostd_api::read::Item;
 use hostd_api::read::List;
 use hostd_api::vm::DesiredView;
 use hostd_api::vm::ExitView;
 use hostd_api::vm::VmView;
+use ipnet::IpNet;
 use statemachine::state::Disk;
+use statemachine::state::GuestFacts;
 
 use super::Show;
 use super::Table;
@@ -16,7 +20,8 @@ use super::word;
 
 impl Show for List<VmView> {
     fn table(&self) -> String {
-        let mut table = Table::with_header(&["NAME", "STATUS", "HOST", "VCPUS", "MEMORY", "RUN", "HA", "ID"]);
+        let mut table =
+            Table::with_header(&["NAME", "STATUS", "HOST", "ADDRESS", "VCPUS", "MEMORY", "RUN", "HA", "ID"]);
         let mut vms: Vec<&VmView> = self.items.iter().collect();
         vms.sort_by(|a, b| a.name.cmp(&b.name));
         for vm in vms {
@@ -24,6 +29,7 @@ impl Show for List<VmView> {
                 vm.name.clone(),
                 vm.status.to_string(),
                 or_dash(vm.host_name.as_ref()),
+                or_dash(vm.guest.as_deref().and_then(first_address)),
                 vm.spec.vcpus.to_string(),
                 memory(vm.spec.memory_mib),
                 word(&vm.run_strategy),
@@ -63,11 +69,43 @@ impl Show for Item<VmView> {
         for nic in &spec.nics {
             table.field(&format!("nic {}", nic.id), format!("{} on {}", nic.mac_of(vm.id), nic.bridge));
         }
+        if let Some(guest) = &vm.guest {
+            show_guest(&mut table, guest);
+        }
         if let Some(exit) = &vm.last_exit {
             table.field("last exit", exit_line(exit));
         }
         table.render()
     }
+}
+
+/// What the guest's agent says, marked as the guest's own word.
+fn show_guest(table: &mut Table, guest: &GuestFacts) {
+    table.field("guest name", or_dash(guest.hostname.as_ref()));
+    if let Some(os) = &guest.os {
+        let name = os.pretty_name.as_ref().or(os.id.as_ref());
+        let kernel = os.kernel.as_ref().map(|kernel| format!(" (kernel {kernel})")).unwrap_or_default();
+        table.field("guest os", format!("{}{kernel}", or_dash(name)));
+    }
+    for interface in &guest.interfaces {
+        let addresses: Vec<String> = interface.addresses.iter().map(ToString::to_string).collect();
+        let addresses = if addresses.is_empty() { "-".to_owned() } else { addresses.join(", ") };
+        table.field(&format!("guest {}", interface.name), addresses);
+    }
+    for filesystem in &guest.filesystems {
+        let size = filesystem.total_bytes.map(|bytes| format!(", {} MiB", bytes >> 20)).unwrap_or_default();
+        table.field(&format!("guest {}", filesystem.mountpoint), format!("{}{size}", filesystem.kind));
+    }
+}
+
+/// Where others most likely reach it: IPv4 before IPv6, link-local ones never.
+fn first_address(guest: &GuestFacts) -> Option<IpAddr> {
+    let all = guest.interfaces.iter().flat_map(|interface| &interface.addresses).map(IpNet::addr);
+    let reachable = all.filter(|address| match address {
+        IpAddr::V4(address) => !address.is_link_local(),
+        IpAddr::V6(address) => !address.is_unicast_link_local(),
+    });
+    reachable.min_by_key(IpAddr::is_ipv6)
 }
 
 /// How it is stopped matters only while it is being stopped.

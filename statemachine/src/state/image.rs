@@ -1,0 +1,151 @@
+//! The state as it is written to a snapshot: plain entries, encoded by [`crate::codec`], in the oldest layout that can say them
+//! (ADR 0015). The first value is the number of the layout; of the first layout there are two, because its first value was the site,
+//! which is or is not there.
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde::Serialize;
+
+use super::Cluster;
+use super::DataCenter;
+use super::GuestFacts;
+use super::Host;
+use super::Remembered;
+use super::RememberedKey;
+use super::Site;
+use super::State;
+use super::Token;
+use super::Vm;
+use crate::digest::DigestMap;
+use crate::ids::ClusterId;
+use crate::ids::DataCenterId;
+use crate::ids::HostId;
+use crate::ids::Seq;
+use crate::ids::TokenId;
+use crate::ids::VmId;
+
+/// A variant's number and fields never change.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum StateImage {
+    WithoutSite(Box<Entries>),
+    WithSite(Box<(Site, Entries)>),
+    /// Level 3: with what guests' agents said.
+    WithGuests(Box<(Option<Site>, Entries, Guests)>),
+}
+
+type Guests = Vec<(VmId, Arc<GuestFacts>)>;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Entries {
+    data_centers: Vec<(DataCenterId, DataCenter)>,
+    clusters: Vec<(ClusterId, Cluster)>,
+    hosts: Vec<(HostId, Host)>,
+    removed_hosts: Vec<(HostId, Seq)>,
+    tokens: Vec<(TokenId, Token)>,
+    vms: Vec<(VmId, Vm)>,
+    vm_names: Vec<(String, VmId)>,
+    remembered: Vec<(RememberedKey, Remembered)>,
+}
+
+impl From<&State> for StateImage {
+    fn from(state: &State) -> Self {
+        let entries = Entries {
+            data_centers: state.data_centers.to_entries(),
+            clusters: state.clusters.to_entries(),
+            hosts: state.hosts.to_entries(),
+            removed_hosts: state.removed_hosts.to_entries(),
+            tokens: state.tokens.to_entries(),
+            vms: state.vms.to_entries(),
+            vm_names: state.vm_names.to_entries(),
+            remembered: state.remembered.to_entries(),
+        };
+        let guests = state.guests.to_entries();
+        match (state.site.clone(), guests.is_empty()) {
+            (None, true) => StateImage::WithoutSite(Box::new(entries)),
+            (Some(site), true) => StateImage::WithSite(Box::new((site, entries))),
+            (site, false) => StateImage::WithGuests(Box::new((site, entries, guests))),
+        }
+    }
+}
+
+impl From<StateImage> for State {
+    fn from(image: StateImage) -> Self {
+        let (site, entries, guests) = match image {
+            StateImage::WithoutSite(entries) => (None, *entries, Guests::new()),
+            StateImage::WithSite(both) => (Some(both.0), both.1, Guests::new()),
+            StateImage::WithGuests(all) => *all,
+        };
+        State {
+            site,
+            data_centers: DigestMap::from_entries("data_center", entries.data_centers),
+            clusters: DigestMap::from_entries("cluster", entries.clusters),
+            hosts: DigestMap::from_entries("host", entries.hosts),
+            removed_hosts: DigestMap::from_entries("removed_host", entries.removed_hosts),
+            tokens: DigestMap::from_entries("token", entries.tokens),
+            vms: DigestMap::from_entries("vm", entries.vms),
+            vm_names: DigestMap::from_entries("vm_name", entries.vm_names),
+            guests: DigestMap::from_entries("guest", guests),
+            remembered_order: entries.remembered.iter().map(|(key, remembered)| (remembered.seq, *key)).collect(),
+            remembered: DigestMap::from_entries("remembered", entries.remembered),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec;
+    use crate::ids::SiteId;
+    use crate::state::Fingerprint;
+
+    /// As the image was before it had layouts.
+    #[derive(Serialize)]
+    struct Former {
+        site: Option<Site>,
+        entries: Entries,
+    }
+
+    fn state(site: bool) -> State {
+        let site = site.then(|| Site {
+            id: SiteId::default(),
+            name: "site".to_owned(),
+            ca: Fingerprint([3; 32]),
+            feature_level: 2,
+            trimmed_upto: Seq(4),
+            voters: 3,
+            generation: 0,
+            recovered_at: Seq::ZERO,
+        });
+        let mut state = State { site, ..State::default() };
+        state.data_centers.insert(DataCenterId(1), DataCenter { name: "dc".to_owned(), spm: None });
+        state
+    }
+
+    #[test]
+    fn a_state_with_nothing_new_has_the_bytes_that_it_always_had() {
+        for site in [false, true] {
+            let state = state(site);
+            let image = StateImage::from(&state);
+            let entries = match image.clone() {
+                StateImage::WithoutSite(entries) => *entries,
+                StateImage::WithSite(both) => both.1,
+                StateImage::WithGuests(_) => panic!("no guest said anything"),
+            };
+            assert_eq!(codec::encode(&image), codec::encode(&Former { site: state.site, entries }));
+        }
+    }
+
+    #[test]
+    fn what_guests_said_is_kept() {
+        for site in [false, true] {
+            let mut state = state(site);
+            let facts = GuestFacts { hostname: Some("web1".to_owned()), ..GuestFacts::default() };
+            state.guests.insert(VmId::default(), Arc::new(facts));
+            let image: StateImage = codec::decode(&codec::encode(&StateImage::from(&state))).unwrap();
+            let restored = State::from(image);
+            assert_eq!(restored, state);
+            assert_eq!(restored.recompute_digest(), state.digest());
+        }
+    }
+}
