@@ -1,5 +1,7 @@
-//! The guest image: a stock Debian cloud kernel, busybox and the scripts in `lab/guest`.
+//! The guest image: a stock Debian cloud kernel, busybox and the scripts in `lab/guest`. A second one, with QEMU's guest agent in it,
+//! is for the stories that need it: its libraries take an emulated guest a second to unpack.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -11,6 +13,8 @@ use crate::paths::LabDir;
 
 const MODULES: &[&str] = &["virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "virtio_rng", "button", "evdev"];
 
+const GZIP: &[&str] = &["gzip", "-n", "-6"];
+
 macro_rules! script {
     ($name:literal) => {
         include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../lab/guest/", $name))
@@ -20,6 +24,8 @@ macro_rules! script {
 pub struct GuestImage {
     pub kernel: PathBuf,
     pub initrd: PathBuf,
+    /// With `qemu-ga`, which the guest's init starts where it finds it.
+    pub agent_initrd: PathBuf,
 }
 
 pub fn build(dir: &LabDir, packages: &Packages, say: &mut dyn FnMut(&str)) -> Result<GuestImage> {
@@ -36,7 +42,20 @@ pub fn build(dir: &LabDir, packages: &Packages, say: &mut dyn FnMut(&str)) -> Re
     archive.file("lib/guest/disk-check", 0o755, script!("disk-check").as_bytes());
     // busybox acpid runs the file named after the event of the power button.
     archive.file("etc/acpi/PWRF/00000080", 0o755, script!("power-button").as_bytes());
-    let initrd = packed(dir, "guest-initrd.gz", &archive.finish(), &["gzip", "-n", "-6"])?;
+    let initrd = packed(dir, "guest-initrd.gz", &archive.finish(), GZIP)?;
+    let agent = packed(dir, "guest-agent.gz", &agent(packages)?, GZIP)?;
+    // The kernel unpacks one archive after the other.
+    let both = [tree::read(&initrd)?, tree::read(&agent)?].concat();
+    let agent_initrd = packed(dir, "guest-agent-initrd.gz", &both, &["cat"])?;
     say(&format!("guest image: kernel {}, {}", kernel.version, super::host::size_text(&initrd)));
-    Ok(GuestImage { kernel: kernel.image.clone(), initrd })
+    Ok(GuestImage { kernel: kernel.image.clone(), initrd, agent_initrd })
+}
+
+fn agent(packages: &Packages) -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    let libraries: BTreeSet<PathBuf> = tree::add_program(&mut archive, "usr/sbin/qemu-ga", &packages.guest_agent)?;
+    tree::add_libraries(&mut archive, &libraries)?;
+    let release = "ID=debian\nVERSION_ID=12\nPRETTY_NAME=\"Debian GNU/Linux 12, the lab's guest\"\n";
+    archive.file("etc/os-release", 0o644, release.as_bytes());
+    Ok(archive.finish())
 }

@@ -91,6 +91,7 @@ fn base(packages: &Packages, guest: &GuestImage) -> Result<Vec<u8>> {
     archive.file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n");
     archive.file("usr/share/quorate/images/guest-vmlinuz", 0o644, &tree::read(&guest.kernel)?);
     archive.file("usr/share/quorate/images/guest-initrd.gz", 0o644, &tree::read(&guest.initrd)?);
+    archive.file("usr/share/quorate/images/guest-agent-initrd.gz", 0o644, &tree::read(&guest.agent_initrd)?);
     Ok(archive.finish())
 }
 
@@ -134,6 +135,8 @@ pub fn remove_old(dir: &LabDir, images: &Images) -> Result<()> {
     const KEEP: usize = 3;
     for kind in [
         "guest-initrd.gz-",
+        "guest-agent.gz-",
+        "guest-agent-initrd.gz-",
         "host-base.lz4-",
         "host-product.lz4-",
         "host-initrd-",

@@ -20,7 +20,7 @@ pub async fn tell(stage: &mut Stage) -> Result<()> {
     let mut table = Table::default();
     stage.form_cluster().await?;
     let (asker, runner) = (HostId(1), HostId(2));
-    let shape = Shape { vcpus: 2, disks: &["shared1"], address: Some(ADDRESS), lease: false };
+    let shape = Shape { vcpus: 2, disks: &["shared1"], address: Some(ADDRESS), agent: false, lease: false };
     let guest = Guest::define(stage, asker, "web1", &shape).await?;
 
     stage.say("a stock Debian kernel reaches userland");

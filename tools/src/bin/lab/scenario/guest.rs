@@ -12,6 +12,8 @@ use crate::state::HostId;
 
 pub const KERNEL: &str = "/usr/share/quorate/images/guest-vmlinuz";
 pub const INITRD: &str = "/usr/share/quorate/images/guest-initrd.gz";
+/// The same with QEMU's guest agent in it.
+pub const AGENT_INITRD: &str = "/usr/share/quorate/images/guest-agent-initrd.gz";
 /// Emulated hosts that boot guests while others do are slow.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
 
@@ -29,6 +31,8 @@ pub struct Shape<'a> {
     pub disks: &'a [&'a str],
     /// On the network of the hosts, with this address (10.77.0.100 and above are free).
     pub address: Option<&'a str>,
+    /// With QEMU's guest agent.
+    pub agent: bool,
     /// Highly available: its permit is of class `lease`.
     pub lease: bool,
 }
@@ -39,9 +43,10 @@ impl Guest {
         let disk = |export: &&str| format!("id={export},path=/dev/disk/by-id/virtio-{export}");
         let disks: Vec<String> = shape.disks.iter().map(disk).collect();
         let network = shape.address.map(|address| format!(" address={address}/24")).unwrap_or_default();
-        let command_line = format!("console=ttyS0 quiet{network}");
+        let command_line = format!("console=ttyS0 quiet hostname={name}{network}");
+        let initrd = if shape.agent { AGENT_INITRD } else { INITRD };
         let mut words = vec!["vm", "create", name, "--vcpus", &vcpus, "--memory", "192MiB"];
-        words.extend(["--kernel", KERNEL, "--initrd", INITRD, "--cmdline", &command_line]);
+        words.extend(["--kernel", KERNEL, "--initrd", initrd, "--cmdline", &command_line]);
         for disk in &disks {
             words.extend(["--disk", disk]);
         }

@@ -53,11 +53,16 @@ pub async fn tell(stage: &mut Stage, runs: u32) -> Result<()> {
         stage,
         ASKER,
         "lease1",
-        &Shape { vcpus: 1, disks: &[DISK, OTHER_DISK], address: None, lease: true },
+        &Shape { vcpus: 1, disks: &[DISK, OTHER_DISK], address: None, agent: false, lease: true },
     )
     .await?;
-    let plain =
-        Guest::define(stage, ASKER, "operator1", &Shape { vcpus: 1, disks: &[], address: None, lease: false }).await?;
+    let plain = Guest::define(
+        stage,
+        ASKER,
+        "operator1",
+        &Shape { vcpus: 1, disks: &[], address: None, agent: false, lease: false },
+    )
+    .await?;
     // The leader stays out of it: only the runner is cut.
     ensure!(stage.leader(ASKER).await? != RUNNER, "the runner of this story must not lead");
     leases.start(stage, ASKER, RUNNER).await?;

@@ -23,12 +23,20 @@ pub async fn tell(stage: &mut Stage) -> Result<()> {
     let leader = stage.leader(asker).await?;
     let others: Vec<HostId> = stage.hosts().filter(|host| *host != leader).collect();
     let cut = [leader, others[0]];
-    let lease =
-        Guest::define(stage, asker, "lease1", &Shape { vcpus: 1, disks: &["shared1"], address: None, lease: true })
-            .await?;
-    let plain =
-        Guest::define(stage, asker, "operator1", &Shape { vcpus: 1, disks: &["shared2"], address: None, lease: false })
-            .await?;
+    let lease = Guest::define(
+        stage,
+        asker,
+        "lease1",
+        &Shape { vcpus: 1, disks: &["shared1"], address: None, agent: false, lease: true },
+    )
+    .await?;
+    let plain = Guest::define(
+        stage,
+        asker,
+        "operator1",
+        &Shape { vcpus: 1, disks: &["shared2"], address: None, agent: false, lease: false },
+    )
+    .await?;
     lease.start(stage, asker, cut[1]).await?;
     plain.start(stage, asker, cut[1]).await?;
     let (lease_epoch, plain_epoch) = (lease.epoch(stage, asker).await?, plain.epoch(stage, asker).await?);

@@ -24,9 +24,13 @@ const WITHIN: Duration = Duration::from_secs(120);
 pub async fn tell(stage: &mut Stage) -> Result<()> {
     let mut table = Table::default();
     stage.form_cluster().await?;
-    let guest =
-        Guest::define(stage, SURVIVOR, "web1", &Shape { vcpus: 1, disks: &["shared1"], address: None, lease: true })
-            .await?;
+    let guest = Guest::define(
+        stage,
+        SURVIVOR,
+        "web1",
+        &Shape { vcpus: 1, disks: &["shared1"], address: None, agent: false, lease: true },
+    )
+    .await?;
     guest.start(stage, SURVIVOR, LOST[0]).await?;
     let epoch = guest.epoch(stage, SURVIVOR).await?;
     stage.quorate(LOST[1], &["host", "set", "host1", "--failure-domain", "rack1"]).await?;

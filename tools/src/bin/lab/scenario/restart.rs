@@ -25,9 +25,13 @@ pub async fn tell(stage: &mut Stage, runs: u32) -> Result<()> {
     let mut table = Table::default();
     stage.form_cluster().await?;
     let (asker, runner) = (HostId(1), HostId(2));
-    let guest =
-        Guest::define(stage, asker, "web1", &Shape { vcpus: 1, disks: &["shared1"], address: None, lease: true })
-            .await?;
+    let guest = Guest::define(
+        stage,
+        asker,
+        "web1",
+        &Shape { vcpus: 1, disks: &["shared1"], address: None, agent: false, lease: true },
+    )
+    .await?;
     let mut emulator_stops = 0;
 
     for (name, blow) in [
