@@ -168,7 +168,7 @@ impl Event {
             Event::VmDefined(VmDefined { spec, .. }) | Event::VmSpecChanged(VmSpecChanged { spec, .. }) => {
                 spec.feature_level()
             }
-            Event::VmObservedGuest(_) => 3,
+            Event::VmObservedGuest(_) => GuestFacts::FEATURE_LEVEL,
             _ => 1,
         }
     }

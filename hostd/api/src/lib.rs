@@ -6,6 +6,7 @@
 //! - [`write`](mod@write) and [`read`]: the envelope of each: a write answers with its seq, a read with the seq that it saw.
 //! - [`status`], [`site`], [`host`], [`vm`], [`token`], [`digest`]: bodies by resource. Those that show state have a constructor
 //!   from `State`, so that every client sees the same folded statuses.
+//! - [`guest`]: what is asked of the agent inside a guest.
 //! - [`event`]: the stream of DESIGN §10; [`cursor`]: where a reader of it stands.
 //! - [`token_text`] and [`secret`]: what a person copies from one terminal to another, and the care that it needs.
 //! - [`find`]: hosts and VMs by name or id.
@@ -16,6 +17,7 @@ pub mod cursor;
 pub mod digest;
 pub mod event;
 pub mod find;
+pub mod guest;
 pub mod host;
 pub mod problem;
 pub mod read;

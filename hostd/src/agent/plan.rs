@@ -14,6 +14,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use statemachine::fold::Fold;
 use statemachine::ids::BootId;
@@ -25,6 +26,7 @@ use statemachine::mutant;
 use statemachine::mutant::Mutant;
 use statemachine::state::Desired;
 use statemachine::state::ExitReason;
+use statemachine::state::GuestFacts;
 use statemachine::state::GuestStatus;
 use statemachine::state::Permit;
 use statemachine::state::ReleaseClass;
@@ -99,11 +101,13 @@ pub struct Guest {
     pub stopping: Option<Stopping>,
     /// The newest reset that was handed to its process.
     pub reset: Option<Seq>,
+    /// What its agent said last that is worth an event.
+    pub facts: Option<Arc<GuestFacts>>,
 }
 
 impl Guest {
     pub fn launching(epoch: Epoch, release: ReleaseClass) -> Guest {
-        Guest { epoch, release, phase: Phase::Launching, confirmed: None, stopping: None, reset: None }
+        Guest { epoch, release, phase: Phase::Launching, confirmed: None, stopping: None, reset: None, facts: None }
     }
 
     pub fn is_gone(&self) -> bool {
@@ -169,6 +173,11 @@ pub enum Action {
         vm: VmId,
         epoch: Epoch,
         status: GuestStatus,
+    },
+    ReportGuest {
+        vm: VmId,
+        epoch: Epoch,
+        facts: Arc<GuestFacts>,
     },
     ReportExited {
         vm: VmId,
@@ -287,6 +296,12 @@ fn tend(view: &View<'_>, vm: VmId, known: &Vm, guest: &Guest, actions: &mut Vec<
     let started_over = guest.phase == Phase::Launching && seen.is_some();
     if seen != Some(status) && !started_over {
         actions.push(Action::ReportStatus { vm, epoch, status });
+    }
+    let state = &view.fold.state;
+    let level = state.site.as_ref().map_or(0, |site| site.feature_level);
+    let news = guest.facts.as_ref().filter(|facts| state.guests.get(&vm) != Some(facts));
+    if let Some(facts) = news.filter(|_| level >= GuestFacts::FEATURE_LEVEL) {
+        actions.push(Action::ReportGuest { vm, epoch, facts: facts.clone() });
     }
 }
 

@@ -297,3 +297,32 @@ fn a_status_is_reported_when_it_differs_and_an_adopted_guest_is_not_said_to_star
     agent.guests.insert(vm, Guest::launching(epoch, ReleaseClass::Operator));
     assert_eq!(agent.plan(), [], "hostd restarted and has not reached the vmm yet");
 }
+
+#[test]
+fn what_a_guest_says_is_reported_until_it_is_known_and_at_the_level_that_knows_it() {
+    let mut agent = Agent::new();
+    let (vm, epoch) = agent.running(ReleaseClass::Operator);
+    let report = statemachine::command::ReportId { host: agent.host(), boot: boot(2), counter: 1_000 };
+    let told = Command::ReportVmStatus { report, vm, epoch, status: GuestStatus::Up };
+    agent.site.must(Actor::Host(agent.host()), told);
+    let facts = Arc::new(GuestFacts { hostname: Some("web".to_owned()), ..GuestFacts::default() });
+    if let Some(guest) = agent.guests.get_mut(&vm) {
+        guest.facts = Some(facts.clone());
+    }
+    agent.catch_up();
+    assert_eq!(agent.plan(), [Action::ReportGuest { vm, epoch, facts: facts.clone() }]);
+    let set_level = |agent: &Agent, level| {
+        let mut fold = agent.site.fold.lock().unwrap();
+        if let Some(site) = fold.state.site.as_mut() {
+            site.feature_level = level;
+        }
+    };
+    set_level(&agent, GuestFacts::FEATURE_LEVEL - 1);
+    agent.catch_up();
+    assert_eq!(agent.plan(), [], "an older host could not read it");
+    set_level(&agent, GuestFacts::FEATURE_LEVEL);
+    let report = statemachine::command::ReportId { counter: 1_001, ..report };
+    agent.site.must(Actor::Host(agent.host()), Command::ReportVmGuest { report, vm, epoch, facts });
+    agent.catch_up();
+    assert_eq!(agent.plan(), []);
+}

@@ -159,12 +159,16 @@ impl Loop {
                 Action::Renounce { vm, permit } => self.renounce(vm, permit),
                 Action::Order { vm, order, desired_at, .. } => self.order(vm, order, desired_at, now),
                 Action::Forget { vm, .. } => self.forget(vm, fold.state.vms.contains(&vm)),
-                report @ (Action::ReportStatus { .. } | Action::ReportExited { .. }) => owed.push(report),
+                report @ (Action::ReportStatus { .. } | Action::ReportExited { .. } | Action::ReportGuest { .. }) => {
+                    owed.push(report);
+                }
             }
         }
         // A guest whose files are being looked at is not reported on until that is done.
         owed.retain(|action| match action {
-            Action::ReportExited { vm, .. } | Action::ReportStatus { vm, .. } => !self.busy.contains(vm),
+            Action::ReportExited { vm, .. } | Action::ReportStatus { vm, .. } | Action::ReportGuest { vm, .. } => {
+                !self.busy.contains(vm)
+            }
             _ => true,
         });
         if let Some((subject, request)) = self.reports.next(&facts, fold, &owed, now) {
@@ -304,6 +308,7 @@ impl Loop {
                     line.seen = Some(seen);
                 }
             }
+            guest::Told::Facts(facts) => guest.facts = Some(facts),
             guest::Told::Undone(_) => {
                 self.undone.insert(vm);
             }

@@ -30,6 +30,7 @@ pub enum Subject {
     Host,
     Status(VmId),
     Exit(VmId),
+    Guest(VmId),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -85,12 +86,16 @@ impl Reports {
         }
         let exits = owed.iter().filter(|action| matches!(action, Action::ReportExited { .. }));
         let statuses = owed.iter().filter(|action| matches!(action, Action::ReportStatus { .. }));
-        exits.chain(statuses).find_map(|action| match action.clone() {
+        let guests = owed.iter().filter(|action| matches!(action, Action::ReportGuest { .. }));
+        exits.chain(statuses).chain(guests).find_map(|action| match action.clone() {
             Action::ReportExited { vm, epoch, ended } => self.take(Subject::Exit(vm), fold, now, |report| {
                 Command::ReportVmExited { report, vm, epoch, reason: ended.reason, detail: ended.detail }
             }),
             Action::ReportStatus { vm, epoch, status } => self
                 .take(Subject::Status(vm), fold, now, |report| Command::ReportVmStatus { report, vm, epoch, status }),
+            Action::ReportGuest { vm, epoch, facts } => {
+                self.take(Subject::Guest(vm), fold, now, |report| Command::ReportVmGuest { report, vm, epoch, facts })
+            }
             _ => None,
         })
     }

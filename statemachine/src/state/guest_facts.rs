@@ -55,6 +55,8 @@ pub struct GuestFilesystem {
 }
 
 impl GuestFacts {
+    /// That a site needs before they enter its log.
+    pub const FEATURE_LEVEL: u32 = 3;
     /// RFC 1035 allows 253.
     pub const MAX_HOSTNAME_BYTES: usize = 253;
     pub const MAX_OS_TEXT_BYTES: usize = 128;

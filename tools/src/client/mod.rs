@@ -71,6 +71,18 @@ impl Client {
         self.until_settled(|endpoint| endpoint.request(Method::DELETE, path).header(IDEMPOTENCY_KEY_HEADER, &key)).await
     }
 
+    /// Sends once: what is asked of a guest may not be what can be done twice. Only a host that never heard it is passed over.
+    pub async fn post_once<T: DeserializeOwned>(
+        &self,
+        path: &[&str],
+        body: &impl Serialize,
+        within: Duration,
+    ) -> Result<T, ClientError> {
+        let request = |endpoint: &Endpoint| endpoint.request(Method::POST, path).json(body).timeout(within);
+        let (endpoint, response) = self.send(request).await?;
+        body_of(endpoint, response).await
+    }
+
     async fn write<T: DeserializeOwned>(
         &self,
         method: Method,

@@ -1,7 +1,17 @@
 //! The API's resources as methods. Hosts and VMs are named by name or id.
 
+use std::time::Duration;
+
 use hostd_api::digest::DigestQuery;
 use hostd_api::digest::StateDigest;
+use hostd_api::guest::AgentView;
+use hostd_api::guest::DEFAULT_EXEC_WAIT_S;
+use hostd_api::guest::Exec;
+use hostd_api::guest::ExecAnswer;
+use hostd_api::guest::Freeze;
+use hostd_api::guest::Frozen;
+use hostd_api::guest::MAX_EXEC_WAIT_S;
+use hostd_api::guest::Obeyed;
 use hostd_api::host::HostPatch;
 use hostd_api::host::HostView;
 use hostd_api::host::SpmView;
@@ -30,6 +40,9 @@ use statemachine::TokenId;
 
 use super::Client;
 use super::ClientError;
+
+/// Beyond the time of a program: freezing a guest takes a minute at most, and hosts have to hear of it.
+const GUEST_ANSWERS_WITHIN: Duration = Duration::from_secs(90);
 
 /// A read that sees the write that was answered with `seq`.
 fn at_least(seq: Option<Seq>) -> ReadQuery {
@@ -123,6 +136,25 @@ impl Client {
 
     pub async fn vm_reset(&self, vm: &str) -> Result<WriteAnswer, ClientError> {
         self.post(&["v1", "vms", vm, "reset"], &NoBody {}).await
+    }
+
+    pub async fn guest_agent(&self, vm: &str) -> Result<AgentView, ClientError> {
+        self.get(&["v1", "vms", vm, "agent"], &()).await
+    }
+
+    pub async fn guest_exec(&self, vm: &str, request: &Exec) -> Result<ExecAnswer, ClientError> {
+        let wait_s = request.wait_s.unwrap_or(DEFAULT_EXEC_WAIT_S).min(MAX_EXEC_WAIT_S);
+        let within = Duration::from_secs(wait_s.into()) + GUEST_ANSWERS_WITHIN;
+        self.post_once(&["v1", "vms", vm, "agent", "exec"], request, within).await
+    }
+
+    pub async fn guest_freeze(&self, vm: &str, request: &Freeze) -> Result<Frozen, ClientError> {
+        self.post_once(&["v1", "vms", vm, "agent", "freeze"], request, GUEST_ANSWERS_WITHIN).await
+    }
+
+    /// `thaw`, `set-time` or `reboot`.
+    pub async fn guest_order(&self, vm: &str, verb: &str) -> Result<Obeyed, ClientError> {
+        self.post_once(&["v1", "vms", vm, "agent", verb], &NoBody {}, GUEST_ANSWERS_WITHIN).await
     }
 
     pub async fn why(&self, vm: &str) -> Result<Item<WhyView>, ClientError> {

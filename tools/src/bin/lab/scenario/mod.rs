@@ -7,6 +7,7 @@
 //!
 //! [`stage`] is what every story stands on; each other file is a story.
 
+mod agent;
 mod demo;
 mod failover;
 mod first_guest;
@@ -35,6 +36,8 @@ pub enum Story {
     Join,
     /// A Linux guest: console, vCPUs, ACPI shutdown, disk.
     Guest,
+    /// A guest with QEMU's guest agent: its facts as events, programs, freezing.
+    Agent,
     /// hostd dies or restarts under a guest, and during starts.
     Restart,
     /// The leader loses its power.
@@ -88,6 +91,7 @@ pub async fn tell(dir: &LabDir, story: Story, options: &StoryOptions) -> Result<
         Story::Demo => demo::tell(&mut stage).await,
         Story::Join => join::tell(&mut stage).await,
         Story::Guest => first_guest::tell(&mut stage).await,
+        Story::Agent => agent::tell(&mut stage).await,
         Story::Restart => restart::tell(&mut stage, options.runs.unwrap_or(50)).await,
         Story::Failover => failover::tell(&mut stage, options.runs.unwrap_or(20), options).await,
         Story::Lease => lease::tell(&mut stage, options.runs.unwrap_or(20)).await,

@@ -1,8 +1,10 @@
 //! The command line: noun, then verb (DESIGN §12). Every command's help ends with an example.
 
+mod guest;
 mod values;
 mod vm;
 
+pub use guest::*;
 pub use values::*;
 pub use vm::*;
 
@@ -96,6 +98,9 @@ pub enum Command {
     /// Virtual machines
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Inside a VM, by the agent that runs there
+    #[command(subcommand)]
+    Guest(GuestCommand),
     /// What was decided and seen, in order
     #[command(after_help = "Examples:
   quorate events                                    all that is kept

@@ -2,6 +2,7 @@
 
 mod console;
 mod events;
+mod guest;
 mod host;
 mod recover;
 mod site;
@@ -42,6 +43,7 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Site(command) => site::run(&context, command).await,
         Command::Host(command) => host::run(&context, command).await,
         Command::Vm(command) => vm::run(&context, command).await,
+        Command::Guest(command) => guest::run(&context, command).await,
         Command::Events(events) => events::run(&context, events).await,
         Command::Why { vm } => output::show(context.format, &context.client.why(&vm).await?),
         Command::Spm => output::show(context.format, &context.client.spm().await?),

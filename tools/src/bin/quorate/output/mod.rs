@@ -4,6 +4,7 @@
 
 mod events;
 mod fields;
+mod guest;
 mod hosts;
 mod site;
 mod table;
