@@ -22,9 +22,11 @@ impl ProcessId {
         Ok(Self { pid, started: stat.started })
     }
 
-    /// Running or stopped; a zombie counts as ended.
+    /// Running or stopped; a zombie counts as ended, once no other thread of it is left: until then its taps, locks and sockets
+    /// are taken. A killed emulator whose disk hangs dies thread by thread.
     pub fn is_alive(&self) -> bool {
-        Stat::read(self.pid).is_some_and(|stat| stat.started == self.started && stat.state != 'Z')
+        let known = Stat::read(self.pid).filter(|stat| stat.started == self.started);
+        known.is_some_and(|stat| stat.state != 'Z' || threads(self.pid) > 1)
     }
 
     pub fn signal(&self, signal: Signal) -> Result<()> {
@@ -62,6 +64,10 @@ impl Stat {
     }
 }
 
+fn threads(pid: i32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
+}
+
 /// The name in parentheses may hold spaces and parentheses, so fields count from the last one.
 fn parse_stat(text: &str) -> Option<Stat> {
     let (_, fields) = text.rsplit_once(')')?;
@@ -79,6 +85,28 @@ mod tests {
         let text = "7 (a) b) S 1 7 7 0 -1 4 1 2 3 4 5 6 7 8 20 0 1 0 4242 99 1";
         let stat = parse_stat(text).expect("a stat line");
         assert_eq!((stat.state, stat.started), ('S', 4242));
+    }
+
+    #[test]
+    fn a_process_whose_first_thread_has_ended_lives_on() {
+        // The thread outlives the first one by a pipe's end that this process holds.
+        let script = "import ctypes,sys,threading\nthreading.Thread(target=sys.stdin.read).start()\nctypes.CDLL(None).pthread_exit(None)";
+        let mut python = std::process::Command::new("python3");
+        let spawned = python.args(["-c", script]).stdin(std::process::Stdio::piped()).spawn();
+        let mut child = spawned.expect("python3, which Debian has");
+        let process = ProcessId::of(child.id()).expect("it runs");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while Stat::read(process.pid).is_some_and(|stat| stat.state != 'Z') {
+            assert!(Instant::now() < deadline, "its first thread does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(process.is_alive(), "a thread of it lives");
+        drop(child.stdin.take());
+        while process.is_alive() {
+            assert!(Instant::now() < deadline, "it does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        child.wait().expect("it has ended");
     }
 
     #[test]
