@@ -286,6 +286,32 @@ impl Site {
         answer.unwrap()
     }
 
+    /// Has a command decided by way of one host, which asks again like any client while nobody leads.
+    pub async fn accept_at(&self, host: HostId, request: Request) -> Answer {
+        let mut answer = None;
+        self.until("a command is accepted by way of one host", async || {
+            match self.node(host).propose(request.clone()).await {
+                Ok(given) => answer = Some(given),
+                Err(ProposeError::Rejected(why)) => panic!("rejected: {why}"),
+                Err(_) => {}
+            }
+            answer.is_some()
+        })
+        .await;
+        answer.unwrap()
+    }
+
+    /// A linearizable read of one host, which asks again while nobody leads.
+    pub async fn read_at(&self, host: HostId) -> Seq {
+        let mut seq = None;
+        self.until("a read is answered", async || {
+            seq = self.node(host).read_index().await.ok();
+            seq.is_some()
+        })
+        .await;
+        seq.unwrap()
+    }
+
     /// Every running member has applied the same, and it is what the furthest of them had when this was called.
     pub async fn agree(&self) {
         let furthest = self.nodes().map(|node| node.fold().head.seq).max().unwrap();
