@@ -4,10 +4,12 @@
 //! fork costs O(1). Derived numbers that the scheduler needs ([`HostUsage`]) are kept beside their
 //! source by `evolve` and checked against it by [`crate::invariants`].
 
+mod guest_facts;
 mod host;
 mod site;
 mod vm;
 
+pub use guest_facts::*;
 pub use host::*;
 pub use site::*;
 pub use vm::*;
