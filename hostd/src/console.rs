@@ -16,25 +16,19 @@ use hostd_api::Problem;
 use hostd_api::find;
 use hostd_api::problem::Code;
 use hyper_util::rt::TokioIo;
-use tokio::io::AsyncBufReadExt;
 use tokio::io::AsyncRead;
-use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWrite;
-use tokio::io::AsyncWriteExt;
 use tokio::io::BufReader;
 use tokio::net::UnixStream;
 use vmm_control::protocol::Call;
-use vmm_control::protocol::MAX_LINE_BYTES;
-use vmm_control::protocol::Message;
-use vmm_control::protocol::Request as VmmRequest;
 
+use crate::agent::vmm_client::raw_stream;
 use crate::api::Asked;
 use crate::api::Failure;
 use crate::auth::Caller;
 use crate::auth::Right;
 use crate::member::Member;
 
-const ATTACH_WITHIN: Duration = Duration::from_secs(3);
 /// How often an open console is checked against revoked tokens and removed hosts.
 const RECHECK: Duration = Duration::from_secs(5);
 
@@ -78,38 +72,12 @@ pub async fn open(asked: Asked, UrlPath(name): UrlPath<String>, mut request: Req
 
 /// Turns a connection to the vmm into the guest's console.
 async fn attach(socket: &Path) -> Result<BufReader<UnixStream>, Problem> {
-    match tokio::time::timeout(ATTACH_WITHIN, attach_to(socket)).await {
-        Ok(attached) => attached,
-        Err(_) => Err(not_there("its vmm does not answer".to_owned())),
-    }
+    raw_stream(socket, Call::ConsoleAttach).await.map_err(|error| not_there(error.to_string()))
 }
 
 fn not_there(why: String) -> Problem {
     let problem = Problem::new(Code::NotRunning, format!("the console cannot be reached: {why}"));
     problem.action("the VM may be starting or ending; try again in a second")
-}
-
-async fn attach_to(socket: &Path) -> Result<BufReader<UnixStream>, Problem> {
-    let failed = |error: std::io::Error| not_there(error.to_string());
-    let mut stream = BufReader::new(UnixStream::connect(socket).await.map_err(failed)?);
-    let request = VmmRequest { id: 1, call: Call::ConsoleAttach };
-    stream.write_all(&request.encode()).await.map_err(failed)?;
-    loop {
-        let mut line = Vec::new();
-        // Whatever follows the reply's line is the console already, and stays in the reader's buffer.
-        let read = (&mut stream).take(MAX_LINE_BYTES as u64).read_until(b'\n', &mut line).await.map_err(failed)?;
-        if read == 0 {
-            return Err(not_there("its vmm hung up".to_owned()));
-        }
-        match Message::decode(&line) {
-            Ok(Message::Notice(_)) => continue,
-            Ok(Message::Reply(reply)) => match reply.error {
-                None => return Ok(stream),
-                Some(fault) => return Err(not_there(fault.message)),
-            },
-            Err(error) => return Err(not_there(error.to_string())),
-        }
-    }
 }
 
 /// Carries bytes until either end closes or the caller may not go on.
@@ -148,10 +116,15 @@ async fn join_ends(
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncBufReadExt;
+    use tokio::io::AsyncReadExt;
+    use tokio::io::AsyncWriteExt;
     use tokio::net::UnixListener;
     use vmm_control::protocol::ErrorCode;
+    use vmm_control::protocol::Message;
     use vmm_control::protocol::Notice;
     use vmm_control::protocol::Reply;
+    use vmm_control::protocol::Request as VmmRequest;
 
     use super::*;
 

@@ -11,6 +11,7 @@
 //! - [`member`]: this host as a member of a site: proposals, reads, alarms. [`work`]: what it does besides serving.
 //! - [`serve`], [`auth`], [`api`], [`console`]: connections, who is there, what they may ask.
 //! - [`agent`]: makes running guests equal to the permits of this host. [`lease`]: keeps them confirmed.
+//! - [`guest_agent`]: what the agent inside a guest says of it, and does for us.
 //! - [`grants`]: the leader's side of leases; silence of hosts. [`duties`]: what a leader owes the cluster. [`watchdog`].
 //! - [`peer`]: hostd to hostd. [`facts`]: what this host tells about itself. [`metrics`]: what it counts.
 //!
@@ -29,6 +30,7 @@ pub mod daemon;
 pub mod duties;
 pub mod facts;
 pub mod grants;
+pub mod guest_agent;
 pub mod lease;
 pub mod member;
 pub mod metrics;

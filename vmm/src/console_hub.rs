@@ -37,6 +37,12 @@ const LOG_BUFFER_BYTES: usize = 256 << 10;
 /// Where a device writes what the guest prints. Never blocks and never fails: the guest has no use for the error.
 pub trait ConsoleSink: Send + Sync {
     fn write(&self, bytes: &[u8]);
+
+    /// Whether the device may write now. A console always takes what is printed; a sink that does not rings
+    /// [`ConsoleSource::ready`] when it does again.
+    fn has_room(&self) -> bool {
+        true
+    }
 }
 
 /// Where a device takes what somebody typed.

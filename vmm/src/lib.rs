@@ -15,6 +15,7 @@
 //! between devices and KVM, and every device is tested with a fake on its side of it.
 
 pub mod acpi;
+pub mod agent_channel;
 pub mod bell;
 pub mod boot;
 pub mod bus;

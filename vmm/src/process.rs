@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use vmm_control::{ExitReason, ExitReport, Notice, PauseReason, VmmConfig};
 
+use crate::agent_channel::AgentChannel;
 use crate::boot::BootFiles;
 use crate::console_hub::ConsoleHub;
 use crate::control::{Control, ControlServer};
@@ -157,7 +158,8 @@ fn prepare(config: &VmmConfig, process_start: Instant) -> Result<Prepared, Prepa
     let gate = RunGate::new();
     let disk_gate = DiskGate::new();
     let (endings, receiver) = Endings::new(Arc::clone(&gate));
-    let control = Control::new(config, Arc::clone(&console), Arc::clone(&endings))?;
+    let agent = AgentChannel::new()?;
+    let control = Control::new(config, Arc::clone(&console), Arc::clone(&agent), Arc::clone(&endings))?;
     let listener = {
         let control = Arc::clone(&control);
         Box::new(move |change| control.lease_changed(change))
@@ -170,8 +172,19 @@ fn prepare(config: &VmmConfig, process_start: Instant) -> Result<Prepared, Prepa
     if deadline.is_some() {
         lease::thread::start(Arc::clone(&lease))?;
     }
-    let context =
-        Context { config: config.clone(), kvm, files, console, gate, disk_gate, lease, endings, boot_time, exits };
+    let context = Context {
+        config: config.clone(),
+        kvm,
+        files,
+        console,
+        agent,
+        gate,
+        disk_gate,
+        lease,
+        endings,
+        boot_time,
+        exits,
+    };
     Ok(Prepared { context, control, endings: receiver })
 }
 

@@ -290,3 +290,22 @@ fn the_control_socket_is_ours_alone_and_survives_nonsense() {
         assert_eq!(other.status().run, RunState::Running);
     }
 }
+
+#[test]
+fn the_agents_port_has_one_client_at_a_time() {
+    if !flat_guests_run() {
+        return;
+    }
+    let mut vm = TestVm::new("counter");
+    vm.start();
+    let mut first = vm.client();
+    assert!(!first.status().agent_open, "this guest has no driver");
+    assert!(first.ask(Call::AgentAttach).error.is_none());
+    let mut second = vm.client();
+    let refused = second.ask(Call::AgentAttach).error.unwrap();
+    assert_eq!(refused.code, ErrorCode::Taken, "{refused}");
+    // The connection of the one who was refused still speaks the line protocol.
+    assert_eq!(second.status().run, RunState::Running);
+    drop(first);
+    wait_for("the first to be gone", || second.ask(Call::AgentAttach).error.is_none().then_some(()));
+}

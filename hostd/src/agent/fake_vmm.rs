@@ -109,5 +109,6 @@ fn status(config: &VmmConfig) -> Status {
         boot_time_us: None,
         overhead_bytes: None,
         resets: 0,
+        agent_open: false,
     }
 }

@@ -8,7 +8,10 @@ use std::time::Duration;
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
+use tokio::io::AsyncBufReadExt;
+use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
+use tokio::io::BufReader;
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedReadHalf;
 use tokio::net::unix::OwnedWriteHalf;
@@ -40,6 +43,8 @@ pub enum ClientError {
     Closed,
     #[error("cannot write to the vmm: {0}")]
     Write(#[source] io::Error),
+    #[error("cannot read from the vmm: {0}")]
+    Read(#[source] io::Error),
     #[error("the vmm said what this hostd does not understand: {0}")]
     Nonsense(String),
     #[error("the vmm did not answer within {} s", ANSWER_WITHIN.as_secs())]
@@ -53,6 +58,35 @@ impl ClientError {
     pub fn is_refusal(&self) -> bool {
         matches!(self, ClientError::Refused(_))
     }
+}
+
+/// Turns a new connection into the stream of bytes that `call` asks for: the guest's console, or its agent's port.
+pub async fn raw_stream(socket: &Path, call: Call) -> Result<BufReader<UnixStream>, ClientError> {
+    let answered = tokio::time::timeout(ANSWER_WITHIN, async {
+        let connected = UnixStream::connect(socket).await;
+        let stream = connected.map_err(|source| ClientError::Connect { path: socket.to_owned(), source })?;
+        let mut stream = BufReader::new(stream);
+        stream.write_all(&Request { id: 1, call }.encode()).await.map_err(ClientError::Write)?;
+        loop {
+            let mut line = Vec::new();
+            // Whatever follows the reply's line is the guest's already, and stays in the reader's buffer.
+            let read = (&mut stream).take(MAX_LINE_BYTES as u64).read_until(b'\n', &mut line).await;
+            match read {
+                Ok(0) => return Err(ClientError::Closed),
+                Ok(_) => {}
+                Err(source) => return Err(ClientError::Read(source)),
+            }
+            match Message::decode(&line) {
+                Ok(Message::Notice(_)) => {}
+                Ok(Message::Reply(reply)) => match reply.error {
+                    None => return Ok(stream),
+                    Some(fault) => return Err(ClientError::Refused(fault)),
+                },
+                Err(error) => return Err(ClientError::Nonsense(error.to_string())),
+            }
+        }
+    });
+    answered.await.unwrap_or(Err(ClientError::Silent))
 }
 
 #[derive(Debug)]

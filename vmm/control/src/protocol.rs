@@ -9,18 +9,21 @@
 //! < {"notice":"paused","reason":"lease_expired","quiesced":true}
 //! ```
 //!
-//! After the reply to `console_attach` the same connection carries the guest's console as raw bytes, both ways.
+//! After the reply to `console_attach` the same connection carries the guest's console as raw bytes, both ways. After the reply to
+//! `agent_attach` it carries the guest's port `org.qemu.guest_agent.0`: for one client at a time, and nothing is lost while both ends
+//! are there. It ends when the guest closes the port or resets; what a client sends waits until the guest opens it
+//! ([`Status::agent_open`]).
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
 /// Grows when a method or field is added that an older vmm does not know. A vmm lives as long as its guest, so a newer
-/// hostd meets older ones after each upgrade.
-pub const PROTOCOL_VERSION: u32 = 1;
+/// hostd meets older ones after each upgrade. 2: `agent_attach`, `taken`, `agent_open`.
+pub const PROTOCOL_VERSION: u32 = 2;
 /// The longest line in either direction, with its end.
 pub const MAX_LINE_BYTES: usize = 64 << 10;
-/// Clients at one time, consoles included.
+/// Clients at one time, consoles and the agent's included.
 pub const MAX_CLIENTS: usize = 8;
 
 /// What a client asks.
@@ -49,6 +52,8 @@ pub enum Call {
     },
     /// Turns this connection into the guest's console.
     ConsoleAttach,
+    /// Turns this connection into the guest agent's port. Refused as `taken` while another client has it.
+    AgentAttach,
     /// Counters, as one object.
     Metrics,
 }
@@ -123,6 +128,8 @@ pub enum ErrorCode {
     NoLease,
     /// The guest is ending or restarting.
     NotNow,
+    /// Another client has what can be had once.
+    Taken,
     Failed,
 }
 
@@ -245,6 +252,9 @@ pub struct Status {
     pub overhead_bytes: Option<u64>,
     /// How often the guest was reset in this process.
     pub resets: u64,
+    /// A program in the guest has the agent's port open. False from a vmm of protocol version 1.
+    #[serde(default)]
+    pub agent_open: bool,
 }
 
 #[cfg(test)]
@@ -259,6 +269,7 @@ mod tests {
             Call::Confirm { epoch: 4, deadline_ns: u64::MAX },
             Call::Reset { id: 9 },
             Call::ConsoleAttach,
+            Call::AgentAttach,
         ] {
             let request = Request { id: 3, call };
             let line = request.encode();

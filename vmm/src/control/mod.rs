@@ -18,6 +18,7 @@ use vmm_control::{
     protocol::PROTOCOL_VERSION,
 };
 
+use crate::agent_channel::AgentChannel;
 use crate::bell::Bell;
 use crate::console_hub::ConsoleHub;
 use crate::cpu::gate::{RunGate, Stop};
@@ -41,6 +42,7 @@ pub struct Control {
     hello: Hello,
     vcpus: u16,
     console: Arc<ConsoleHub>,
+    agent: Arc<AgentChannel>,
     endings: Arc<Endings>,
     running: OnceLock<Running>,
     machine: Mutex<Option<MachineHandle>>,
@@ -72,8 +74,15 @@ struct MachineHandle {
 /// An answer, and what happens to the connection.
 pub(crate) enum Answer {
     Reply(Reply),
-    /// The connection becomes a console after the reply.
-    Console(Reply),
+    /// The connection becomes a stream of raw bytes after the reply.
+    Stream(Stream, Reply),
+}
+
+/// What a connection can become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stream {
+    Console,
+    Agent,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -81,7 +90,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Control {
-    pub fn new(config: &VmmConfig, console: Arc<ConsoleHub>, endings: Arc<Endings>) -> io::Result<Arc<Self>> {
+    pub fn new(
+        config: &VmmConfig,
+        console: Arc<ConsoleHub>,
+        agent: Arc<AgentChannel>,
+        endings: Arc<Endings>,
+    ) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             hello: Hello {
                 protocol: PROTOCOL_VERSION,
@@ -92,6 +106,7 @@ impl Control {
             },
             vcpus: config.vcpus,
             console,
+            agent,
             endings,
             running: OnceLock::new(),
             machine: Mutex::new(None),
@@ -196,7 +211,8 @@ impl Control {
                 self.reset_once(reset_id);
                 Reply::ok(id, json!({}))
             }
-            Call::ConsoleAttach => return Answer::Console(Reply::ok(id, json!({}))),
+            Call::ConsoleAttach => return Answer::Stream(Stream::Console, Reply::ok(id, json!({}))),
+            Call::AgentAttach => return Answer::Stream(Stream::Agent, Reply::ok(id, json!({}))),
             Call::Metrics => Reply::ok(id, self.metrics(running)),
         };
         Answer::Reply(reply)
@@ -230,6 +246,7 @@ impl Control {
             boot_time_us: running.boot_time.microseconds(),
             overhead_bytes: self.overhead(),
             resets: self.resets.load(Ordering::Relaxed),
+            agent_open: self.agent.guest_open(),
         }
     }
 
@@ -268,6 +285,7 @@ impl Control {
             "drain_failures": lease.drain_failures.get(),
             "console_bytes": console_bytes,
             "console_clients_dropped": console_clients_dropped,
+            "agent": self.agent.counters(),
             "log_lines_lost": crate::log::lost_lines(),
             "boot_time_us": running.boot_time.microseconds(),
             "overhead_bytes": self.overhead(),

@@ -18,10 +18,11 @@ use vmm_control::protocol::{MAX_CLIENTS, ProtocolError};
 use vmm_control::{ErrorCode, Message, Notice, Reply, Request};
 
 use super::client::{Client, ClientError};
-use super::{Answer, Control, lock};
-use crate::console_hub::{ConsoleSource, serve_client};
+use super::{Answer, Control, Stream, lock};
+use crate::agent_channel::{self, AgentChannelError, AgentClient};
+use crate::console_hub::{self, ConsoleClient, ConsoleSource};
 
-/// What a console may wait for its peer to take the last words of the line protocol.
+/// What a stream may wait for its peer to take the last words of the line protocol.
 const HAND_OVER: Duration = Duration::from_secs(2);
 
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +70,7 @@ impl ControlServer {
             listener,
             signals,
             clients: Vec::new(),
-            consoles: Arc::new(AtomicUsize::new(0)),
+            streams: Arc::new(AtomicUsize::new(0)),
         };
         let thread = std::thread::Builder::new()
             .name("control".into())
@@ -110,8 +111,14 @@ struct Loop {
     listener: UnixListener,
     signals: SignalFd,
     clients: Vec<Client>,
-    /// Connections that became consoles, which have a thread each.
-    consoles: Arc<AtomicUsize>,
+    /// Connections that became streams of bytes, which have a thread each.
+    streams: Arc<AtomicUsize>,
+}
+
+/// The guest's end of a connection that became a stream.
+enum GuestEnd {
+    Console(ConsoleClient),
+    Agent(AgentClient),
 }
 
 /// What the poll found.
@@ -215,7 +222,7 @@ impl Loop {
 
     fn accept(&mut self) {
         while let Ok((stream, _)) = self.listener.accept() {
-            let used = self.clients.len() + self.consoles.load(Ordering::SeqCst);
+            let used = self.clients.len() + self.streams.load(Ordering::SeqCst);
             if used >= MAX_CLIENTS {
                 tracing::warn!(limit = MAX_CLIENTS, "a control client is refused");
                 continue;
@@ -233,14 +240,14 @@ impl Loop {
             let flags = ready.get(at).copied().unwrap_or(PollFlags::empty());
             match self.serve(&mut client, flags) {
                 Ok(None) => self.clients.push(client),
-                Ok(Some(reply)) => self.become_console(client, reply),
+                Ok(Some((stream, reply))) => self.become_stream(client, stream, reply),
                 Err(error) => tracing::debug!(%error, "a control client is gone"),
             }
         }
     }
 
-    /// Reads and answers. A reply is returned when the connection becomes a console with it.
-    fn serve(&mut self, client: &mut Client, flags: PollFlags) -> Result<Option<Reply>, ClientError> {
+    /// Reads and answers. A reply is returned when the connection becomes a stream of bytes with it.
+    fn serve(&mut self, client: &mut Client, flags: PollFlags) -> Result<Option<(Stream, Reply)>, ClientError> {
         if flags.contains(PollFlags::POLLOUT) {
             client.flush()?;
         }
@@ -252,7 +259,7 @@ impl Loop {
             let reply = match Request::decode(&line) {
                 Ok(request) => match self.control.answer(request) {
                     Answer::Reply(reply) => reply,
-                    Answer::Console(reply) => return Ok(Some(reply)),
+                    Answer::Stream(stream, reply) => return Ok(Some((stream, reply))),
                 },
                 Err(error) => {
                     let id = match &error {
@@ -267,36 +274,66 @@ impl Loop {
         Ok(None)
     }
 
-    fn become_console(&mut self, mut client: Client, reply: Reply) {
-        let console = match self.control.console.attach() {
-            Ok(console) => console,
-            Err(error) => {
-                let refusal = Reply::error(reply.id, ErrorCode::Failed, error.to_string());
+    fn become_stream(&mut self, mut client: Client, stream: Stream, reply: Reply) {
+        let guest_end = match self.attach(stream) {
+            Ok(guest_end) => guest_end,
+            Err((code, words)) => {
+                let refusal = Reply::error(reply.id, code, words);
                 if client.send(&Message::Reply(refusal).encode()).is_ok() {
                     self.clients.push(client);
                 }
                 return;
             }
         };
-        let consoles = Arc::clone(&self.consoles);
-        consoles.fetch_add(1, Ordering::SeqCst);
-        let counted = Counted(consoles);
-        let spawned = std::thread::Builder::new().name("console".into()).stack_size(256 << 10).spawn(move || {
+        let streams = Arc::clone(&self.streams);
+        streams.fetch_add(1, Ordering::SeqCst);
+        let counted = Counted(streams);
+        let spawned = std::thread::Builder::new().name("stream".into()).stack_size(256 << 10).spawn(move || {
             let _counted = counted;
-            let (stream, typed, mut unsent) = client.into_stream();
+            let (socket, received, mut unsent) = client.into_stream();
             unsent.extend(Message::Reply(reply).encode());
-            if let Err(error) = hand_over(&stream, &unsent) {
-                tracing::debug!(%error, "a console client is lost");
+            if let Err(error) = hand_over(&socket, &unsent) {
+                tracing::debug!(?stream, %error, "a client is lost");
                 return;
             }
-            console.send_input(&typed);
-            match serve_client(&console, stream) {
-                Ok(end) => tracing::debug!(?end, "a console client is gone"),
-                Err(error) => tracing::debug!(%error, "a console client is lost"),
+            match guest_end.serve(socket, received) {
+                Ok(end) => tracing::debug!(?stream, end, "a client is gone"),
+                Err(error) => tracing::debug!(?stream, %error, "a client is lost"),
             }
         });
         if let Err(error) = spawned {
-            tracing::warn!(%error, "cannot start a console thread");
+            tracing::warn!(?stream, %error, "cannot start a thread for a client");
+        }
+    }
+
+    fn attach(&self, stream: Stream) -> Result<GuestEnd, (ErrorCode, String)> {
+        match stream {
+            Stream::Console => {
+                let console = self.control.console.attach();
+                console.map(GuestEnd::Console).map_err(|error| (ErrorCode::Failed, error.to_string()))
+            }
+            Stream::Agent => self.control.agent.attach().map(GuestEnd::Agent).map_err(|error| {
+                let code = match error {
+                    AgentChannelError::Taken => ErrorCode::Taken,
+                    AgentChannelError::EventFd(_) => ErrorCode::Failed,
+                };
+                (code, error.to_string())
+            }),
+        }
+    }
+}
+
+impl GuestEnd {
+    /// Copies bytes until one end is gone, and says which. `received` came together with the request.
+    fn serve(self, socket: UnixStream, received: Vec<u8>) -> io::Result<String> {
+        match self {
+            GuestEnd::Console(console) => {
+                console.send_input(&received);
+                console_hub::serve_client(&console, socket).map(|end| format!("{end:?}"))
+            }
+            GuestEnd::Agent(agent) => {
+                agent_channel::serve_client(&agent, socket, received).map(|end| format!("{end:?}"))
+            }
         }
     }
 }
@@ -308,7 +345,7 @@ fn hand_over(mut stream: &UnixStream, unsent: &[u8]) -> io::Result<()> {
     io::Write::write_all(&mut stream, unsent)
 }
 
-/// Counts a console thread while it lives.
+/// Counts a stream's thread while it lives.
 struct Counted(Arc<AtomicUsize>);
 
 impl Drop for Counted {

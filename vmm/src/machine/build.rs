@@ -13,6 +13,7 @@ use super::layout::{
 use super::msi::KvmMsi;
 use super::{Endings, Machine};
 use crate::acpi::{self, AcpiError};
+use crate::agent_channel::AgentChannel;
 use crate::boot::{self, BootError, BootFiles};
 use crate::bus::{BusError, MmioBus, PioBus, PioDevice};
 use crate::console_hub::{self, ConsoleError, ConsoleHub};
@@ -81,6 +82,7 @@ pub struct Context {
     pub kvm: Kvm,
     pub files: BootFiles,
     pub console: Arc<ConsoleHub>,
+    pub agent: Arc<AgentChannel>,
     pub gate: Arc<RunGate>,
     pub disk_gate: Arc<DiskGate>,
     pub lease: Arc<Lease>,
@@ -162,7 +164,7 @@ fn add_pci(
     if console_hub::keyboard_is_virtio(&context.config.cmdline) {
         context.console.focus(&keyboard);
     }
-    let console = Console::open(keyboard)?;
+    let console = Console::open(keyboard, Arc::clone(&context.agent))?;
     topology.add_root_port_device(CONSOLE_SLOT, connect(console)?)?;
     // The place in the configuration is the slot: hostd writes disks in the order of the VM's definition.
     for (slot, disk) in (FIRST_DISK_SLOT..).zip(&context.config.disks) {

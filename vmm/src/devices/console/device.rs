@@ -1,6 +1,6 @@
 //! The console as the transport sees it, and its thread.
 //!
-//! Transport and thread share the port behind a lock that is held for one bounded pass, so a reset is complete when it returns.
+//! Transport and thread share the ports behind a lock that is held for one bounded pass, so a reset is complete when it returns.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,15 +11,16 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::ConsoleDeviceError;
-use super::config::{CONFIG_BYTES, MAX_BUFFERS, QUEUE_SIZES, RECEIVE, TRANSMIT};
+use super::active::Active;
+use super::config::{AGENT, CONFIG_BYTES, CONSOLE, MAX_NR_PORTS_OFFSET, MULTIPORT, PORTS, QUEUE_SIZES};
+use super::control::{Control, Heard};
 use super::metrics::ConsoleMetrics;
-use super::port::{Pass, Port, PortQueues};
-use super::state::SavedConsole;
+use super::port::{Pass, Port};
+use super::state::{SavedConsole, SavedPort};
+use crate::agent_channel::AgentChannel;
 use crate::console_hub::{ConsoleSink, ConsoleSource};
 use crate::virtio::device::{DeviceError, QueuePosition};
-use crate::virtio::{
-    Activation, ActiveQueue, DeviceKind, DeviceQueue, QueueError, VirtioDevice, VirtioInterrupt, locked,
-};
+use crate::virtio::{Activation, DeviceKind, QueueError, VirtioDevice, locked};
 
 const NAME: &str = "console";
 /// Pause after an error of `poll`, which only a broken descriptor table gives.
@@ -33,36 +34,35 @@ pub struct Console {
 struct Shared {
     state: Mutex<State>,
     metrics: Arc<ConsoleMetrics>,
-    source: Arc<dyn ConsoleSource>,
+    sources: [Arc<dyn ConsoleSource>; PORTS],
     /// Rung when `state` has other queues, and at the end.
     wake: EventFd,
     ending: AtomicBool,
 }
 
 struct State {
-    port: Port,
+    ports: [Port; PORTS],
+    control: Control,
+    agent: Arc<AgentChannel>,
     active: Option<Active>,
-    /// Input came with a saved state: it is the guest's, and is not discarded when its driver starts.
+    /// Input and ports came with a saved state: they are the guest's, and are not forgotten when its driver starts.
     restored: bool,
 }
 
-struct Active {
-    queues: PortQueues,
-    kicks: [EventFd; 2],
-    interrupt: Arc<dyn VirtioInterrupt>,
-}
-
 impl Console {
-    /// A console on one device of the hub.
-    pub fn open<D>(hub_device: Arc<D>) -> Result<Arc<Self>, ConsoleDeviceError>
+    /// A console on one device of the hub, with the agent's port beside it.
+    pub fn open<D>(hub_device: Arc<D>, agent: Arc<AgentChannel>) -> Result<Arc<Self>, ConsoleDeviceError>
     where
         D: ConsoleSink + ConsoleSource + 'static,
     {
         let metrics = Arc::new(ConsoleMetrics::default());
-        let port = Port::new(Arc::clone(&hub_device) as _, Arc::clone(&hub_device) as _, Arc::clone(&metrics));
+        let ports = [
+            Port::new(hub_device, CONSOLE, Arc::clone(&metrics)),
+            Port::new(Arc::clone(&agent), AGENT, Arc::clone(&metrics)),
+        ];
         let shared = Arc::new(Shared {
-            source: Arc::clone(port.source()),
-            state: Mutex::new(State { port, active: None, restored: false }),
+            sources: ports.each_ref().map(|port| Arc::clone(port.source())),
+            state: Mutex::new(State { ports, control: Control::default(), agent, active: None, restored: false }),
             metrics,
             wake: EventFd::new(EFD_NONBLOCK).map_err(ConsoleDeviceError::EventFd)?,
             ending: AtomicBool::new(false),
@@ -82,6 +82,7 @@ impl Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
+        locked(&self.shared.state).stop();
         self.shared.ending.store(true, Ordering::Release);
         let _ = self.shared.wake.write(1);
     }
@@ -97,16 +98,14 @@ impl Shared {
     }
 
     fn wait(&self, pass: Pass) {
-        // Duplicates, because the driver may take its queues away while this thread sleeps.
-        let kicks: Vec<EventFd> = match &locked(&self.state).active {
-            Some(active) => active.kicks.iter().filter_map(|kick| kick.try_clone().ok()).collect(),
-            None => Vec::new(),
-        };
-        let mut fds = vec![readable(&self.wake)];
-        fds.extend(kicks.iter().map(readable));
+        // Shared, because the driver may take its queues away while this thread sleeps.
+        let kicks = locked(&self.state).active.as_ref().map(Active::kicks).unwrap_or_default();
+        let mut bells = vec![&self.wake];
         if !kicks.is_empty() {
-            fds.push(readable(self.source.ready()));
+            bells.extend(kicks.iter().map(|kick| &**kick));
+            bells.extend(self.sources.iter().map(|source| source.ready()));
         }
+        let mut fds: Vec<PollFd> = bells.iter().map(|bell| readable(bell)).collect();
         let timeout = match pass {
             Pass::Idle => PollTimeout::NONE,
             Pass::More => PollTimeout::ZERO,
@@ -118,34 +117,74 @@ impl Shared {
                 std::thread::sleep(AFTER_ERROR);
             }
         }
-        let _ = self.wake.read();
-        if !kicks.is_empty() {
-            let _ = self.source.ready().read();
-        }
-        for kick in &kicks {
-            let _ = kick.read();
+        for bell in bells {
+            let _ = bell.read();
         }
     }
 
     fn serve(&self) -> Pass {
         let mut state = locked(&self.state);
-        let State { port, active, .. } = &mut *state;
-        let Some(running) = active.as_mut() else {
-            return Pass::Idle;
-        };
-        match port.serve(&mut running.queues) {
+        match state.serve(&self.metrics) {
             Ok(pass) => pass,
             Err(error) => {
                 self.metrics.driver_errors.fetch_add(1, Ordering::Relaxed);
                 report(&error);
-                let interrupt = active.take().map(|active| active.interrupt);
+                let stopped = state.stop();
                 drop(state);
-                if let Some(interrupt) = interrupt {
-                    interrupt.needs_reset();
+                if let Some(active) = stopped {
+                    active.interrupt().needs_reset();
                 }
                 Pass::Idle
             }
         }
+    }
+}
+
+impl State {
+    /// One bounded pass over all queues.
+    fn serve(&mut self, metrics: &ConsoleMetrics) -> Result<Pass, QueueError> {
+        let State { ports, control, agent, active, .. } = self;
+        let Some(active) = active.as_mut() else {
+            return Ok(Pass::Idle);
+        };
+        if control.agent_host_is(agent.acknowledge()) {
+            ports[AGENT].forget_carry();
+        }
+        let mut pass = Pass::Idle;
+        // Ports before control messages: what a program said before it closed its port is read first.
+        for (port, queues) in ports.iter_mut().zip(&mut active.ports) {
+            if let Some(queues) = queues {
+                pass = pass.and(port.serve(queues)?);
+            }
+        }
+        if let Some(queues) = &mut active.control {
+            let heard = |message: &[u8]| match control.hear(message) {
+                Heard::Noted => true,
+                Heard::Opened { port: AGENT, open } => {
+                    if !open {
+                        ports[AGENT].forget_carry();
+                    }
+                    agent.set_guest_open(open);
+                    true
+                }
+                Heard::Opened { .. } => true,
+                Heard::Ignored => false,
+            };
+            let listened = queues.listen(heard, metrics)?;
+            // Somebody's bytes may have waited for the port to be opened.
+            if listened.heard {
+                pass = Pass::More;
+            }
+            pass = pass.and(listened.pass).and(queues.tell(control, metrics)?);
+        }
+        Ok(pass)
+    }
+
+    /// Takes the queues away. The guest's programs have nothing open any more.
+    fn stop(&mut self) -> Option<Active> {
+        self.ports[AGENT].forget_carry();
+        self.agent.set_guest_open(false);
+        self.active.take()
     }
 }
 
@@ -166,7 +205,7 @@ impl VirtioDevice for Console {
     }
 
     fn features(&self) -> u64 {
-        0
+        MULTIPORT
     }
 
     fn queue_sizes(&self) -> &'static [u16] {
@@ -174,9 +213,8 @@ impl VirtioDevice for Console {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // One port, whatever `max_nr_ports` is worth without MULTIPORT.
         let mut config = [0; CONFIG_BYTES];
-        config[4] = 1;
+        config[MAX_NR_PORTS_OFFSET] = PORTS as u8;
         for (i, byte) in data.iter_mut().enumerate() {
             let at = usize::try_from(offset).unwrap_or(usize::MAX).saturating_add(i);
             *byte = config.get(at).copied().unwrap_or(0);
@@ -184,34 +222,22 @@ impl VirtioDevice for Console {
     }
 
     fn activate(&self, activation: Activation) -> Result<(), DeviceError> {
-        let Activation { memory, mut queues, interrupt, .. } = activation;
-        let mut take = |index: u16| queues.get_mut(usize::from(index)).and_then(Option::take);
-        let (Some(receive), Some(transmit)) = (take(RECEIVE), take(TRANSMIT)) else {
-            // A console without both directions moves nothing.
-            return Ok(());
-        };
-        let serve = |index: u16, active: ActiveQueue| {
-            let queue = DeviceQueue::new(index, active.queue, memory.clone(), Arc::clone(&interrupt), MAX_BUFFERS);
-            (queue, active.kick)
-        };
-        let (receive, receive_kick) = serve(RECEIVE, receive);
-        let (transmit, transmit_kick) = serve(TRANSMIT, transmit);
+        let active = Active::new(activation);
         let mut state = locked(&self.shared.state);
         if !std::mem::take(&mut state.restored) {
-            state.port.discard_input();
+            state.ports[CONSOLE].discard_input();
+            state.control = Control::default();
         }
-        state.active = Some(Active {
-            queues: PortQueues { receive, transmit },
-            kicks: [receive_kick, transmit_kick],
-            interrupt: Arc::clone(&interrupt),
-        });
+        let guest_open = state.control.guest_open(AGENT);
+        state.agent.set_guest_open(guest_open);
+        state.active = Some(active);
         drop(state);
         let _ = self.shared.wake.write(1);
         Ok(())
     }
 
     fn begin_reset(&self) {
-        locked(&self.shared.state).active = None;
+        locked(&self.shared.state).stop();
         let _ = self.shared.wake.write(1);
     }
 
@@ -220,25 +246,26 @@ impl VirtioDevice for Console {
     }
 
     fn positions(&self) -> Result<Vec<QueuePosition>, DeviceError> {
-        // The ring is as it was left after a whole pass: the lock is held for one.
-        Ok(match &locked(&self.shared.state).active {
-            Some(active) => vec![active.queues.receive.position(), active.queues.transmit.position()],
-            None => Vec::new(),
-        })
+        // The rings are as they were left after a whole pass: the lock is held for one.
+        Ok(locked(&self.shared.state).active.as_ref().map(Active::positions).unwrap_or_default())
     }
 
     fn save(&self) -> Result<serde_json::Value, DeviceError> {
-        let saved =
-            SavedConsole { version: SavedConsole::VERSION, ports: vec![locked(&self.shared.state).port.save()] };
+        let state = locked(&self.shared.state);
+        let ports = state.ports.iter().zip(state.control.save());
+        let ports = ports.map(|(port, control)| SavedPort { unread: port.unread().to_vec(), control }).collect();
+        let saved = SavedConsole { version: SavedConsole::VERSION, ports };
         serde_json::to_value(saved).map_err(|source| DeviceError::Encoding { device: NAME, source })
     }
 
     fn restore(&self, saved: serde_json::Value) -> Result<(), DeviceError> {
         let saved: SavedConsole =
             serde_json::from_value(saved).map_err(|source| DeviceError::Encoding { device: NAME, source })?;
-        let port = saved.into_port()?;
+        let [console, agent] = saved.into_ports()?;
         let mut state = locked(&self.shared.state);
-        state.port.restore(port);
+        state.control = Control::restore([console.control, agent.control]);
+        state.ports[CONSOLE].restore(console.unread);
+        state.ports[AGENT].restore(agent.unread);
         state.restored = true;
         Ok(())
     }

@@ -1,21 +1,28 @@
-//! virtio-console: the guest's `hvc0`, joined to the same [`ConsoleHub`](crate::console_hub::ConsoleHub) as the serial port.
+//! virtio-console with two ports: the guest's `hvc0`, joined to the same [`ConsoleHub`](crate::console_hub::ConsoleHub) as the
+//! serial port, and `org.qemu.guest_agent.0`, joined to the [`AgentChannel`](crate::agent_channel::AgentChannel).
 //!
-//! One [`port::Port`] moves bytes between a pair of queues and the hub; [`device`] gives it to the transport and to a thread.
-//! There is one port now. The port knows nothing of its number or queues' indexes, so that more of them (the agent's
-//! `org.qemu.guest_agent.0`) are more ports, and the control queues a third thing beside them.
+//! - [`port`] moves bytes between a pair of queues and the host's end; it knows nothing of its number or its queues' indexes.
+//! - [`control`] is what device and driver say about ports: messages in, messages out.
+//! - [`active`] is the queues while the driver has given them; [`device`] joins all of it to the transport and to a thread.
+//!
+//! A driver without MULTIPORT has `hvc0` and nothing else.
 //!
 //! ```ignore
-//! let console = Console::open(Arc::new(hub.device()?))?;                  // Arc<Console>
+//! let console = Console::open(Arc::new(hub.device()?), agent)?;           // Arc<Console>
 //! let function = VirtioPci::new(console, memory, &*msi, io_events)?;      // Arc<VirtioPci>
 //! topology.add_root_port_device(slot, function)?;
 //! ```
 
+mod active;
 pub mod config;
+pub mod control;
 pub mod device;
 pub mod metrics;
 pub mod port;
 pub mod state;
 
+#[cfg(test)]
+mod agent_tests;
 #[cfg(test)]
 mod tests;
 

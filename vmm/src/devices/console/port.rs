@@ -1,4 +1,4 @@
-//! One port of the console: bytes between a pair of queues and the hub.
+//! One port of the console: bytes between a pair of queues and the host's end, which is the hub or the agent's channel.
 //!
 //! No thread and no wait: each pass does a bounded amount of work and says whether more is there, so a guest that prints
 //! without end cannot keep its thread from a reset.
@@ -7,8 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::config::MAX_CHAIN_BYTES;
-use super::metrics::ConsoleMetrics;
-use super::state::SavedPort;
+use super::metrics::{ConsoleMetrics, PortMetrics};
 use crate::console_hub::{ConsoleSink, ConsoleSource};
 use crate::virtio::{DeviceQueue, QueueError, Segments};
 
@@ -17,7 +16,7 @@ pub const CARRY_BYTES: usize = 4096;
 /// Copied at a time from guest memory.
 const CHUNK_BYTES: usize = 4096;
 /// Work of one pass.
-const CHAINS_PER_PASS: usize = 64;
+pub const CHAINS_PER_PASS: usize = 64;
 
 /// The queues of a port, while the driver has it.
 pub struct PortQueues {
@@ -28,6 +27,8 @@ pub struct PortQueues {
 pub struct Port {
     sink: Arc<dyn ConsoleSink>,
     source: Arc<dyn ConsoleSource>,
+    /// Its place among the counters.
+    index: usize,
     metrics: Arc<ConsoleMetrics>,
     unread: Vec<u8>,
 }
@@ -39,18 +40,37 @@ pub enum Pass {
     More,
 }
 
+impl Pass {
+    /// Of two parts of one pass.
+    pub fn and(self, other: Pass) -> Pass {
+        if self == Pass::More { self } else { other }
+    }
+}
+
 impl Port {
-    pub fn new(sink: Arc<dyn ConsoleSink>, source: Arc<dyn ConsoleSource>, metrics: Arc<ConsoleMetrics>) -> Self {
-        Self { sink, source, metrics, unread: Vec::new() }
+    pub fn new<E>(end: Arc<E>, index: usize, metrics: Arc<ConsoleMetrics>) -> Self
+    where
+        E: ConsoleSink + ConsoleSource + 'static,
+    {
+        Self { sink: Arc::clone(&end) as _, source: end, index, metrics, unread: Vec::new() }
     }
 
     pub fn source(&self) -> &Arc<dyn ConsoleSource> {
         &self.source
     }
 
+    fn metrics(&self) -> &PortMetrics {
+        &self.metrics.ports[self.index]
+    }
+
+    /// Forgets what was taken from the host's end: it was said by somebody who has left, or to somebody who has.
+    pub fn forget_carry(&mut self) {
+        self.unread.clear();
+    }
+
     /// Forgets what was typed before the guest could read.
     pub fn discard_input(&mut self) {
-        self.unread.clear();
+        self.forget_carry();
         let mut buffer = [0; CHUNK_BYTES];
         // Bounded by the hub's queue; what arrives meanwhile is new.
         for _ in 0..crate::console_hub::INPUT_QUEUE_BYTES / CHUNK_BYTES {
@@ -64,15 +84,20 @@ impl Port {
     pub fn serve(&mut self, queues: &mut PortQueues) -> Result<Pass, QueueError> {
         let printed = self.print(&mut queues.transmit)?;
         let typed = self.deliver(&mut queues.receive)?;
-        Ok(if printed == Pass::More || typed == Pass::More { Pass::More } else { Pass::Idle })
+        Ok(printed.and(typed))
     }
 
-    /// From the guest to the hub.
+    /// From the guest to the host's end, as far as that has room. Where it has none, chains stay in the ring and the guest waits.
     fn print(&mut self, queue: &mut DeviceQueue) -> Result<Pass, QueueError> {
         queue.disable_doorbell()?;
         let mut pass = Pass::More;
         let mut served = 0;
         while served < CHAINS_PER_PASS {
+            if !self.sink.has_room() {
+                // It rings when it has.
+                pass = Pass::Idle;
+                break;
+            }
             let Some(mut chain) = queue.pop()? else {
                 if queue.enable_doorbell()? {
                     continue;
@@ -80,7 +105,9 @@ impl Port {
                 pass = Pass::Idle;
                 break;
             };
-            if let Some(head) = chain.readable.take_front(chain.readable.len().min(MAX_CHAIN_BYTES)) {
+            let cut = chain.readable.len().saturating_sub(MAX_CHAIN_BYTES);
+            self.metrics().bytes_cut.fetch_add(cut, Ordering::Relaxed);
+            if let Some(head) = chain.readable.take_front(chain.readable.len() - cut) {
                 self.copy_out(queue, head);
             }
             queue.complete(chain.head, 0)?;
@@ -103,11 +130,11 @@ impl Port {
                 Some(part) if part.read(queue.memory(), bytes) => self.sink.write(bytes),
                 _ => return,
             }
-            self.metrics.bytes_out.fetch_add(len, Ordering::Relaxed);
+            self.metrics().bytes_out.fetch_add(len, Ordering::Relaxed);
         }
     }
 
-    /// From the hub to the guest, as far as the guest gave buffers. What does not fit stays in the hub's bounded queue.
+    /// From the host's end to the guest, as far as the guest gave buffers. What does not fit stays there, in a bounded queue.
     fn deliver(&mut self, queue: &mut DeviceQueue) -> Result<Pass, QueueError> {
         queue.disable_doorbell()?;
         let mut pass = Pass::More;
@@ -129,7 +156,7 @@ impl Port {
             let len = chain.writable.len().min(self.unread.len() as u64) as usize;
             let written = if chain.writable.write(queue.memory(), &self.unread[..len]) { len } else { 0 };
             self.unread.drain(..len);
-            self.metrics.bytes_in.fetch_add(written as u64, Ordering::Relaxed);
+            self.metrics().bytes_in.fetch_add(written as u64, Ordering::Relaxed);
             queue.complete(chain.head, written as u32)?;
             served += 1;
         }
@@ -147,11 +174,12 @@ impl Port {
         }
     }
 
-    pub fn save(&self) -> SavedPort {
-        SavedPort { unread: self.unread.clone() }
+    /// What was taken from the host's end and not given to the guest.
+    pub fn unread(&self) -> &[u8] {
+        &self.unread
     }
 
-    pub fn restore(&mut self, saved: SavedPort) {
-        self.unread = saved.unread;
+    pub fn restore(&mut self, unread: Vec<u8>) {
+        self.unread = unread;
     }
 }

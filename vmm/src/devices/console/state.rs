@@ -1,7 +1,9 @@
-//! The console as it is saved: what was taken from the keyboard and not yet given to the guest.
+//! The console as it is saved: what was taken from the host and not yet given to the guest, and what the driver knows of the ports.
 
 use serde::{Deserialize, Serialize};
 
+use super::config::PORTS;
+use super::control::PortControl;
 use super::port::CARRY_BYTES;
 use crate::virtio::device::DeviceError;
 
@@ -17,22 +19,23 @@ pub struct SavedConsole {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SavedPort {
     pub unread: Vec<u8>,
+    pub control: PortControl,
 }
 
 impl SavedConsole {
-    pub const VERSION: u32 = 1;
+    /// 2: the agent's port, and control messages.
+    pub const VERSION: u32 = 2;
 
-    /// The one port of a saved console of this machine type.
-    pub fn into_port(mut self) -> Result<SavedPort, DeviceError> {
+    /// The ports of a saved console of this machine type.
+    pub fn into_ports(self) -> Result<[SavedPort; PORTS], DeviceError> {
         if self.version != Self::VERSION {
             return Err(DeviceError::Version { device: DEVICE, found: self.version, known: Self::VERSION });
         }
         let unfit = |what: String| DeviceError::Unfit { device: DEVICE, what };
-        let count = self.ports.len();
-        match self.ports.pop() {
-            Some(port) if count == 1 && port.unread.len() <= CARRY_BYTES => Ok(port),
-            Some(port) if count == 1 => Err(unfit(format!("{} bytes of unread input", port.unread.len()))),
-            _ => Err(unfit(format!("it has {count} ports, here is one"))),
+        if let Some(long) = self.ports.iter().find(|port| port.unread.len() > CARRY_BYTES) {
+            return Err(unfit(format!("{} bytes of unread input", long.unread.len())));
         }
+        let count = self.ports.len();
+        self.ports.try_into().map_err(|_| unfit(format!("it has {count} ports, here are {PORTS}")))
     }
 }

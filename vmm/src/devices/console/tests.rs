@@ -1,9 +1,10 @@
-//! The console under a driver: both directions, bounds, and a driver that breaks the rules.
+//! The console under a driver without MULTIPORT: both directions, bounds, and a driver that breaks the rules.
 
 use std::sync::Arc;
 
 use super::Console;
-use super::config::{RECEIVE, TRANSMIT};
+use super::config::{MULTIPORT, RECEIVE, TRANSMIT};
+use crate::agent_channel::AgentChannel;
 use crate::console_hub::{ClientRead, ConsoleClient, ConsoleHub};
 use crate::pci::PciFunction;
 use crate::virtio::testing::{Buffer, Descriptor, FakeDriver, NEXT, attach};
@@ -18,12 +19,16 @@ struct Guest {
     client: ConsoleClient,
 }
 
+fn open(hub: &ConsoleHub) -> Arc<Console> {
+    Console::open(Arc::new(hub.device().unwrap()), AgentChannel::new().unwrap()).unwrap()
+}
+
 fn guest() -> Guest {
     let hub = ConsoleHub::new();
-    let console = Console::open(Arc::new(hub.device().unwrap())).unwrap();
+    let console = open(&hub);
     let client = hub.attach().unwrap();
     let mut driver = attach(console.clone());
-    driver.start();
+    driver.start_with(!MULTIPORT);
     Guest { driver, console, hub, client }
 }
 
@@ -56,7 +61,7 @@ fn what_the_guest_prints_reaches_the_client() {
     guest.print(b"Linux version 6.1\r\n");
     guest.print(b"login: ");
     assert_eq!(guest.seen(), b"Linux version 6.1\r\nlogin: ");
-    assert_eq!(guest.console.metrics().counters().bytes_out, 26);
+    assert_eq!(guest.console.metrics().counters().console.bytes_out, 26);
     assert_eq!(guest.driver.interrupts(TX), 2);
 }
 
@@ -100,11 +105,11 @@ fn a_long_chain_is_printed_in_order_and_in_pieces() {
 #[test]
 fn what_was_typed_before_the_driver_is_forgotten() {
     let hub = ConsoleHub::new();
-    let console = Console::open(Arc::new(hub.device().unwrap())).unwrap();
+    let console = open(&hub);
     let client = hub.attach().unwrap();
     client.send_input(b"typed while the guest booted");
     let mut driver = attach(console.clone());
-    driver.start();
+    driver.start_with(!MULTIPORT);
     let mut guest = Guest { driver, console, hub, client };
     let at = guest.offer_input(64);
     guest.client.send_input(b"now");
@@ -122,7 +127,7 @@ fn a_broken_ring_needs_a_reset_and_nothing_else() {
     guest.driver.wait("NEEDS_RESET", FakeDriver::needs_reset);
     assert_eq!(guest.console.metrics().counters().driver_errors, 1);
     guest.driver.reset();
-    guest.driver.start();
+    guest.driver.start_with(!MULTIPORT);
     guest.print(b"again");
     assert!(guest.hub.scrollback().ends_with(b"again"));
 }
