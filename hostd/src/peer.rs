@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use consensus::node::PeerHandler;
@@ -16,6 +17,7 @@ use futures::future::BoxFuture;
 use hostd_api::CONSOLE_PROTOCOL;
 use hostd_api::Problem;
 use hostd_api::problem::Code;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use statemachine::Fold;
 use statemachine::HostId;
@@ -77,17 +79,22 @@ impl PeerClients {
         let (client, base) = self.client(fold, host)?;
         let failed = |error: reqwest::Error| unreachable_host(fold, host, &error);
         let response = client.get(format!("{base}{path}")).send().await.map_err(failed)?;
-        if !response.status().is_success() {
-            return Err(problem_of(fold, host, response).await);
-        }
-        let too_long = response.content_length().is_some_and(|length| length > ANSWER_MAX as u64);
-        if too_long {
-            return Err(Problem::new(
-                Code::Internal,
-                format!("host {host} answered with more than {ANSWER_MAX} bytes"),
-            ));
-        }
-        response.json().await.map_err(failed)
+        json_of(fold, host, response).await
+    }
+
+    /// Asks once: what is asked may not be what can be done twice.
+    pub async fn post_json<T: DeserializeOwned>(
+        &self,
+        fold: &Fold,
+        host: HostId,
+        path: &str,
+        body: &impl Serialize,
+        within: Duration,
+    ) -> Result<T, Problem> {
+        let (client, base) = self.client(fold, host)?;
+        let request = client.post(format!("{base}{path}")).json(body).timeout(within);
+        let response = request.send().await.map_err(|error| unreachable_host(fold, host, &error))?;
+        json_of(fold, host, response).await
     }
 
     /// Opens a console on another host: raw bytes after its 101.
@@ -134,6 +141,17 @@ fn unreachable_host(fold: &Fold, host: HostId, error: &reqwest::Error) -> Proble
     }
     let words = format!("host {name} does not answer: {why}");
     Problem::new(Code::HostUnreachable, words).action("try again when it is back; `quorate host list` shows it")
+}
+
+async fn json_of<T: DeserializeOwned>(fold: &Fold, host: HostId, response: reqwest::Response) -> Result<T, Problem> {
+    if !response.status().is_success() {
+        return Err(problem_of(fold, host, response).await);
+    }
+    if response.content_length().is_some_and(|length| length > ANSWER_MAX as u64) {
+        let words = format!("host {host} answered with more than {ANSWER_MAX} bytes");
+        return Err(Problem::new(Code::Internal, words));
+    }
+    response.json().await.map_err(|error| unreachable_host(fold, host, &error))
 }
 
 /// A peer's own problem, or words for an answer that is none.

@@ -56,6 +56,8 @@ pub enum Code {
     HostUnreachable,
     /// The VM runs nowhere, so it has no console.
     NotRunning,
+    /// The agent in the guest did not do it, and said why, or nothing.
+    GuestRefused,
     CursorTrimmed,
     CursorFuture,
     CursorForeign,
@@ -87,6 +89,7 @@ impl Code {
             Code::NotCaughtUp => ("not-caught-up", 504, "This host is behind"),
             Code::HostUnreachable => ("host-unreachable", 502, "A host does not answer"),
             Code::NotRunning => ("not-running", 409, "The VM does not run"),
+            Code::GuestRefused => ("guest-refused", 502, "The guest did not do it"),
             Code::CursorTrimmed => ("cursor-trimmed", 410, "The events are trimmed"),
             Code::CursorFuture => ("cursor-future", 409, "The cursor is ahead of this host"),
             Code::CursorForeign => ("cursor-foreign", 409, "The cursor is of another site"),

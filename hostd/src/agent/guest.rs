@@ -2,6 +2,8 @@
 //! when the lock is free and the control group empty.
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::PollFd;
@@ -14,8 +16,10 @@ use rustix::process::pidfd_open;
 use rustix::process::pidfd_send_signal;
 use statemachine::ids::Epoch;
 use statemachine::ids::VmId;
+use statemachine::state::GuestFacts;
 use statemachine::state::GuestStatus;
 use tokio::sync::mpsc;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio::time::MissedTickBehavior;
 use vmm_control::Call;
@@ -31,6 +35,11 @@ use super::plan::Order;
 use super::run_dir::RunDir;
 use super::vmm_client::ClientError;
 use super::vmm_client::VmmClient;
+use super::vmm_client::raw_stream;
+use crate::guest_agent::agents::Agents;
+use crate::guest_agent::agents::Entry;
+use crate::guest_agent::task::AgentOrders;
+use crate::guest_agent::task::Attendant;
 
 /// Orders under way to one guest.
 pub const ORDERS_MAX: usize = 16;
@@ -41,6 +50,8 @@ const RECONNECT_EVERY: Duration = Duration::from_millis(100);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Told {
     Seen(Seen),
+    /// What its agent says of the guest, when that is worth an event.
+    Facts(Arc<GuestFacts>),
     /// An order did not take effect; it may be planned again.
     Undone(Order),
     Gone(Ended),
@@ -80,6 +91,49 @@ pub struct GuestTask {
 /// The agent is gone; the guest stays.
 struct AgentGone;
 
+/// The way to the program in the guest that speaks for it: a task of its own talks with it, from the moment that the vmm says that
+/// its port is open, for as long as this lives.
+struct GuestAgentLine {
+    open: watch::Sender<bool>,
+    facts: mpsc::Receiver<GuestFacts>,
+    orders: AgentOrders,
+    stood: bool,
+    _entry: Entry,
+}
+
+impl GuestAgentLine {
+    fn open(vm: VmId, epoch: Epoch, socket: PathBuf, agents: &Agents) -> GuestAgentLine {
+        let (open, is_open) = watch::channel(false);
+        let connect = move || {
+            let socket = socket.clone();
+            async move { raw_stream(&socket, Call::AgentAttach).await }
+        };
+        let (attendant, ends) = Attendant::new(connect, is_open, None);
+        tokio::spawn(attendant.run());
+        let entry = agents.enter(vm, epoch, ends.orders.clone(), ends.view);
+        GuestAgentLine { open, facts: ends.facts, orders: ends.orders, stood: false, _entry: entry }
+    }
+
+    fn see(&mut self, status: &Status) {
+        self.open.send_if_modified(|open| std::mem::replace(open, status.agent_open) != status.agent_open);
+        let stands = matches!(status.run, RunState::Paused { .. });
+        if self.stood && !stands && status.agent_open {
+            // Its clock stood still with it.
+            let orders = self.orders.clone();
+            tokio::spawn(async move {
+                if let Err(error) = orders.set_time().await {
+                    tracing::debug!("a guest's clock was not set after its pause: {error}");
+                }
+            });
+        }
+        self.stood = stands;
+    }
+
+    fn lost_sight(&self) {
+        self.open.send_if_modified(|open| std::mem::replace(open, false));
+    }
+}
+
 /// A process that is gone, or that cannot be asked: then the lock and the control group tell.
 fn has_exited(process: &OwnedFd) -> bool {
     let mut asked = [PollFd::new(process, PollFlags::IN)];
@@ -94,11 +148,14 @@ impl GuestTask {
     async fn attend(&mut self) -> Result<(), AgentGone> {
         let socket = RunDir::of(&self.launcher.vms_dir, self.vm).control_socket();
         let mut process: Option<OwnedFd> = None;
+        let mut line = GuestAgentLine::open(self.vm, self.epoch, socket.clone(), &self.launcher.agents);
         loop {
             if let Ok(mut client) = VmmClient::connect(&socket).await {
                 process =
                     client.pid().and_then(Pid::from_raw).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-                match self.converse(&mut client, process.as_ref()).await? {
+                let ended = self.converse(&mut client, process.as_ref(), &mut line).await?;
+                line.lost_sight();
+                match ended {
                     // Refused: it is starting.
                     ClientError::Closed | ClientError::Refused(_) => {}
                     error => {
@@ -116,7 +173,12 @@ impl GuestTask {
     }
 
     /// Talks until the connection ends; says how it ended.
-    async fn converse(&mut self, client: &mut VmmClient, process: Option<&OwnedFd>) -> Result<ClientError, AgentGone> {
+    async fn converse(
+        &mut self,
+        client: &mut VmmClient,
+        process: Option<&OwnedFd>,
+        line: &mut GuestAgentLine,
+    ) -> Result<ClientError, AgentGone> {
         let hello = match client.hello().await {
             Ok(hello) => hello,
             Err(error) => return Ok(error),
@@ -130,15 +192,19 @@ impl GuestTask {
         loop {
             let result = tokio::select! {
                 order = self.orders.recv() => match order {
-                    Some(order) => self.carry_out(client, order, process).await?,
+                    Some(order) => self.carry_out(client, order, process, line).await?,
                     None => return Err(AgentGone),
                 },
                 // What the notice says is what the status says, a moment later and whole.
                 notice = client.notice() => match notice {
-                    Ok(_) => self.look(client).await?,
+                    Ok(_) => self.look(client, line).await?,
                     Err(error) => Err(error),
                 },
-                _ = look.tick() => self.look(client).await?,
+                _ = look.tick() => self.look(client, line).await?,
+                Some(facts) = line.facts.recv() => {
+                    self.tell(Told::Facts(Arc::new(facts))).await?;
+                    Ok(())
+                }
             };
             match result {
                 Err(error) if !error.is_refusal() => return Ok(error),
@@ -147,9 +213,14 @@ impl GuestTask {
         }
     }
 
-    async fn look(&mut self, client: &mut VmmClient) -> Result<Result<(), ClientError>, AgentGone> {
+    async fn look(
+        &mut self,
+        client: &mut VmmClient,
+        line: &mut GuestAgentLine,
+    ) -> Result<Result<(), ClientError>, AgentGone> {
         match client.status().await {
             Ok(status) => {
+                line.see(&status);
                 self.tell(Told::Seen(Seen::of(&status, client.pid()))).await?;
                 Ok(Ok(()))
             }
@@ -162,6 +233,7 @@ impl GuestTask {
         client: &mut VmmClient,
         order: Order,
         process: Option<&OwnedFd>,
+        line: &mut GuestAgentLine,
     ) -> Result<Result<(), ClientError>, AgentGone> {
         let call = match order {
             Order::Confirm { deadline } => Call::Confirm { epoch: self.epoch.0, deadline_ns: deadline.as_ns() },
@@ -183,7 +255,7 @@ impl GuestTask {
         }
         if done.is_ok() && matches!(order, Order::Confirm { .. }) {
             // A confirmation may have resumed it.
-            return self.look(client).await;
+            return self.look(client, line).await;
         }
         Ok(done)
     }

@@ -27,6 +27,7 @@ use super::marks::Marks;
 use super::run_dir::Lock;
 use super::run_dir::RunDir;
 use super::run_dir::RunDirError;
+use crate::guest_agent::agents::Agents;
 use crate::network::NetworkError;
 use crate::network::tap::Tap;
 
@@ -93,6 +94,8 @@ pub struct Launcher {
     pub vmm: PathBuf,
     pub allowed_paths: Vec<PathBuf>,
     pub groups: Groups,
+    /// Those of the guests that run.
+    pub agents: Agents,
 }
 
 impl Launcher {

@@ -51,6 +51,8 @@ use self::run_dir::RunDir;
 use self::run_dir::RunDirError;
 use self::work::Processes;
 use crate::config::Config;
+use crate::guest_agent::agents::Agent;
+use crate::guest_agent::agents::Agents;
 use crate::lease::clock::Boottime;
 use crate::lease::record::ConfirmedGrant;
 
@@ -113,6 +115,7 @@ impl GuestView {
 pub struct AgentHandle {
     vms_dir: PathBuf,
     guests: watch::Receiver<Arc<Vec<GuestView>>>,
+    agents: Agents,
     shutdown: CancellationToken,
     task: tokio::sync::Mutex<Option<JoinHandle<()>>>,
 }
@@ -132,8 +135,11 @@ pub async fn spawn(
         vmm: config.vmm,
         allowed_paths: config.allowed_paths,
         groups: Groups::detect(),
+        agents: Agents::default(),
     };
-    spawn_on(Arc::new(launcher), config.vms_dir, config.stop, cluster, facts, grant, publish).await
+    let agents = launcher.agents.clone();
+    let handle = spawn_on(Arc::new(launcher), config.vms_dir, config.stop, cluster, facts, grant, publish).await?;
+    Ok(AgentHandle { agents, ..handle })
 }
 
 /// The same over another machine's processes.
@@ -151,7 +157,7 @@ pub async fn spawn_on(
     let guests = publish.subscribe();
     let reconciler = Reconciler { cluster, facts, processes, stop_timers, grant, publish, shutdown: shutdown.clone() };
     let task = tokio::sync::Mutex::new(Some(tokio::spawn(reconciler.run(looked))));
-    Ok(AgentHandle { vms_dir, guests, shutdown, task })
+    Ok(AgentHandle { vms_dir, guests, agents: Agents::default(), shutdown, task })
 }
 
 /// The guests of a moment.
@@ -167,6 +173,11 @@ impl AgentHandle {
     pub fn console_socket(&self, vm: VmId) -> Option<PathBuf> {
         let lives = self.guests.borrow().iter().any(|guest| guest.vm == vm && guest.is_alive());
         lives.then(|| RunDir::of(&self.vms_dir, vm).control_socket())
+    }
+
+    /// The agent inside a guest that lives here.
+    pub fn guest_agent(&self, vm: VmId) -> Option<Agent> {
+        self.agents.of(vm)
     }
 
     pub fn running(&self) -> Arc<Vec<GuestView>> {

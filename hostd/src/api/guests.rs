@@ -166,7 +166,9 @@ fn place(asked: &Asked, name: &str) -> Result<Place, Failure> {
     if permit.host == asked.member.own() {
         let agent = asked.member.work().and_then(|work| work.agent.guest_agent(vm));
         let gone = || Problem::new(Code::NotRunning, format!("the process of vm {name} is not there"));
-        return Ok(Place::Here(agent.ok_or_else(|| gone().action("it may be starting or ending; ask again in a second"))?));
+        return Ok(Place::Here(
+            agent.ok_or_else(|| gone().action("it may be starting or ending; ask again in a second"))?,
+        ));
     }
     if matches!(asked.caller, Caller::Host(_)) {
         // Asked by a host that saw the VM here: it moved, and a second hop might circle.

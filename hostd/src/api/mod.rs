@@ -8,6 +8,7 @@ mod digest;
 pub mod events;
 mod extract;
 mod failure;
+mod guests;
 mod hosts;
 mod observe;
 pub mod openapi;
@@ -93,6 +94,12 @@ pub fn router(api: Api) -> Router {
         .route("/vms/{vm}/reset", post(vms::reset))
         .route("/vms/{vm}/why", get(vms::why))
         .route("/vms/{vm}/console", get(console::open))
+        .route("/vms/{vm}/agent", get(guests::show))
+        .route("/vms/{vm}/agent/exec", post(guests::exec))
+        .route("/vms/{vm}/agent/freeze", post(guests::freeze))
+        .route("/vms/{vm}/agent/thaw", post(guests::thaw))
+        .route("/vms/{vm}/agent/set-time", post(guests::set_time))
+        .route("/vms/{vm}/agent/reboot", post(guests::reboot))
         .route("/events", get(events::stream))
         .route("/spm", get(hosts::spm))
         .route("/state/digest", get(digest::show))

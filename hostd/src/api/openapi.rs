@@ -8,6 +8,7 @@ use utoipa::OpenApi;
 
 use super::digest;
 use super::events;
+use super::guests;
 use super::hosts;
 use super::observe;
 use super::site;
@@ -50,6 +51,12 @@ use crate::console;
         vms::reset,
         vms::why,
         console::open,
+        guests::show,
+        guests::exec,
+        guests::freeze,
+        guests::thaw,
+        guests::set_time,
+        guests::reboot,
         events::stream,
         digest::show,
         show,

@@ -10,8 +10,11 @@
 //! [`freeze`] is the one state that must not be left behind: a guest whose file systems are frozen does not work. [`exec`] is for
 //! administrators.
 //!
+//! [`agents`] is where the API finds them.
+//!
 //! Start reading at [`task::Attendant`].
 
+pub mod agents;
 pub mod answers;
 pub mod client;
 #[cfg(test)]
@@ -56,6 +59,8 @@ pub enum AgentError {
     Refused { command: Command, words: String },
     #[error("the guest agent does not offer {command}; a newer one may, or its configuration in the guest forbids it")]
     Unsupported { command: Command },
+    #[error("the input is not base64; encode it")]
+    NotBase64,
     #[error("the guest's file systems are frozen for a snapshot; ask again when it is done")]
     Frozen,
     #[error(
