@@ -24,6 +24,7 @@ use consensus::transport::quic::keys::KEYS_FILE;
 use consensus::transport::quic::keys::TransportKeys;
 use statemachine::BootId;
 use statemachine::HostId;
+use statemachine::Seq;
 use statemachine::SiteId;
 use statemachine::TokenId;
 use statemachine::command::Actor;

@@ -144,7 +144,7 @@ impl World {
                 prop_assert!(!self.processes.contains(&epoch));
                 self.agent.guests.remove(&vm);
             }
-            Action::ReportStatus { .. } => {}
+            Action::ReportStatus { .. } | Action::ReportGuest { .. } => {}
         }
         Ok(())
     }

@@ -143,27 +143,32 @@ impl Site {
         Ok(began.elapsed())
     }
 
-    /// Commits at a steady rate, whatever the site makes of it.
-    async fn load(&self, rate: u64, seconds: u64, bytes: usize) -> anyhow::Result<Histogram<u64>> {
+    /// Commits at a steady rate, whatever the site makes of it: how long they took, and how many got no answer that stands, as when
+    /// the leader lost its lead.
+    async fn load(&self, rate: u64, seconds: u64, bytes: usize) -> anyhow::Result<(Histogram<u64>, usize)> {
         let leader = self.leader()?.clone();
         let mut due = tokio::time::interval(Duration::from_secs(1) / rate as u32);
         let mut commits = tokio::task::JoinSet::new();
-        for n in 0..rate * seconds {
+        for _ in 0..rate * seconds {
             let asked = due.tick().await;
             let (node, vm) = (leader.clone(), self.vm);
             let number = self.numbers.fetch_add(1, Ordering::Relaxed);
             commits.spawn(async move {
-                node.propose(by_root(words::vm_change(vm, number, bytes)))
-                    .await
-                    .with_context(|| format!("commit {n}"))?;
-                anyhow::Ok(asked.elapsed())
+                let answered = node.propose(by_root(words::vm_change(vm, number, bytes))).await;
+                answered.map(|_| asked.elapsed())
             });
         }
-        let mut took_us = Histogram::new(3)?;
+        let (mut took_us, mut errors) = (Histogram::new(3)?, 0);
         while let Some(commit) = commits.join_next().await {
-            took_us.record(commit??.as_micros() as u64)?;
+            match commit? {
+                Ok(took) => took_us.record(took.as_micros() as u64)?,
+                Err(error) => {
+                    errors += 1;
+                    tracing::debug!("a commit without an answer: {error}");
+                }
+            }
         }
-        Ok(took_us)
+        Ok((took_us, errors))
     }
 }
 
@@ -195,6 +200,7 @@ pub async fn run(args: &FollowersArgs, dir: &Path) -> anyhow::Result<()> {
         "commits/s",
         "p50 ms",
         "p99 ms",
+        "errors",
         "last follower level after s",
         "processors",
         "resident MiB",
@@ -203,7 +209,7 @@ pub async fn run(args: &FollowersArgs, dir: &Path) -> anyhow::Result<()> {
         site.grow(*followers).await?;
         for rate in &args.rates {
             let (began, cpu) = (Instant::now(), cpu_time()?);
-            let took_us = site.load(*rate, args.seconds, args.bytes).await?;
+            let (took_us, errors) = site.load(*rate, args.seconds, args.bytes).await?;
             let processors = (cpu_time()? - cpu).as_secs_f64() / began.elapsed().as_secs_f64();
             let level = site.level().await?;
             let ms = |quantile: f64| format!("{:.2}", took_us.value_at_quantile(quantile) as f64 / 1000.0);
@@ -213,11 +219,15 @@ pub async fn run(args: &FollowersArgs, dir: &Path) -> anyhow::Result<()> {
                 rate.to_string(),
                 ms(0.5),
                 ms(0.99),
+                errors.to_string(),
                 format!("{:.2}", level.as_secs_f64()),
                 format!("{processors:.2}"),
                 resident,
             ]);
-            eprintln!("{followers} followers, {rate} commits/s: p99 {} ms, {processors:.2} processors", ms(0.99));
+            let p99 = ms(0.99);
+            eprintln!(
+                "{followers} followers, {rate} commits/s: p99 {p99} ms, {errors} errors, {processors:.2} processors"
+            );
         }
     }
     println!("{table}");
