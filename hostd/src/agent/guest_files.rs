@@ -90,6 +90,7 @@ pub fn vmm_config(
         initrd: spec.initrd.as_ref().map(|initrd| resolve("initrd", initrd, false)).transpose()?,
         cmdline: format!("{} quorate.epoch={}", spec.cmdline, identity.epoch).trim_start().to_owned(),
         disks,
+        nics: Vec::new(),
         identity: Identity { uuid: identity.vm.0, serial: identity.vm.to_string() },
         release,
         started_marker: places.mark,

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use pnet_base::MacAddr;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -21,6 +22,14 @@ pub const MEMORY_GRANULE_BYTES: u64 = 2 << 20;
 pub const MAX_CMDLINE_BYTES: usize = 2047;
 /// One root port a disk, on bus 0 beside the fixed devices.
 pub const MAX_DISKS: usize = 24;
+pub const MAX_NICS: usize = 8;
+/// Root ports for disks and network cards together; the console has one more.
+pub const MAX_DISKS_AND_NICS: usize = 27;
+/// Every IPv6 link carries this much, and virtio asks devices for no less (virtio 1.2, 5.1.4.1).
+pub const MIN_MTU: u16 = 1280;
+/// The most that Linux lets a tap have: 65535 bytes less the Ethernet header.
+pub const MAX_MTU: u16 = 65521;
+pub const DEFAULT_MTU: u16 = 1500;
 pub const MAX_NAME_BYTES: usize = 255;
 /// A virtio-blk serial has room for 20 bytes.
 pub const MAX_DISK_SERIAL_BYTES: usize = 20;
@@ -85,6 +94,23 @@ pub struct DiskConfig {
     pub shared: bool,
 }
 
+/// One network card of the guest. Its tap is not named here: hostd opens it and hands the descriptor over
+/// (`--tap-fd ID=FD`), so that the vmm needs no right over the host's network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NicConfig {
+    /// Name in logs, metrics, errors and on the command line.
+    pub id: String,
+    pub mac: MacAddr,
+    /// Bytes of a frame behind its Ethernet header, as the guest is told. hostd gives the tap the same.
+    #[serde(default = "default_mtu")]
+    pub mtu: u16,
+}
+
+fn default_mtu() -> u16 {
+    DEFAULT_MTU
+}
+
 /// What SMBIOS tells the guest about itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -122,6 +148,9 @@ pub struct VmmConfig {
     pub cmdline: String,
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
+    /// In the order of their root ports, which are counted from the other end than those of the disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nics: Vec<NicConfig>,
     pub identity: Identity,
     pub release: ReleaseClass,
     /// Created, once, before the guest's first instruction; the name holds the epoch. On a disk that survives a reboot.
@@ -198,6 +227,7 @@ impl VmmConfig {
         }
         check_text("identity.serial", &self.identity.serial, MAX_SMBIOS_STRING_BYTES)?;
         self.check_disks()?;
+        self.check_nics()?;
         for (field, path) in [
             ("kernel", Some(&self.kernel)),
             ("initrd", self.initrd.as_ref()),
@@ -250,6 +280,33 @@ impl VmmConfig {
         }
         Ok(())
     }
+
+    fn check_nics(&self) -> Result<(), ConfigError> {
+        if self.nics.len() > MAX_NICS {
+            return Err(invalid("nics", format!("more than {MAX_NICS}")));
+        }
+        let together = self.disks.len() + self.nics.len();
+        if together > MAX_DISKS_AND_NICS {
+            let why = format!("{together} disks and network cards, and there are {MAX_DISKS_AND_NICS} slots for both");
+            return Err(invalid("nics", why));
+        }
+        let (mut ids, mut macs) = (BTreeSet::new(), BTreeSet::new());
+        for (at, nic) in self.nics.iter().enumerate() {
+            let field = |name: &str| format!("nics[{at}].{name}");
+            check_text(&field("id"), &nic.id, MAX_NAME_BYTES)?;
+            // The command line writes ID=FD.
+            if nic.id.is_empty() || nic.id.contains('=') || !ids.insert(&nic.id) {
+                return Err(invalid(field("id"), "empty, with a `=`, or used twice"));
+            }
+            if nic.mac.is_zero() || nic.mac.is_multicast() || !macs.insert(nic.mac) {
+                return Err(invalid(field("mac"), format!("{} is zero, a group address, or used twice", nic.mac)));
+            }
+            if !(MIN_MTU..=MAX_MTU).contains(&nic.mtu) {
+                return Err(invalid(field("mtu"), format!("must be {MIN_MTU} to {MAX_MTU}")));
+            }
+        }
+        Ok(())
+    }
 }
 
 fn check_text(field: &str, text: &str, limit: usize) -> Result<(), ConfigError> {
@@ -287,6 +344,7 @@ mod tests {
             "kernel": "/var/lib/quorate/vmlinuz",
             "cmdline": "console=ttyS0 quorate.epoch=41",
             "disks": [{"id": "root", "path": "/dev/nbd0", "shared": true}],
+            "nics": [{"id": "lan", "mac": "52:54:00:12:34:56", "mtu": 9000}],
             "identity": {"uuid": "6f2d1a34-5b1c-4f0e-9d3a-0a4f5e7b8c9d"},
             "release": "operator",
             "started_marker": "/var/lib/quorate/started/41",
@@ -306,6 +364,36 @@ mod tests {
         let again = serde_json::to_vec(&config).unwrap();
         assert_eq!(VmmConfig::parse(&again).unwrap(), config);
         assert_eq!(config.machine, MachineType::QDirect1);
+        assert_eq!(config.nics[0].mac, MacAddr::new(0x52, 0x54, 0, 0x12, 0x34, 0x56));
+    }
+
+    #[test]
+    fn a_configuration_of_before_network_cards_has_none() {
+        let mut config = example();
+        config.as_object_mut().unwrap().remove("nics");
+        let config = VmmConfig::parse(config.to_string().as_bytes()).unwrap();
+        assert!(config.nics.is_empty());
+        // And is written as before, for a vmm of before.
+        assert!(!serde_json::to_string(&config).unwrap().contains("nics"));
+    }
+
+    #[test]
+    fn a_card_without_an_mtu_has_that_of_ethernet() {
+        let config = with("nics", json!([{"id": "lan", "mac": "52:54:00:12:34:56"}])).unwrap();
+        assert_eq!(config.nics[0].mtu, 1500);
+    }
+
+    #[test]
+    fn disks_and_cards_share_the_slots() {
+        let disks = |count: u8| (0..count).map(|i| json!({"id": format!("d{i}"), "path": "/x"})).collect::<Vec<_>>();
+        let nics: Vec<_> =
+            (0..8).map(|i| json!({"id": format!("n{i}"), "mac": format!("02:00:00:00:00:0{i}")})).collect();
+        let mut config = example();
+        config["nics"] = json!(nics);
+        config["disks"] = json!(disks(19));
+        VmmConfig::parse(config.to_string().as_bytes()).unwrap();
+        config["disks"] = json!(disks(20));
+        assert!(matches!(VmmConfig::parse(config.to_string().as_bytes()), Err(ConfigError::Invalid { .. })));
     }
 
     #[test]
@@ -323,6 +411,10 @@ mod tests {
         VmmConfig::parse(config.to_string().as_bytes()).unwrap();
     }
 
+    fn nic(id: &str, mac: &str) -> Value {
+        json!({"id": id, "mac": mac})
+    }
+
     #[test]
     fn bounds_are_kept() {
         for (field, value) in [
@@ -338,6 +430,16 @@ mod tests {
             ("kernel", json!("vmlinuz")),
             ("disks", json!([{"id": "a", "path": "/x"}, {"id": "a", "path": "/y"}])),
             ("disks", json!([{"id": "a", "path": "/x", "serial": "s".repeat(21)}])),
+            ("nics", json!([nic("a", "00:00:00:00:00:00")])),
+            ("nics", json!([nic("a", "ff:ff:ff:ff:ff:ff")])),
+            ("nics", json!([nic("a", "01:00:5e:00:00:01")])),
+            ("nics", json!([nic("", "02:00:00:00:00:01")])),
+            ("nics", json!([nic("a=b", "02:00:00:00:00:01")])),
+            ("nics", json!([nic("a", "02:00:00:00:00:01"), nic("a", "02:00:00:00:00:02")])),
+            ("nics", json!([nic("a", "02:00:00:00:00:01"), nic("b", "02:00:00:00:00:01")])),
+            ("nics", json!([{"id": "a", "mac": "02:00:00:00:00:01", "mtu": 1279}])),
+            ("nics", json!([{"id": "a", "mac": "02:00:00:00:00:01", "mtu": 65522}])),
+            ("nics", json!((0..9).map(|i| nic(&format!("n{i}"), &format!("02:00:00:00:00:0{i}"))).collect::<Vec<_>>())),
         ] {
             let shown = value.to_string();
             assert!(matches!(with(field, value), Err(ConfigError::Invalid { .. })), "{field} = {shown}");

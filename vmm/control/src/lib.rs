@@ -1,6 +1,7 @@
 //! What hostd and a vmm process say to each other. Both link this crate, and nothing else of each other.
 //!
-//! 1. hostd writes a [`VmmConfig`] to a file and runs `vmm run --config FILE --control SOCKET --lock-fd N`.
+//! 1. hostd writes a [`VmmConfig`] to a file and runs `vmm run --config FILE --control SOCKET --lock-fd N --tap-fd ID=N`,
+//!    with a descriptor for the VM's lock and one for each network card.
 //! 2. They talk over the control socket in lines of JSON: [`Request`], [`Reply`], [`Notice`] ([`protocol`]).
 //! 3. When the guest has ended, the vmm leaves an [`ExitReport`] and an exit code that says the same ([`exit`]).
 //!
@@ -10,7 +11,9 @@ pub mod config;
 pub mod exit;
 pub mod protocol;
 
-pub use config::{ConfigError, DiskConfig, Identity, LeaseConfig, LogLevel, MachineType, ReleaseClass, VmmConfig};
+pub use config::{
+    ConfigError, DiskConfig, Identity, LeaseConfig, LogLevel, MachineType, NicConfig, ReleaseClass, VmmConfig,
+};
 pub use exit::{ExitError, ExitReason, ExitReport};
 pub use protocol::{
     Call, ErrorCode, Fault, Hello, Message, Notice, PauseReason, ProtocolError, Reply, Request, RunState, Status,
