@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use clap::{Parser, Subcommand};
 use vmm::check;
+use vmm::devices::net::TapFd;
 use vmm::process::{self, RunOptions};
 
 /// Runs one guest of Quorate on KVM.
@@ -30,6 +31,9 @@ enum Command {
         /// An open descriptor that holds the VM's lock; without it the run directory is locked
         #[arg(long)]
         lock_fd: Option<RawFd>,
+        /// An open descriptor of the tap of a network card; each card of the configuration needs one
+        #[arg(long = "tap-fd", value_name = "ID=FD")]
+        tap_fds: Vec<TapFd>,
     },
     /// Run tiny test guests and tell what this host's KVM can do
     Check,
@@ -38,13 +42,13 @@ enum Command {
 fn main() -> ExitCode {
     let process_start = Instant::now();
     match Arguments::parse().command {
-        Command::Run { config, control, lock_fd } => {
+        Command::Run { config, control, lock_fd, tap_fds } => {
             // Before the first thread: all inherit the mask.
             if let Err(error) = vmm::control::server::block_signals() {
                 eprintln!("vmm: cannot prepare for signals: {error}");
                 return ExitCode::FAILURE;
             }
-            let options = RunOptions { config, control, lock_fd };
+            let options = RunOptions { config, control, lock_fd, tap_fds };
             ExitCode::from(process::run(&options, process_start))
         }
         Command::Check => {

@@ -17,6 +17,7 @@ use crate::console_hub::ConsoleHub;
 use crate::control::{Control, ControlServer};
 use crate::cpu::gate::RunGate;
 use crate::devices::legacy::boot_timer::BootTime;
+use crate::devices::net::{TapFd, tap};
 use crate::lease::quiesce::DiskGate;
 use crate::lease::{self, Lease, LeaseChange};
 use crate::log;
@@ -31,6 +32,8 @@ pub struct RunOptions {
     pub control: PathBuf,
     /// The VM's lock, as hostd hands it over. Without one the process locks its run directory.
     pub lock_fd: Option<RawFd>,
+    /// The tap of each network card.
+    pub tap_fds: Vec<TapFd>,
 }
 
 /// How a process ended, before it is a report.
@@ -151,7 +154,8 @@ struct Prepared {
 
 type PrepareError = Box<dyn std::error::Error>;
 
-fn prepare(config: &VmmConfig, process_start: Instant) -> Result<Prepared, PrepareError> {
+fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> Result<Prepared, PrepareError> {
+    let taps = tap::adopt_all(&config.nics, &options.tap_fds, options.lock_fd)?;
     let kvm = kvm::open()?;
     let files = BootFiles::open(&config.kernel, config.initrd.as_deref(), &config.cmdline)?;
     let console = ConsoleHub::with_log(&config.run_dir.join("console.log"))?;
@@ -176,6 +180,7 @@ fn prepare(config: &VmmConfig, process_start: Instant) -> Result<Prepared, Prepa
         config: config.clone(),
         kvm,
         files,
+        taps,
         console,
         agent,
         gate,
@@ -196,7 +201,7 @@ fn run_locked(options: &RunOptions, config: &VmmConfig, process_start: Instant) 
         return (outcome, None);
     }
     remove_old_report(&config.run_dir);
-    let prepared = match prepare(config, process_start) {
+    let prepared = match prepare(options, config, process_start) {
         Ok(prepared) => prepared,
         Err(error) => {
             let outcome = Outcome::not_started(ExitReason::StartFailed, error.as_ref());

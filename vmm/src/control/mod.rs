@@ -26,6 +26,7 @@ use crate::devices::block::BlockHandle;
 use crate::devices::legacy::boot_timer::BootTime;
 use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
+use crate::devices::net::NetHandle;
 use crate::lease::{ConfirmError, Lease, LeaseChange, Phase};
 use crate::machine::{Ending, Endings, Machine};
 use crate::metrics::{self, ExitCounters};
@@ -69,6 +70,7 @@ struct MachineHandle {
     serial: Arc<Mutex<SerialPort>>,
     ram: Vec<(u64, u64)>,
     disks: Vec<Arc<BlockHandle>>,
+    nics: Vec<Arc<NetHandle>>,
 }
 
 /// An answer, and what happens to the connection.
@@ -148,6 +150,7 @@ impl Control {
             serial: machine.serial(),
             ram: machine.ram_in_host(),
             disks: machine.disks(),
+            nics: machine.nics(),
         });
         self.bell.ring();
     }
@@ -268,6 +271,11 @@ impl Control {
         disks.iter().map(|disk| (disk.name().to_owned(), json!(disk.metrics().counters()))).collect()
     }
 
+    fn nic_counters(&self) -> Value {
+        let nics = self.machine().map(|m| m.nics).unwrap_or_default();
+        nics.iter().map(|nic| (nic.name().to_owned(), json!(nic.metrics().counters()))).collect()
+    }
+
     fn metrics(&self, running: &Running) -> Value {
         let exits = &running.exits;
         let lease = running.lease.counters();
@@ -290,6 +298,7 @@ impl Control {
             "boot_time_us": running.boot_time.microseconds(),
             "overhead_bytes": self.overhead(),
             "disks": self.disk_counters(),
+            "nics": self.nic_counters(),
         })
     }
 }

@@ -1,12 +1,16 @@
 //! The gate that every vCPU passes before it enters the guest. It is shut while at least one reason to stop holds.
 //!
+//! Whoever writes to the guest's memory on its own account, as a network card does when a frame arrives, passes it too
+//! ([`RunGate::try_enter`]): a guest that stands still changes in nothing.
+//!
 //! Open, it costs one atomic load. Shut, the vCPU parks on it. Who shuts it also kicks the vCPUs out of the guest; that a kick between
 //! the load and `KVM_RUN` is not lost is `sys::ImmediateExit`'s part.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
+use crate::bell::Bell;
 use crate::sys::ThreadId;
 
 /// Why vCPUs must not run. Independent of each other: all must be gone.
@@ -40,6 +44,8 @@ pub enum Passage {
 #[derive(Debug, Default)]
 pub struct RunGate {
     reasons: AtomicU32,
+    /// Device threads that are at work in the guest's memory.
+    inside: AtomicUsize,
     threads: Mutex<Threads>,
     changed: Condvar,
 }
@@ -48,6 +54,8 @@ pub struct RunGate {
 struct Threads {
     running: Vec<ThreadId>,
     parked: usize,
+    /// Of device threads that wait for the gate.
+    bells: Vec<Weak<Bell>>,
 }
 
 /// A vCPU thread's place at the gate; given back when it is dropped.
@@ -55,6 +63,13 @@ struct Threads {
 pub struct Ticket<'a> {
     gate: &'a RunGate,
     thread: ThreadId,
+}
+
+/// Held by a device thread while it works in the guest's memory: for a bounded time, and never while it sleeps.
+#[derive(Debug)]
+#[must_use = "the guest counts as stopped when this is dropped"]
+pub struct Inside<'a> {
+    gate: &'a RunGate,
 }
 
 impl RunGate {
@@ -87,8 +102,22 @@ impl RunGate {
     pub fn open(&self, reason: Stop) {
         self.reasons.fetch_and(!reason.bit(), Ordering::SeqCst);
         // Under the lock, so that a vCPU that is about to park sees the change or the wake-up.
-        let _threads = self.threads();
+        let mut threads = self.threads();
         self.changed.notify_all();
+        threads.bells.retain(|bell| bell.upgrade().inspect(|bell| bell.ring()).is_some());
+    }
+
+    /// Lets a device thread work in the guest's memory. `None` while the gate is shut: it sleeps until its bell rings.
+    pub fn try_enter(&self) -> Option<Inside<'_>> {
+        // Counted before the look: who shuts the gate either is seen here, or sees the count.
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        let inside = Inside { gate: self };
+        self.is_open().then_some(inside)
+    }
+
+    /// Rings `bell`, for as long as somebody holds it, whenever a reason to stop is gone.
+    pub fn ring_when_open(&self, bell: &Arc<Bell>) {
+        self.threads().bells.push(Arc::downgrade(bell));
     }
 
     pub fn holds(&self, reason: Stop) -> bool {
@@ -99,10 +128,11 @@ impl RunGate {
         self.reasons.load(Ordering::SeqCst) == 0
     }
 
-    /// Waits until no vCPU can be in the guest while the gate stays shut. False when that takes longer than `until`.
+    /// Waits until no vCPU can be in the guest, and no device thread in its memory, while the gate stays shut. False when
+    /// that takes longer than `until`.
     pub fn wait_parked(&self, until: Instant) -> bool {
         let mut threads = self.threads();
-        while threads.parked < threads.running.len() {
+        while threads.parked < threads.running.len() || self.inside.load(Ordering::SeqCst) > 0 {
             let Some(left) = until.checked_duration_since(Instant::now()) else {
                 return false;
             };
@@ -145,6 +175,17 @@ impl Drop for Ticket<'_> {
     }
 }
 
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.gate.inside.fetch_sub(1, Ordering::SeqCst);
+        if !self.gate.is_open() {
+            // Under the lock, so that who waits sees the count or the wake-up.
+            let _threads = self.gate.threads();
+            self.gate.changed.notify_all();
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -180,5 +221,39 @@ mod tests {
         gate.shut(Stop::End);
         vcpu.join().unwrap();
         assert!(gate.wait_parked(soon()), "nobody is left");
+    }
+
+    #[test]
+    fn a_device_thread_is_waited_for_and_kept_out() {
+        let gate = RunGate::new();
+        let inside = gate.try_enter().expect("open at first");
+        gate.shut(Stop::Requested);
+        assert!(gate.try_enter().is_none());
+        assert!(!gate.wait_parked(Instant::now()));
+        let waiter = std::thread::spawn({
+            let gate = gate.clone();
+            move || gate.wait_parked(Instant::now() + Duration::from_secs(20))
+        });
+        drop(inside);
+        assert!(waiter.join().unwrap());
+    }
+
+    #[test]
+    fn the_bell_of_who_waits_rings_when_a_reason_is_gone() {
+        let gate = RunGate::new();
+        let bell = Arc::new(Bell::new().unwrap());
+        gate.ring_when_open(&bell);
+        gate.shut(Stop::Requested);
+        gate.shut(Stop::Lease);
+        gate.open(Stop::Lease);
+        assert!(gate.try_enter().is_none());
+        gate.open(Stop::Requested);
+        assert!(gate.try_enter().is_some());
+        let mut rings = [0; 8];
+        rustix::io::read(&*bell, &mut rings).unwrap();
+        assert_eq!(u64::from_ne_bytes(rings), 2);
+        drop(bell);
+        gate.open(Stop::Requested);
+        assert!(gate.threads().bells.is_empty(), "a bell that nobody holds is forgotten");
     }
 }

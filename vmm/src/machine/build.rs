@@ -1,9 +1,14 @@
 //! Puts a machine together, in the order in which its parts need each other.
+//!
+//! Slots are addresses that the guest sees, so they follow fixed rules of the machine type: the console has slot 0, the nth disk slot
+//! 1 + n, the nth network card the nth slot from the top. Disks and network cards grow towards each other, and neither moves when
+//! one of the other kind comes or goes; `VmmConfig::check` keeps them from meeting.
 
 use std::io;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::Kvm;
+use vmm_control::config::MAX_DISKS_AND_NICS;
 use vmm_control::{MachineType, VmmConfig};
 
 use super::kvm::{self, KvmError, KvmVm};
@@ -29,11 +34,13 @@ use crate::devices::legacy::pm::{self, PowerManagement};
 use crate::devices::legacy::reset::{KEYBOARD_COMMAND_PORT, KEYBOARD_DATA_PORT, KeyboardController, ResetPort};
 use crate::devices::legacy::rtc::{self, RealTimeClock};
 use crate::devices::legacy::serial::{self, SerialPort};
+use crate::devices::net::{KernelTap, Net, NetConfig, NetError, NetHandle, TapError};
 use crate::interrupt::InterruptError;
 use crate::lease::Lease;
 use crate::lease::quiesce::{DiskGate, Quiesce};
 use crate::memory::{self, GuestMemory, MemoryError};
 use crate::metrics::ExitCounters;
+use crate::pci::topology::MAX_SLOTS;
 use crate::pci::{PciError, PciMap, Topology};
 use crate::smbios::{self, Board, SmbiosError};
 use crate::virtio::VirtioDevice;
@@ -72,6 +79,10 @@ pub enum MachineError {
     Disk(#[from] BlockError),
     #[error(transparent)]
     ConsoleDevice(#[from] ConsoleDeviceError),
+    #[error(transparent)]
+    Nic(#[from] NetError),
+    #[error(transparent)]
+    Tap(#[from] TapError),
     #[error("this host's KVM runs at most {limit} vCPUs a guest, not {asked}")]
     TooManyVcpus { asked: u16, limit: usize },
 }
@@ -81,6 +92,8 @@ pub struct Context {
     pub config: VmmConfig,
     pub kvm: Kvm,
     pub files: BootFiles,
+    /// One for each network card of the configuration, in its order.
+    pub taps: Vec<KernelTap>,
     pub console: Arc<ConsoleHub>,
     pub agent: Arc<AgentChannel>,
     pub gate: Arc<RunGate>,
@@ -102,7 +115,7 @@ pub fn build(context: &Context) -> Result<Machine, MachineError> {
     let mmio = MmioBus::new();
 
     let legacy = add_legacy_devices(context, &vm, &pio)?;
-    let disks = add_pci(context, &layout, &vm, &memory, msi, (&pio, &mmio))?;
+    let handles = add_pci(context, &layout, &vm, &memory, msi, (&pio, &mmio))?;
     let entry = load_guest(context, &memory, &layout)?;
 
     let shared = Arc::new(Shared {
@@ -121,28 +134,43 @@ pub fn build(context: &Context) -> Result<Machine, MachineError> {
         threads: Vec::new(),
         pm: legacy.pm,
         serial: legacy.serial,
-        disks: disks.all,
-        shared_disks: disks.shared,
+        disks: handles.disks,
+        shared_disks: handles.shared_disks,
+        nics: handles.nics,
         disk_gate: Arc::clone(&context.disk_gate),
     })
 }
 
-/// The disks of a machine, as those who stop them see them.
-struct Disks {
-    all: Vec<Arc<BlockHandle>>,
-    shared: Vec<Arc<dyn Quiesce>>,
+/// Disks and network cards of a machine, as those who stop and count them see them.
+#[derive(Default)]
+struct Handles {
+    disks: Vec<Arc<BlockHandle>>,
+    shared_disks: Vec<Arc<dyn Quiesce>>,
+    nics: Vec<Arc<NetHandle>>,
 }
 
-/// Slots are addresses that the guest sees: the console's never depends on the number of disks.
 const CONSOLE_SLOT: u8 = 0;
 const FIRST_DISK_SLOT: u8 = 1;
+const FIRST_NIC_SLOT: u8 = MAX_SLOTS - 1;
+const _: () = assert!(MAX_DISKS_AND_NICS == (MAX_SLOTS - FIRST_DISK_SLOT) as usize);
 
-/// The bus behind the last root port; slot n leads to bus n + 1, and `VmmConfig::check` bounds the disks.
-fn last_bus(config: &VmmConfig) -> u8 {
-    FIRST_DISK_SLOT + config.disks.len() as u8
+/// Slots of the disks, in the order of the configuration: hostd writes them in the order of the VM's definition.
+fn disk_slots() -> impl Iterator<Item = u8> {
+    FIRST_DISK_SLOT..MAX_SLOTS
 }
 
-/// The PCI hierarchy: the fixed functions, a root port for each disk and one for the console.
+/// Slots of the network cards, likewise.
+fn nic_slots() -> impl Iterator<Item = u8> {
+    (FIRST_DISK_SLOT..=FIRST_NIC_SLOT).rev()
+}
+
+/// The bus behind the last root port; slot n leads to bus n + 1, and `VmmConfig::check` bounds disks and network cards.
+fn last_bus(config: &VmmConfig) -> u8 {
+    let last_slot = if config.nics.is_empty() { CONSOLE_SLOT + config.disks.len() as u8 } else { FIRST_NIC_SLOT };
+    last_slot + 1
+}
+
+/// The PCI hierarchy: the fixed functions, a root port for the console and for each disk and network card.
 fn add_pci(
     context: &Context,
     layout: &Layout,
@@ -150,7 +178,7 @@ fn add_pci(
     memory: &GuestMemory,
     msi: Arc<KvmMsi>,
     (pio, mmio): (&PioBus, &MmioBus),
-) -> Result<Disks, MachineError> {
+) -> Result<Handles, MachineError> {
     let map = PciMap {
         ecam_base: ECAM_BASE,
         ecam_buses: ECAM_BUSES,
@@ -159,15 +187,14 @@ fn add_pci(
     };
     let mut topology = Topology::new(map, msi.clone())?;
     let connect = |device: Arc<dyn VirtioDevice>| VirtioPci::new(device, memory.clone(), &*msi, vm.clone());
-    let mut disks = Disks { all: Vec::new(), shared: Vec::new() };
+    let mut handles = Handles::default();
     let keyboard = Arc::new(context.console.device()?);
     if console_hub::keyboard_is_virtio(&context.config.cmdline) {
         context.console.focus(&keyboard);
     }
     let console = Console::open(keyboard, Arc::clone(&context.agent))?;
     topology.add_root_port_device(CONSOLE_SLOT, connect(console)?)?;
-    // The place in the configuration is the slot: hostd writes disks in the order of the VM's definition.
-    for (slot, disk) in (FIRST_DISK_SLOT..).zip(&context.config.disks) {
+    for (slot, disk) in disk_slots().zip(&context.config.disks) {
         let config = BlockConfig {
             name: disk.id.clone(),
             path: disk.path.clone(),
@@ -178,14 +205,21 @@ fn add_pci(
         let (device, handle) = Block::open(config, Arc::clone(&context.disk_gate))?;
         topology.add_root_port_device(slot, connect(device)?)?;
         if disk.shared {
-            disks.shared.push(handle.clone());
+            handles.shared_disks.push(handle.clone());
         }
-        disks.all.push(handle);
+        handles.disks.push(handle);
+    }
+    for (slot, (nic, tap)) in nic_slots().zip(context.config.nics.iter().zip(&context.taps)) {
+        let config = NetConfig { name: nic.id.clone(), mac: nic.mac, mtu: nic.mtu };
+        tracing::info!(nic = %nic.id, mac = %nic.mac, mtu = nic.mtu, tap = tap.interface(), "network card connected");
+        let (device, handle) = Net::open(config, Box::new(tap.try_clone()?), Arc::clone(&context.gate))?;
+        topology.add_root_port_device(slot, connect(device)?)?;
+        handles.nics.push(handle);
     }
     let bus = topology.build();
     bus.program()?;
     bus.insert_into(pio, mmio)?;
-    Ok(disks)
+    Ok(handles)
 }
 
 struct Legacy {
@@ -264,4 +298,27 @@ fn create_vcpus(
         vcpus.push(Vcpu::new(index, fd, Arc::clone(shared)));
     }
     Ok(vcpus)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use vmm_control::config::{MAX_DISKS, MAX_NICS};
+
+    use super::*;
+
+    #[test]
+    fn disks_and_network_cards_grow_towards_each_other_and_never_meet() {
+        // Addresses that guests know: a change is another machine type.
+        assert_eq!(disk_slots().take(3).collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!(nic_slots().take(3).collect::<Vec<_>>(), [27, 26, 25]);
+        for nics in 0..=MAX_NICS {
+            let disks = MAX_DISKS.min(MAX_DISKS_AND_NICS - nics);
+            let taken: BTreeSet<u8> =
+                [CONSOLE_SLOT].into_iter().chain(disk_slots().take(disks)).chain(nic_slots().take(nics)).collect();
+            assert_eq!(taken.len(), 1 + disks + nics);
+            assert!(taken.iter().all(|slot| *slot < MAX_SLOTS));
+        }
+    }
 }

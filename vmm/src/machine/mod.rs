@@ -21,6 +21,7 @@ use crate::devices::block::BlockHandle;
 use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
 use crate::devices::legacy::{PowerControl, PowerRequest};
+use crate::devices::net::NetHandle;
 use crate::lease::quiesce::{DiskGate, Quiesce};
 use crate::memory::GuestMemory;
 
@@ -112,6 +113,7 @@ pub struct Machine {
     serial: Arc<Mutex<SerialPort>>,
     disks: Vec<Arc<BlockHandle>>,
     shared_disks: Vec<Arc<dyn Quiesce>>,
+    nics: Vec<Arc<NetHandle>>,
     disk_gate: Arc<DiskGate>,
 }
 
@@ -127,6 +129,11 @@ impl Machine {
     /// All disks, for their counters.
     pub fn disks(&self) -> Vec<Arc<BlockHandle>> {
         self.disks.clone()
+    }
+
+    /// All network cards, for their counters.
+    pub fn nics(&self) -> Vec<Arc<NetHandle>> {
+        self.nics.clone()
     }
 
     /// The disks that other hosts can open too.
@@ -183,6 +190,11 @@ impl Machine {
             }
         }
         self.disk_gate.close();
+        for nic in &self.nics {
+            if let Err(error) = nic.stop() {
+                tracing::error!(nic = nic.name(), %error, "the guest has ended, its network card has not");
+            }
+        }
         let until = Instant::now() + DRAIN;
         let mut drained = true;
         for disk in &self.disks {

@@ -4,6 +4,7 @@
 //! executed), so a chain whose last descriptor promises another one is an error.
 
 use virtio_queue::DescriptorChain;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _, Permissions};
 
 use crate::memory::GuestMemory;
@@ -168,6 +169,64 @@ impl Segments {
             rest = later;
         }
         rest.is_empty()
+    }
+
+    /// Appends the host addresses of all but the first `skip` bytes, for the kernel to read (`Permissions::Read`) or to write.
+    /// They are valid while `memory` is mapped. Returns false when guest memory does not give them.
+    #[must_use]
+    pub fn host_buffers(
+        &self,
+        memory: &GuestMemory,
+        access: Permissions,
+        skip: u64,
+        list: &mut Vec<libc::iovec>,
+    ) -> bool {
+        let mut skip = usize::try_from(skip).unwrap_or(usize::MAX);
+        for segment in &self.0 {
+            let Ok(slices) = memory.get_slices(segment.address, segment.len as usize, access) else {
+                return false;
+            };
+            for slice in slices {
+                let Ok(slice) = slice else {
+                    return false;
+                };
+                let skipped = skip.min(slice.len());
+                skip -= skipped;
+                if skipped == slice.len() {
+                    continue;
+                }
+                list.push(libc::iovec {
+                    // SAFETY: inside of the slice.
+                    iov_base: unsafe { slice.ptr_guard_mut().as_ptr().add(skipped) }.cast(),
+                    iov_len: slice.len() - skipped,
+                });
+            }
+        }
+        true
+    }
+
+    /// Notes that the kernel wrote to the first `len` bytes, for migration: it does not do so itself. Returns false when
+    /// guest memory does not give them.
+    #[must_use]
+    pub fn mark_written(&self, memory: &GuestMemory, len: u64) -> bool {
+        let mut left = len;
+        for segment in &self.0 {
+            if left == 0 {
+                break;
+            }
+            let now = left.min(u64::from(segment.len));
+            left -= now;
+            let Ok(slices) = memory.get_slices(segment.address, now as usize, Permissions::Write) else {
+                return false;
+            };
+            for slice in slices {
+                let Ok(slice) = slice else {
+                    return false;
+                };
+                slice.bitmap().mark_dirty(0, slice.len());
+            }
+        }
+        left == 0
     }
 }
 

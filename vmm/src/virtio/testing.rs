@@ -92,6 +92,12 @@ impl FakeDriver {
         self.function.bar_write(0, offset, &value.to_le_bytes()[..len]);
     }
 
+    /// A queue's register of an address: 32 descriptors, 40 avail ring, 48 used ring.
+    pub fn read_queue_address(&self, queue: u16, register: u64) -> u64 {
+        self.write(22, 2, u64::from(queue));
+        self.read(register, 8)
+    }
+
     pub fn status(&self) -> u8 {
         self.read(20, 1) as u8
     }

@@ -343,3 +343,80 @@ fn a_saved_function_goes_on_where_it_stopped() {
     assert_eq!(moved.serve().unwrap(), 1, "not the old one again");
     assert_eq!(driver.used(0), (head, 3));
 }
+
+/// A driver whose four chains the device holds.
+fn four_chains() -> (Arc<Echo>, FakeDriver) {
+    let (device, mut driver) = echo();
+    driver.start();
+    let at = driver.buffer(&[0; 64]);
+    for _ in 0..4 {
+        driver.submit(0, &[Buffer::In(at, 16)]);
+    }
+    for head in 0..4 {
+        assert_eq!(locked(&device.queue).as_mut().unwrap().pop().unwrap().unwrap().head, head);
+    }
+    (device, driver)
+}
+
+#[test]
+fn chains_that_come_back_together_interrupt_a_driver_that_waits_for_the_first() {
+    let (device, mut driver) = four_chains();
+    // The driver wants to know of the very next one, which is not the last of the three.
+    {
+        let mut queue = locked(&device.queue);
+        let queue = queue.as_mut().unwrap();
+        queue.complete_together(&[(0, 16), (1, 16), (2, 5)]).unwrap();
+        assert_eq!(queue.outstanding(), 1);
+        queue.notify().unwrap();
+    }
+    assert_eq!(driver.interrupts(0), 1);
+    assert_eq!([(); 3].map(|()| driver.used(0)), [(0, 16), (1, 16), (2, 5)]);
+    // Nor does it hear of what it did not ask for.
+    let mut queue = locked(&device.queue);
+    let queue = queue.as_mut().unwrap();
+    queue.complete_together(&[(3, 1)]).unwrap();
+    queue.notify().unwrap();
+    queue.complete_together(&[]).unwrap();
+    assert_eq!((driver.interrupts(0), queue.outstanding()), (1, 0));
+}
+
+#[test]
+fn a_driver_sees_all_chains_of_a_frame_or_none() {
+    let (device, driver) = four_chains();
+    let used_index = vm_memory::GuestAddress(driver.read_queue_address(0, 48) + 2);
+    let memory = driver.memory.clone();
+    let ending = Arc::new(AtomicBool::new(false));
+    let watcher = std::thread::spawn({
+        let ending = ending.clone();
+        move || {
+            use vm_memory::Bytes;
+            let mut looks = 0u64;
+            while !ending.load(Ordering::SeqCst) {
+                let used: u16 = memory.load(used_index, Ordering::Acquire).unwrap();
+                assert_eq!(used % 4, 0, "a part of a frame is seen");
+                looks += 1;
+            }
+            looks
+        }
+    });
+    for _ in 0..100_000 {
+        locked(&device.queue).as_mut().unwrap().complete_together(&[(0, 1), (1, 1), (2, 1), (3, 1)]).unwrap();
+    }
+    ending.store(true, Ordering::SeqCst);
+    assert!(watcher.join().unwrap() > 0);
+}
+
+#[test]
+fn a_driver_without_event_indexes_can_ask_for_silence() {
+    use vm_memory::Bytes;
+    let (device, mut driver) = echo();
+    driver.start_with(!(1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX));
+    let flags = vm_memory::GuestAddress(driver.read_queue_address(0, 40));
+    let at = driver.buffer(b"x");
+    for (no_interrupt, interrupts) in [(0u16, 1), (1, 1), (0, 2)] {
+        driver.memory.write_obj(no_interrupt, flags).unwrap();
+        driver.submit(0, &[Buffer::Out(at, 1)]);
+        device.serve().unwrap();
+        assert_eq!(driver.interrupts(0), interrupts);
+    }
+}

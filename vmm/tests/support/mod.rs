@@ -1,4 +1,5 @@
 //! A small guest, and a vmm process that runs it, for the tests of the whole program.
+#![allow(dead_code, reason = "each test program uses its part")]
 
 pub mod guest;
 
@@ -40,6 +41,7 @@ pub struct TestVm {
     dir: TempDir,
     child: Option<Child>,
     config: Value,
+    arguments: Vec<String>,
 }
 
 impl TestVm {
@@ -62,11 +64,17 @@ impl TestVm {
             "started_marker": path("started-41"),
             "run_dir": dir.path(),
         });
-        Self { dir, child: None, config }
+        Self { dir, child: None, config, arguments: Vec::new() }
     }
 
     pub fn set(&mut self, field: &str, value: Value) -> &mut Self {
         self.config[field] = value;
+        self
+    }
+
+    /// Adds to the command line.
+    pub fn argue(&mut self, arguments: &[&str]) -> &mut Self {
+        self.arguments.extend(arguments.iter().map(|argument| (*argument).to_owned()));
         self
     }
 
@@ -87,6 +95,7 @@ impl TestVm {
             .arg(self.path("config.json"))
             .arg("--control")
             .arg(self.path("control"))
+            .args(&self.arguments)
             .stdin(Stdio::null())
             .stderr(log)
             .spawn()

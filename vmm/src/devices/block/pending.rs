@@ -1,13 +1,11 @@
 //! One request between the driver and the kernel: its buffers laid out for the file, and what a result means for it.
 
-use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestMemory as _, Permissions};
+use vm_memory::Permissions;
 
 use super::backend::Io;
 use super::disk::AlignedBuffer;
 use super::request::{Operation, Request, Status};
 use crate::memory::GuestMemory;
-use crate::virtio::Segments;
 
 /// Times that a request is started again because the kernel asked for it (EAGAIN, EINTR).
 const MAX_RETRIES: u32 = 16;
@@ -67,9 +65,11 @@ impl Pending {
             }];
             return Prepared::Ready { bounced: 0 };
         }
-        let Some(list) = host_buffers(&self.memory, &self.request.data, is_write, self.done) else {
+        let access = if is_write { Permissions::Read } else { Permissions::Write };
+        let mut list = Vec::with_capacity(self.request.data.count());
+        if !self.request.data.host_buffers(&self.memory, access, self.done, &mut list) {
             return Prepared::Unusable;
-        };
+        }
         let aligned = direct.is_none_or(|alignment| {
             list.iter().all(|v| (v.iov_base as usize).is_multiple_of(alignment) && v.iov_len.is_multiple_of(alignment))
         });
@@ -137,42 +137,6 @@ impl Pending {
         if let Some(bounce) = self.buffers.bounce.as_ref() {
             return self.request.data.write(&self.memory, bounce.bytes());
         }
-        for segment in self.request.data.iter() {
-            let slices = self.memory.get_slices(segment.address, segment.len as usize, Permissions::Write);
-            let Ok(slices) = slices else {
-                return false;
-            };
-            for slice in slices {
-                let Ok(slice) = slice else {
-                    return false;
-                };
-                slice.bitmap().mark_dirty(0, slice.len());
-            }
-        }
-        true
+        self.request.data.mark_written(&self.memory, self.request.data.len())
     }
-}
-
-/// Host addresses of guest buffers, without their first `skip` bytes.
-fn host_buffers(memory: &GuestMemory, data: &Segments, is_write: bool, skip: u64) -> Option<Vec<libc::iovec>> {
-    let access = if is_write { Permissions::Read } else { Permissions::Write };
-    let mut list = Vec::with_capacity(data.count());
-    let mut skip = skip as usize;
-    for segment in data.iter() {
-        let slices = memory.get_slices(segment.address, segment.len as usize, access).ok()?;
-        for slice in slices {
-            let slice = slice.ok()?;
-            let skipped = skip.min(slice.len());
-            skip -= skipped;
-            if skipped == slice.len() {
-                continue;
-            }
-            list.push(libc::iovec {
-                // SAFETY: inside of the slice.
-                iov_base: unsafe { slice.ptr_guard_mut().as_ptr().add(skipped) }.cast(),
-                iov_len: slice.len() - skipped,
-            });
-        }
-    }
-    Some(list)
 }
