@@ -39,7 +39,7 @@ mod tests;
 #[cfg(test)]
 mod tests_of_hostile_drivers;
 #[cfg(test)]
-mod tests_on_a_tap;
+mod with_tun;
 
 pub use config::NetConfig;
 pub use device::Net;

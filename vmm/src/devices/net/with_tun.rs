@@ -1,4 +1,5 @@
-//! The card on a tap of this machine's kernel, in a network of the test's own: what the sockets tell of offloads cannot.
+//! The card on a tap of this machine's kernel, in a network of the test's own: what the sockets tell of offloads cannot. They need
+//! root and /dev/net/tun; `make test` leaves them out, and says so, where either is missing.
 
 use std::ffi::{c_int, c_ulong};
 use std::io;
@@ -43,10 +44,10 @@ fn open_tun(mode: c_int) -> io::Result<OwnedFd> {
     Ok(tun.into())
 }
 
-/// A network of this thread's own with one tap in it. `None`, with the reason, where this machine gives none.
-fn own_network(mode: c_int) -> Option<OwnedFd> {
+/// A network of this thread's own with one tap in it.
+fn own_network(mode: c_int) -> OwnedFd {
     let made = unshare(CloneFlags::CLONE_NEWNET).map_err(io::Error::from).and_then(|()| open_tun(mode));
-    made.inspect_err(|error| eprintln!("skipped: no tap in a network namespace of one's own: {error}")).ok()
+    made.expect("a tap in a network namespace of one's own: root, and /dev/net/tun")
 }
 
 fn socket(family: c_int, kind: c_int, protocol: c_int) -> OwnedFd {
@@ -190,8 +191,8 @@ struct Guest {
     next: usize,
 }
 
-fn guest(features: u64) -> Option<Guest> {
-    let tap = own_network(TAP_MODE)?;
+fn guest(features: u64) -> Guest {
+    let tap = own_network(TAP_MODE);
     let tap = KernelTap::adopt("lan", tap).unwrap();
     assert_eq!(tap.interface(), "lan0");
     let config = NetConfig { name: "lan".into(), mac: GUEST_MAC, mtu: 1500 };
@@ -207,7 +208,7 @@ fn guest(features: u64) -> Option<Guest> {
         use crate::pci::PciFunction;
         driver.function.save().is_ok_and(|saved| saved["positions"].as_array().is_some_and(|p| p.len() == 2))
     });
-    Some(Guest { driver, handle, host: Host::up(), buffers, next: 0 })
+    Guest { driver, handle, host: Host::up(), buffers, next: 0 }
 }
 
 impl Guest {
@@ -250,9 +251,7 @@ fn host_socket() -> UdpSocket {
 
 #[test]
 fn a_checksum_is_left_to_a_guest_that_agreed_to_it() {
-    let Some(mut guest) = guest(u64::MAX) else {
-        return;
-    };
+    let mut guest = guest(u64::MAX);
     host_socket().send_to(&payload(600), (GUEST_IP, 9)).unwrap();
     let (header, frame) = guest.receive(UDP);
     let wanted = FrameHeader { flags: 1, checksum_start: 34, checksum_offset: 6, buffers: 1, ..PLAIN };
@@ -264,9 +263,7 @@ fn a_checksum_is_left_to_a_guest_that_agreed_to_it() {
 
 #[test]
 fn a_guest_that_does_not_agree_gets_whole_checksums() {
-    let Some(mut guest) = guest(!(1 << VIRTIO_NET_F_GUEST_CSUM)) else {
-        return;
-    };
+    let mut guest = guest(!(1 << VIRTIO_NET_F_GUEST_CSUM));
     host_socket().send_to(&payload(600), (GUEST_IP, 9)).unwrap();
     let (header, frame) = guest.receive(UDP);
     assert_eq!(header, FrameHeader { buffers: 1, ..PLAIN });
@@ -275,9 +272,7 @@ fn a_guest_that_does_not_agree_gets_whole_checksums() {
 
 #[test]
 fn the_host_completes_a_checksum_of_the_guest() {
-    let Some(mut guest) = guest(u64::MAX) else {
-        return;
-    };
+    let mut guest = guest(u64::MAX);
     let socket = host_socket();
     let port = socket.local_addr().unwrap().port();
     let (to, from) = ((guest.host.mac, HOST_IP), (GUEST_MAC, GUEST_IP));
@@ -294,9 +289,7 @@ fn the_host_completes_a_checksum_of_the_guest() {
 
 #[test]
 fn segments_stay_together_for_a_guest_that_agreed_to_them() {
-    let Some(mut guest) = guest(u64::MAX) else {
-        return;
-    };
+    let mut guest = guest(u64::MAX);
     let sent = packet((GUEST_MAC, GUEST_IP), (guest.host.mac, HOST_IP), TCP, &tcp(HOST_IP, GUEST_IP, &payload(20_000)));
     send_segments(&guest.host.frames(), &sent);
     let (header, frame) = guest.receive(TCP);
@@ -308,9 +301,7 @@ fn segments_stay_together_for_a_guest_that_agreed_to_them() {
 
 #[test]
 fn segments_are_cut_for_a_guest_that_does_not_agree() {
-    let Some(mut guest) = guest(!(1 << VIRTIO_NET_F_GUEST_TSO4)) else {
-        return;
-    };
+    let mut guest = guest(!(1 << VIRTIO_NET_F_GUEST_TSO4));
     let sent = packet((GUEST_MAC, GUEST_IP), (guest.host.mac, HOST_IP), TCP, &tcp(HOST_IP, GUEST_IP, &payload(20_000)));
     send_segments(&guest.host.frames(), &sent);
     let mut received: Vec<u8> = Vec::new();
@@ -333,9 +324,7 @@ fn send_segments(frames: &OwnedFd, frame: &[u8]) {
 
 #[test]
 fn segments_of_the_guest_reach_the_host_as_one() {
-    let Some(mut guest) = guest(u64::MAX) else {
-        return;
-    };
+    let mut guest = guest(u64::MAX);
     let frames = guest.host.frames();
     let sent = packet((guest.host.mac, HOST_IP), (GUEST_MAC, GUEST_IP), TCP, &tcp(GUEST_IP, HOST_IP, &payload(30_000)));
     guest.transmit(SEGMENTS, &sent);
@@ -358,9 +347,7 @@ fn segments_of_the_guest_reach_the_host_as_one() {
 
 #[test]
 fn a_tap_that_the_host_deletes_is_a_link_that_is_down() {
-    let Some(guest) = guest(u64::MAX) else {
-        return;
-    };
+    let guest = guest(u64::MAX);
     assert!(guest.handle.is_link_up());
     guest.host.delete();
     guest.driver.wait("the link", |_| !guest.handle.is_link_up());
@@ -374,17 +361,13 @@ fn a_tap_in_another_mode_is_refused_in_words() {
         (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR, "is a tun"),
         (libc::IFF_TAP | libc::IFF_NO_PI, "without a virtio header"),
     ] {
-        let Some(tap) = own_network(mode) else {
-            return;
-        };
+        let tap = own_network(mode);
         let refused = KernelTap::adopt("lan", tap).unwrap_err();
         assert!(matches!(refused, TapError::WrongMode { .. }));
         let text = refused.to_string();
         assert!(text.contains(why) && text.contains("lan0"), "{text}");
     }
     // One that nobody has attached yet.
-    let Ok(tun) = std::fs::File::options().read(true).write(true).open("/dev/net/tun") else {
-        return;
-    };
+    let tun = std::fs::File::options().read(true).write(true).open("/dev/net/tun").unwrap();
     assert!(matches!(KernelTap::adopt("lan", tun.into()), Err(TapError::NotATap { .. })));
 }
