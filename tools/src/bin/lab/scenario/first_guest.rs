@@ -72,7 +72,8 @@ async fn network(stage: &Stage, guest: &Guest, table: &mut Table) -> Result<()> 
     ensure!(lost == "0%", "pings were lost: {pings}");
     table.row("pings of 20 lost", lost, "0%");
 
-    stage.sh(from, "rm -f /tmp/got; nc -l -p 9000 >/tmp/got 2>/dev/null </dev/null &").await?;
+    // With its own input at an end nc would hang up at once, and busybox's at the other end takes that for the end of all.
+    stage.sh(from, "rm -f /tmp/got; (sleep 120 | nc -l -p 9000 >/tmp/got) >/dev/null 2>&1 </dev/null &").await?;
     let make = format!("sh dd if=/dev/urandom of=/tmp/blob bs=64k count={} 2>/dev/null; sha256sum /tmp/blob", MIB * 16);
     let send = "sh nc 10.77.0.3 9000 </tmp/blob; echo sent";
     let said = guest.console(stage, from, &[&make, send], "^sent").await?;
