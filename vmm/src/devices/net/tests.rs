@@ -267,6 +267,11 @@ fn a_frame_waits_in_the_tap_for_a_buffer() {
     let (first, second) = (frame(200, 6), frame(300, 7));
     guest.send(PLAIN, &first);
     guest.send(PLAIN, &second);
+    // Passes that find the frames and no buffer: each takes a frame of the guest too.
+    for _ in 0..3 {
+        guest.transmit(PLAIN, &frame(60, 0));
+        guest.driver.used(TX);
+    }
     let at = [guest.offer(512), guest.offer(512)];
     assert_eq!(guest.take(&at[..1]).1, first);
     assert_eq!(guest.take(&at[1..]).1, second);
@@ -515,6 +520,23 @@ fn what_the_driver_is_offered_belongs_to_the_machine_type() {
     assert_eq!(mac, config().mac.octets());
     assert_eq!(guest.driver.read(0x200a, 2), 1500);
     assert_eq!(guest.driver.read(0x2f00, 8), 0, "there is no more");
+}
+
+#[test]
+fn a_card_that_was_reset_leaves_memory_alone() {
+    let mut guest = Guest::started();
+    let at = guest.offer(1536);
+    guest.driver.reset();
+    // Its memory is the driver's again, from this moment.
+    for _ in 0..50 {
+        guest.send(PLAIN, &frame(100, 41));
+        std::thread::yield_now();
+    }
+    guest.driver.start();
+    guest.wait_served();
+    assert_eq!(guest.driver.bytes(at, 1536), vec![0; 1536]);
+    assert_eq!(guest.handle.metrics().counters().rx_frames, 0);
+    guest.both_ways_work();
 }
 
 #[test]

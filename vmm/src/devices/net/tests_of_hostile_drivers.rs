@@ -110,6 +110,8 @@ fn more_buffers_than_one_read_takes_are_filled_all_the_same() {
         guest.driver.offer_quietly(RX, head);
     }
     guest.driver.kick(RX);
+    // More than all of them hold: it is given up, and leaves all of them in stock.
+    guest.send(SEGMENTS, &frame(20_000, 1));
     let mut at = area;
     for len in [9000usize, 100, 1500] {
         let sent = frame(len, len as u8);
@@ -121,6 +123,7 @@ fn more_buffers_than_one_read_takes_are_filled_all_the_same() {
         at += chains as u64 * 64;
     }
     assert!(guest.handle.is_link_up());
+    assert_eq!(guest.handle.metrics().counters().rx_dropped, 1);
 }
 
 #[test]
