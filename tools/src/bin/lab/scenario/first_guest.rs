@@ -75,8 +75,9 @@ async fn network(stage: &Stage, guest: &Guest, table: &mut Table) -> Result<()> 
     // With its own input at an end nc would hang up at once, and busybox's at the other end takes that for the end of all.
     stage.sh(from, "rm -f /tmp/got; (sleep 120 | nc -l -p 9000 >/tmp/got) >/dev/null 2>&1 </dev/null &").await?;
     let make = format!("sh dd if=/dev/urandom of=/tmp/blob bs=64k count={} 2>/dev/null; sha256sum /tmp/blob", MIB * 16);
-    let send = "sh nc 10.77.0.3 9000 </tmp/blob; echo sent";
-    let said = guest.console(stage, from, &[&make, send], "^sent").await?;
+    // Typed in two words, so that only the answer is one.
+    let send = "sh nc 10.77.0.3 9000 </tmp/blob; echo all-''sent";
+    let said = guest.console(stage, from, &[&make, send], "all-sent").await?;
     let sum = said.lines().find_map(|line| line.strip_suffix("  /tmp/blob")).context("the guest made no file")?;
     let got = stage.sh(from, "sha256sum </tmp/got").await?;
     ensure!(got.starts_with(sum.trim()), "host3 got another file ({got}) than the guest sent ({sum})");
