@@ -57,6 +57,7 @@ fn agent(packages: &Packages) -> Result<Vec<u8>> {
     tree::add_libraries(&mut archive, &libraries)?;
     // With it the agent sets the clock of the machine as well.
     archive.symlink("sbin/hwclock", "../bin/busybox");
+    archive.file("sbin/shutdown", 0o755, script!("shutdown").as_bytes());
     let release = "ID=debian\nVERSION_ID=12\nPRETTY_NAME=\"Debian GNU/Linux 12, the lab's guest\"\n";
     archive.file("etc/os-release", 0o644, release.as_bytes());
     Ok(archive.finish())
