@@ -13,9 +13,10 @@ use vmm_control::{ExitReason, ExitReport, Notice, PauseReason, VmmConfig};
 
 use crate::boot::BootFiles;
 use crate::console_hub::ConsoleHub;
-use crate::control::{Control, ControlServer};
+use crate::control::{Control, ControlServer, Running};
 use crate::cpu::gate::RunGate;
 use crate::devices::legacy::boot_timer::BootTime;
+use crate::io_stop::IoStop;
 use crate::lease::quiesce::DiskGate;
 use crate::lease::{self, Lease, LeaseChange};
 use crate::log;
@@ -164,14 +165,25 @@ fn prepare(config: &VmmConfig, process_start: Instant) -> Result<Prepared, Prepa
     };
     let deadline = config.lease.map(|l| l.deadline_boottime_ns);
     let lease = Lease::new(config.epoch, deadline, Arc::clone(&gate), Arc::clone(&disk_gate), listener)?;
+    let io_stop = {
+        let control = Arc::clone(&control);
+        let listener = move || control.notify(Notice::Paused { reason: PauseReason::IoError, quiesced: false });
+        IoStop::new(Arc::clone(&gate), Box::new(listener))
+    };
     let boot_time = BootTime::new(process_start);
     let exits = Arc::new(ExitCounters::default());
-    control.connect(Arc::clone(&lease), Arc::clone(&gate), Arc::clone(&boot_time), Arc::clone(&exits));
+    control.connect(Running {
+        lease: Arc::clone(&lease),
+        gate: Arc::clone(&gate),
+        io_stop: Arc::clone(&io_stop),
+        boot_time: Arc::clone(&boot_time),
+        exits: Arc::clone(&exits),
+    });
     if deadline.is_some() {
         lease::thread::start(Arc::clone(&lease))?;
     }
-    let context =
-        Context { config: config.clone(), kvm, files, console, gate, disk_gate, lease, endings, boot_time, exits };
+    let config = config.clone();
+    let context = Context { config, kvm, files, console, gate, disk_gate, io_stop, lease, endings, boot_time, exits };
     Ok(Prepared { context, control, endings: receiver })
 }
 
@@ -267,7 +279,8 @@ fn run_machine(
     endings: &EndingsReceiver,
     ran: &mut bool,
 ) -> Result<Ending, String> {
-    // The last machine's end closed the gate.
+    // An error of the last machine's disks went with it, and its end closed the gate.
+    context.io_stop.forget();
     context.lease.open_disks_if_valid();
     if let Some(ending) = endings.drain() {
         return Ok(ending);

@@ -1,5 +1,7 @@
 //! One request between the driver and the kernel: its buffers laid out for the file, and what a result means for it.
 
+use std::time::Duration;
+
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemory as _, Permissions};
 
@@ -23,6 +25,16 @@ pub(super) struct Pending {
     /// The driver was reset: no answer.
     pub(super) orphan: bool,
     pub(super) write_through: bool,
+    pub(super) fare: Fare,
+}
+
+/// What a request owes to the rate limit. Paid once, however often it is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fare {
+    Unpaid,
+    /// Found no tokens at this time.
+    WaitsSince(Duration),
+    Paid,
 }
 
 #[derive(Default)]
@@ -47,6 +59,8 @@ pub(super) enum Step {
     /// A part is done, or the kernel asks to try again.
     Again,
     End(Status),
+    /// Storage failed it, with this error number.
+    Failed(i32),
 }
 
 impl Pending {
@@ -116,7 +130,7 @@ impl Pending {
                 Step::Again
             }
             Ok(libc::EOPNOTSUPP) if !transfers => Step::End(Status::Unsupported),
-            Ok(error) if error > 0 => Step::End(Status::IoError),
+            Ok(errno) if errno > 0 => Step::Failed(errno),
             _ if !transfers => Step::End(Status::Ok),
             _ => {
                 self.done += result.unsigned_abs();
@@ -124,7 +138,7 @@ impl Pending {
                     Step::End(Status::Ok)
                 } else if result == 0 {
                     // The file ended before the disk did: somebody cut it.
-                    Step::End(Status::IoError)
+                    Step::Failed(libc::EIO)
                 } else {
                     Step::Again
                 }
@@ -132,24 +146,27 @@ impl Pending {
         }
     }
 
-    /// Makes a read visible to the guest: copies a bounce buffer, marks what the kernel wrote as dirty.
+    /// Copies a bounce buffer to the guest.
     pub(super) fn deliver(&mut self) -> bool {
-        if let Some(bounce) = self.buffers.bounce.as_ref() {
-            return self.request.data.write(&self.memory, bounce.bytes());
+        match self.buffers.bounce.as_ref() {
+            Some(bounce) => self.request.data.write(&self.memory, bounce.bytes()),
+            None => true,
         }
-        for segment in self.request.data.iter() {
+    }
+
+    /// Marks the pages that a read may have written. False when they are not guest memory.
+    pub(super) fn mark_written(&self) -> bool {
+        if !matches!(self.request.operation, Operation::Read { .. }) || self.buffers.bounce.is_some() {
+            return true;
+        }
+        self.request.data.iter().all(|segment| {
             let slices = self.memory.get_slices(segment.address, segment.len as usize, Permissions::Write);
-            let Ok(slices) = slices else {
-                return false;
-            };
-            for slice in slices {
-                let Ok(slice) = slice else {
-                    return false;
-                };
-                slice.bitmap().mark_dirty(0, slice.len());
-            }
-        }
-        true
+            slices.is_ok_and(|slices| {
+                slices
+                    .map(|slice| slice.map(|slice| slice.bitmap().mark_dirty(0, slice.len())))
+                    .all(|marked| marked.is_ok())
+            })
+        })
     }
 }
 
