@@ -25,6 +25,7 @@ pub mod control;
 pub mod cpu;
 pub mod devices;
 pub mod interrupt;
+pub mod io_stop;
 pub mod lease;
 pub mod log;
 pub mod machine;

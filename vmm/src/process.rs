@@ -14,10 +14,11 @@ use vmm_control::{ExitReason, ExitReport, Notice, PauseReason, VmmConfig};
 use crate::agent_channel::AgentChannel;
 use crate::boot::BootFiles;
 use crate::console_hub::ConsoleHub;
-use crate::control::{Control, ControlServer};
+use crate::control::{Control, ControlServer, Running};
 use crate::cpu::gate::RunGate;
 use crate::devices::legacy::boot_timer::BootTime;
 use crate::devices::net::{TapFd, tap};
+use crate::io_stop::IoStop;
 use crate::lease::quiesce::DiskGate;
 use crate::lease::{self, Lease, LeaseChange};
 use crate::log;
@@ -170,9 +171,20 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
     };
     let deadline = config.lease.map(|l| l.deadline_boottime_ns);
     let lease = Lease::new(config.epoch, deadline, Arc::clone(&gate), Arc::clone(&disk_gate), listener)?;
+    let io_stop = {
+        let control = Arc::clone(&control);
+        let listener = move || control.notify(Notice::Paused { reason: PauseReason::IoError, quiesced: false });
+        IoStop::new(Arc::clone(&gate), Box::new(listener))
+    };
     let boot_time = BootTime::new(process_start);
     let exits = Arc::new(ExitCounters::default());
-    control.connect(Arc::clone(&lease), Arc::clone(&gate), Arc::clone(&boot_time), Arc::clone(&exits));
+    control.connect(Running {
+        lease: Arc::clone(&lease),
+        gate: Arc::clone(&gate),
+        io_stop: Arc::clone(&io_stop),
+        boot_time: Arc::clone(&boot_time),
+        exits: Arc::clone(&exits),
+    });
     if deadline.is_some() {
         lease::thread::start(Arc::clone(&lease))?;
     }
@@ -185,6 +197,7 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         agent,
         gate,
         disk_gate,
+        io_stop,
         lease,
         endings,
         boot_time,
@@ -285,7 +298,8 @@ fn run_machine(
     endings: &EndingsReceiver,
     ran: &mut bool,
 ) -> Result<Ending, String> {
-    // The last machine's end closed the gate.
+    // An error of the last machine's disks went with it, and its end closed the gate.
+    context.io_stop.forget();
     context.lease.open_disks_if_valid();
     if let Some(ending) = endings.drain() {
         return Ok(ending);

@@ -110,5 +110,6 @@ fn status(config: &VmmConfig) -> Status {
         overhead_bytes: None,
         resets: 0,
         agent_open: false,
+        io_error: None,
     }
 }

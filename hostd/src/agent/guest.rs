@@ -73,6 +73,7 @@ impl Seen {
             RunState::Running => GuestStatus::Up,
             RunState::Paused { reason: PauseReason::LeaseExpired } => GuestStatus::PausedLease,
             RunState::Paused { reason: PauseReason::Requested } => GuestStatus::PausedUser,
+            RunState::Paused { reason: PauseReason::IoError } => GuestStatus::PausedIo,
             RunState::ShuttingDown => GuestStatus::PoweringDown,
         };
         let Status { quiesced, deadline_ns, overhead_bytes, .. } = *status;

@@ -76,6 +76,7 @@ pub fn vmm_config(
             serial: disk.id.clone(),
             // Nothing here can know that no other host reaches the same storage.
             shared: true,
+            ..DiskConfig::default()
         });
     }
     let nic = |nic: &Nic| NicConfig { id: nic.id.clone(), mac: nic.mac_of(identity.vm), mtu: DEFAULT_MTU };

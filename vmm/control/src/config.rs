@@ -11,6 +11,8 @@ use pnet_base::MacAddr;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::disk::DiskConfig;
+
 /// Bounds of a configuration. They are far above use, and keep a damaged file from asking for the impossible.
 pub const MAX_CONFIG_BYTES: u64 = 256 << 10;
 pub const MAX_VCPUS: u16 = 254;
@@ -75,23 +77,6 @@ impl LogLevel {
             Self::Trace => "trace",
         }
     }
-}
-
-/// One disk of the guest, in the order of its root ports.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskConfig {
-    /// Name in logs, metrics and errors.
-    pub id: String,
-    pub path: PathBuf,
-    #[serde(default)]
-    pub read_only: bool,
-    /// What the guest sees as the disk's serial number.
-    #[serde(default)]
-    pub serial: String,
-    /// Whether another host can open the same storage. Those disks are closed when the lease ends.
-    #[serde(default)]
-    pub shared: bool,
 }
 
 /// One network card of the guest. Its tap is not named here: hostd opens it and hands the descriptor over
@@ -180,7 +165,7 @@ pub enum ConfigError {
     Invalid { field: String, why: String },
 }
 
-fn invalid(field: impl Into<String>, why: impl Into<String>) -> ConfigError {
+pub(crate) fn invalid(field: impl Into<String>, why: impl Into<String>) -> ConfigError {
     ConfigError::Invalid { field: field.into(), why: why.into() }
 }
 
@@ -271,12 +256,10 @@ impl VmmConfig {
         let mut ids = BTreeSet::new();
         for (at, disk) in self.disks.iter().enumerate() {
             let field = |name: &str| format!("disks[{at}].{name}");
-            check_text(&field("id"), &disk.id, MAX_NAME_BYTES)?;
+            disk.check(field)?;
             if disk.id.is_empty() || !ids.insert(&disk.id) {
                 return Err(invalid(field("id"), "empty, or used twice"));
             }
-            check_text(&field("serial"), &disk.serial, MAX_DISK_SERIAL_BYTES)?;
-            check_path(&field("path"), &disk.path)?;
         }
         Ok(())
     }
@@ -309,7 +292,7 @@ impl VmmConfig {
     }
 }
 
-fn check_text(field: &str, text: &str, limit: usize) -> Result<(), ConfigError> {
+pub(crate) fn check_text(field: &str, text: &str, limit: usize) -> Result<(), ConfigError> {
     if text.len() > limit {
         return Err(invalid(field, format!("longer than {limit} bytes")));
     }
@@ -319,7 +302,7 @@ fn check_text(field: &str, text: &str, limit: usize) -> Result<(), ConfigError> 
     Ok(())
 }
 
-fn check_path(field: &str, path: &Path) -> Result<(), ConfigError> {
+pub(crate) fn check_path(field: &str, path: &Path) -> Result<(), ConfigError> {
     let len = path.as_os_str().len();
     if !path.is_absolute() || len > MAX_PATH_BYTES {
         let why = format!("must be an absolute path of at most {MAX_PATH_BYTES} bytes");

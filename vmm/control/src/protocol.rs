@@ -35,21 +35,17 @@ pub enum Call {
     /// What the guest does: [`Status`].
     Status,
     /// Extends the lease, and resumes a guest that was paused by its end. Only for the epoch that this process runs under.
-    Confirm {
-        epoch: u64,
-        deadline_ns: u64,
-    },
+    Confirm { epoch: u64, deadline_ns: u64 },
     /// Stops the vCPUs. Independent of the lease: both must allow the guest to run.
     Pause,
+    /// Ends a pause that was asked for, and one that an I/O error caused: the failed requests are tried again.
     Resume,
     /// Presses the ACPI power button.
     PowerButton,
     /// Ends the guest at once, as pulling the plug would; its disks are drained.
     PowerOff,
     /// Resets the guest. A repeated `id` is answered and does nothing, so a retry is safe.
-    Reset {
-        id: u64,
-    },
+    Reset { id: u64 },
     /// Turns this connection into the guest's console.
     ConsoleAttach,
     /// Turns this connection into the guest agent's port. Refused as `taken` while another client has it.
@@ -225,8 +221,21 @@ pub struct Hello {
 pub enum PauseReason {
     /// `pause` over the control socket.
     Requested,
-    /// The lease ended. Goes before `requested` when both hold.
+    /// The lease ended. Goes before the others when several hold.
     LeaseExpired,
+    /// A disk whose policy is to stop met an error; [`Status::io_error`] has it. Goes before `requested`. `resume` tries again.
+    IoError,
+}
+
+/// What a guest was paused for by a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskFault {
+    /// The disk's id.
+    pub disk: String,
+    /// The request and the error, in words.
+    pub what: String,
+    /// There is no space left: the usual reason, and one that more space ends.
+    pub no_space: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -255,6 +264,9 @@ pub struct Status {
     /// A program in the guest has the agent's port open. False from a vmm of protocol version 1.
     #[serde(default)]
     pub agent_open: bool,
+    /// Present while an I/O error holds the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_error: Option<DiskFault>,
 }
 
 #[cfg(test)]

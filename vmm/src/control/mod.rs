@@ -6,6 +6,9 @@
 pub mod client;
 pub mod server;
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -27,6 +30,7 @@ use crate::devices::legacy::boot_timer::BootTime;
 use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
 use crate::devices::net::NetHandle;
+use crate::io_stop::IoStop;
 use crate::lease::{ConfirmError, Lease, LeaseChange, Phase};
 use crate::machine::{Ending, Endings, Machine};
 use crate::metrics::{self, ExitCounters};
@@ -56,11 +60,12 @@ pub struct Control {
 }
 
 /// What lives as long as the process.
-struct Running {
-    lease: Arc<Lease>,
-    gate: Arc<RunGate>,
-    boot_time: Arc<BootTime>,
-    exits: Arc<ExitCounters>,
+pub struct Running {
+    pub lease: Arc<Lease>,
+    pub gate: Arc<RunGate>,
+    pub io_stop: Arc<IoStop>,
+    pub boot_time: Arc<BootTime>,
+    pub exits: Arc<ExitCounters>,
 }
 
 /// What belongs to the machine of now.
@@ -122,8 +127,8 @@ impl Control {
     }
 
     /// Called once, when the rest of the process is there.
-    pub fn connect(&self, lease: Arc<Lease>, gate: Arc<RunGate>, boot_time: Arc<BootTime>, exits: Arc<ExitCounters>) {
-        let _ = self.running.set(Running { lease, gate, boot_time, exits });
+    pub fn connect(&self, running: Running) {
+        let _ = self.running.set(running);
     }
 
     /// Tells every client. From any thread; does not wait.
@@ -194,6 +199,10 @@ impl Control {
             }
             Call::Resume => {
                 running.gate.open(Stop::Requested);
+                if running.gate.holds(Stop::IoError) {
+                    let disks = self.machine().map(|machine| machine.disks).unwrap_or_default();
+                    running.io_stop.resume(&disks);
+                }
                 if running.gate.is_open() {
                     self.notify(Notice::Resumed);
                 }
@@ -236,6 +245,8 @@ impl Control {
             RunState::ShuttingDown
         } else if phase != Phase::Valid {
             paused(PauseReason::LeaseExpired)
+        } else if running.gate.holds(Stop::IoError) {
+            paused(PauseReason::IoError)
         } else if running.gate.holds(Stop::Requested) {
             paused(PauseReason::Requested)
         } else {
@@ -250,6 +261,7 @@ impl Control {
             overhead_bytes: self.overhead(),
             resets: self.resets.load(Ordering::Relaxed),
             agent_open: self.agent.guest_open(),
+            io_error: running.io_stop.fault(),
         }
     }
 

@@ -22,6 +22,8 @@ pub enum Stop {
     Lease,
     /// The machine is being taken down, for a reset or for good: vCPU threads end.
     End,
+    /// A disk met an error that stops the guest.
+    IoError,
 }
 
 impl Stop {
@@ -30,6 +32,7 @@ impl Stop {
             Self::Requested => 1 << 0,
             Self::Lease => 1 << 1,
             Self::End => 1 << 2,
+            Self::IoError => 1 << 3,
         }
     }
 }

@@ -26,7 +26,7 @@ use crate::cpu::gate::RunGate;
 use crate::cpu::regs::{self, RegsError};
 use crate::cpu::vcpu::{Shared, Vcpu};
 use crate::cpu::{cpuid, msr};
-use crate::devices::block::{Block, BlockConfig, BlockError, BlockHandle, BlockSize};
+use crate::devices::block::{Block, BlockConfig, BlockError, BlockHandle};
 use crate::devices::console::{Console, ConsoleDeviceError};
 use crate::devices::legacy::boot_timer::{BootTime, BootTimerPort};
 use crate::devices::legacy::debug_port::DebugPort;
@@ -36,6 +36,7 @@ use crate::devices::legacy::rtc::{self, RealTimeClock};
 use crate::devices::legacy::serial::{self, SerialPort};
 use crate::devices::net::{KernelTap, Net, NetConfig, NetError, NetHandle, TapError};
 use crate::interrupt::InterruptError;
+use crate::io_stop::IoStop;
 use crate::lease::Lease;
 use crate::lease::quiesce::{DiskGate, Quiesce};
 use crate::memory::{self, GuestMemory, MemoryError};
@@ -98,6 +99,7 @@ pub struct Context {
     pub agent: Arc<AgentChannel>,
     pub gate: Arc<RunGate>,
     pub disk_gate: Arc<DiskGate>,
+    pub io_stop: Arc<IoStop>,
     pub lease: Arc<Lease>,
     pub endings: Arc<Endings>,
     pub boot_time: Arc<BootTime>,
@@ -195,14 +197,8 @@ fn add_pci(
     let console = Console::open(keyboard, Arc::clone(&context.agent))?;
     topology.add_root_port_device(CONSOLE_SLOT, connect(console)?)?;
     for (slot, disk) in disk_slots().zip(&context.config.disks) {
-        let config = BlockConfig {
-            name: disk.id.clone(),
-            path: disk.path.clone(),
-            read_only: disk.read_only,
-            serial: disk.serial.clone(),
-            block_size: BlockSize::default(),
-        };
-        let (device, handle) = Block::open(config, Arc::clone(&context.disk_gate))?;
+        let faults = Arc::clone(&context.io_stop) as _;
+        let (device, handle) = Block::open(BlockConfig::from(disk), Arc::clone(&context.disk_gate), faults)?;
         topology.add_root_port_device(slot, connect(device)?)?;
         if disk.shared {
             handles.shared_disks.push(handle.clone());

@@ -22,6 +22,8 @@ pub enum Io<'a> {
     },
     /// Everything that ended before is on stable storage when it ends.
     Flush,
+    /// A flush after which nothing that was written before reaches the file: the last step of a drain.
+    Settle,
     Discard {
         offset: u64,
         len: u64,

@@ -7,6 +7,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
+use vmm_control::{BackingImage, DiskConfig, DiskFormat, OnError, RateLimit};
 
 /// Virtio counts disk space in sectors of 512 bytes, whatever the block size.
 pub const SECTOR_BYTES: u64 = 512;
@@ -58,6 +59,31 @@ pub struct BlockConfig {
     pub serial: String,
     #[serde(default)]
     pub block_size: BlockSize,
+    #[serde(default)]
+    pub format: DiskFormat,
+    /// Under a qcow2 image, nearest first.
+    #[serde(default)]
+    pub backing: Vec<BackingImage>,
+    #[serde(default)]
+    pub on_error: OnError,
+    #[serde(default)]
+    pub rate_limit: Option<RateLimit>,
+}
+
+impl From<&DiskConfig> for BlockConfig {
+    fn from(disk: &DiskConfig) -> Self {
+        Self {
+            name: disk.id.clone(),
+            path: disk.path.clone(),
+            read_only: disk.read_only,
+            serial: disk.serial.clone(),
+            block_size: BlockSize::default(),
+            format: disk.format,
+            backing: disk.backing.clone(),
+            on_error: disk.on_error,
+            rate_limit: disk.rate_limit,
+        }
+    }
 }
 
 /// What requests are checked against: the disk as the driver knows it.

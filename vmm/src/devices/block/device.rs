@@ -7,6 +7,7 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use super::BlockError;
 use super::config::{BlockConfig, Geometry, MAX_SEGMENTS, QUEUE_SIZE};
 use super::disk::OpenDisk;
+use super::fault::DiskFaults;
 use super::state::SavedBlock;
 use super::thread::{self, BlockHandle, Command, Link};
 use crate::lease::quiesce::DiskGate;
@@ -23,7 +24,12 @@ pub struct Block {
 
 impl Block {
     /// Opens a disk and starts its thread. Requests pass `gate`, which all disks of a guest share.
-    pub fn open(config: BlockConfig, gate: Arc<DiskGate>) -> Result<(Arc<Self>, Arc<BlockHandle>), BlockError> {
+    /// `faults` is told when an error stops the guest.
+    pub fn open(
+        config: BlockConfig,
+        gate: Arc<DiskGate>,
+        faults: Arc<dyn DiskFaults>,
+    ) -> Result<(Arc<Self>, Arc<BlockHandle>), BlockError> {
         let disk = OpenDisk::open(&config)?;
         let geometry = Geometry::new(&config, disk.facts.bytes);
         let (facts, direct) = (disk.facts, disk.direct);
@@ -31,13 +37,14 @@ impl Block {
         tracing::info!(
             disk = %config.name,
             path = %config.path.display(),
+            images = config.backing.len() + 1,
             sectors = geometry.capacity_sectors,
             read_only = config.read_only,
             io = backend.name(),
             direct = direct.is_some(),
             "disk opened"
         );
-        let link = thread::start(&config.name, geometry.clone(), gate, backend, direct)?;
+        let link = thread::start(&config, geometry.clone(), gate, backend, direct, faults)?;
         let handle = Arc::new(BlockHandle { config, facts, link: Arc::clone(&link) });
         Ok((Arc::new(Self { geometry, link }), handle))
     }
@@ -49,9 +56,10 @@ impl Block {
         facts: super::disk::FileFacts,
         gate: Arc<DiskGate>,
         backend: Box<dyn super::backend::Backend>,
+        faults: Arc<dyn DiskFaults>,
     ) -> (Arc<Self>, Arc<BlockHandle>) {
         let geometry = Geometry::new(&config, facts.bytes);
-        let link = thread::start(&config.name, geometry.clone(), gate, backend, None).unwrap();
+        let link = thread::start(&config, geometry.clone(), gate, backend, None, faults).unwrap();
         let handle = Arc::new(BlockHandle { config, facts, link: Arc::clone(&link) });
         (Arc::new(Self { geometry, link }), handle)
     }

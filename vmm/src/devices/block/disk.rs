@@ -4,73 +4,119 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use vmm_control::DiskFormat;
 
 use super::BlockError;
 use super::backend::Backend;
 use super::config::{BlockConfig, SECTOR_BYTES};
+use super::qcow2::Image;
+use super::qcow2::chain::{self, Layer};
 use super::uring::Uring;
 use super::worker::Workers;
 
 /// Alignments that storage asks for, smallest first.
 const ALIGNMENTS: [usize; 2] = [512, 4096];
 
-/// What the file is. A disk that is opened again has to be the same.
+/// What the disk is. One that is opened again has to be the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileFacts {
+    /// As the guest sees it.
     pub bytes: u64,
+    /// Of the file, or of the top image.
     pub is_device: bool,
 }
 
 /// An open disk.
 pub struct OpenDisk {
-    pub file: File,
+    medium: OpenMedium,
     pub facts: FileFacts,
-    /// O_DIRECT is in use, and buffers, offsets and lengths are multiples of this.
+    /// O_DIRECT is in use, and buffers, offsets and lengths are multiples of this. An image copies, and does not care.
     pub direct: Option<usize>,
 }
 
+enum OpenMedium {
+    Raw(File),
+    Qcow2(Box<Image>),
+}
+
 impl OpenDisk {
-    /// Opens the disk's file, without the page cache where file and block size allow it: what the guest was told is
-    /// written must not lie in this host's memory when the host is fenced.
     pub fn open(config: &BlockConfig) -> Result<Self, BlockError> {
-        let failed = |source| BlockError::Open { disk: config.name.clone(), path: config.path.clone(), source };
-        let mut options = OpenOptions::new();
-        options.read(true).write(!config.read_only);
-        let mut file = options.open(&config.path).map_err(failed)?;
-        let metadata = file.metadata().map_err(failed)?;
-        let is_device = metadata.file_type().is_block_device();
-        if !is_device && !metadata.is_file() {
-            return Err(BlockError::Kind { disk: config.name.clone(), path: config.path.clone() });
+        match config.format {
+            DiskFormat::Raw => {
+                let opened = open_file(config, &config.path, !config.read_only, config.block_size.bytes() as usize)?;
+                Ok(Self { medium: OpenMedium::Raw(opened.file), facts: opened.facts, direct: opened.direct })
+            }
+            DiskFormat::Qcow2 => Self::open_image(config),
         }
-        let bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
-        if bytes < SECTOR_BYTES {
-            return Err(BlockError::Empty { disk: config.name.clone(), path: config.path.clone(), bytes });
-        }
-        let limit = config.block_size.bytes() as usize;
-        let direct = options
-            .custom_flags(libc::O_DIRECT)
-            .open(&config.path)
-            .ok()
-            .and_then(|direct| Some((direct_alignment(&direct, limit)?, direct)));
-        let (file, direct) = match direct {
-            Some((alignment, direct)) => (direct, Some(alignment)),
-            None => (file, None),
+    }
+
+    /// Opens an image and the chain under it, which is only read.
+    fn open_image(config: &BlockConfig) -> Result<Self, BlockError> {
+        let layer = |path: &Path, format, write| {
+            let opened = open_file(config, path, write, ALIGNMENTS[1])?;
+            Ok((Layer::new(path.to_owned(), format, opened.file, opened.direct), opened.facts))
         };
-        Ok(Self { file, facts: FileFacts { bytes, is_device }, direct })
+        let (top, facts) = layer(&config.path, DiskFormat::Qcow2, !config.read_only)?;
+        let mut layers = vec![top];
+        for image in &config.backing {
+            layers.push(layer(&image.path, image.format, false)?.0);
+        }
+        let image = chain::open(layers, config.read_only)
+            .map_err(|source| BlockError::Image { disk: config.name.clone(), source })?;
+        let facts = FileFacts { bytes: image.bytes(), is_device: facts.is_device };
+        Ok(Self { medium: OpenMedium::Qcow2(Box::new(image)), facts, direct: None })
     }
 
     /// The best way to do I/O on it.
     pub fn into_backend(self, disk: &str) -> Result<Box<dyn Backend>, BlockError> {
-        let (file, refusal) = match Uring::new(self.file) {
+        let failed = |source| BlockError::Backend { disk: disk.to_owned(), source };
+        let file = match self.medium {
+            OpenMedium::Qcow2(image) => return Ok(Box::new(Workers::new(*image).map_err(failed)?)),
+            OpenMedium::Raw(file) => file,
+        };
+        let (file, refusal) = match Uring::new(file) {
             Ok(uring) => return Ok(Box::new(uring)),
             Err(refused) => refused,
         };
         tracing::warn!(disk, error = %refusal, "io_uring is not available: this disk uses worker threads");
-        match Workers::new(file) {
-            Ok(workers) => Ok(Box::new(workers)),
-            Err(source) => Err(BlockError::Backend { disk: disk.to_owned(), source }),
-        }
+        Ok(Box::new(Workers::new(file).map_err(failed)?))
     }
+}
+
+struct Opened {
+    file: File,
+    facts: FileFacts,
+    direct: Option<usize>,
+}
+
+/// Opens a file of a disk, without the page cache where file and block size allow it: what the guest was told is written must not
+/// lie in this host's memory when the host is fenced. `limit` is the largest alignment that the disk can live with.
+fn open_file(config: &BlockConfig, path: &Path, write: bool, limit: usize) -> Result<Opened, BlockError> {
+    let failed = |source| BlockError::Open { disk: config.name.clone(), path: path.to_owned(), source };
+    let mut options = OpenOptions::new();
+    options.read(true).write(write);
+    let mut file = options.open(path).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    let is_device = metadata.file_type().is_block_device();
+    if !is_device && !metadata.is_file() {
+        return Err(BlockError::Kind { disk: config.name.clone(), path: path.to_owned() });
+    }
+    let bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
+    if bytes < SECTOR_BYTES {
+        return Err(BlockError::Empty { disk: config.name.clone(), path: path.to_owned(), bytes });
+    }
+    let direct = options
+        .custom_flags(libc::O_DIRECT)
+        .open(path)
+        .ok()
+        .and_then(|direct| Some((direct_alignment(&direct, limit)?, direct)));
+    let (file, direct) = match direct {
+        Some((alignment, direct)) => (direct, Some(alignment)),
+        None => (file, None),
+    };
+    Ok(Opened { file, facts: FileFacts { bytes, is_device }, direct })
 }
 
 /// The alignment with which a read works, if one up to `limit` does. Reading is the only question that every file
@@ -139,6 +185,7 @@ impl Drop for AlignedBuffer {
 pub fn reopen(config: &BlockConfig, expected: FileFacts) -> Result<OpenDisk, ReopenError> {
     let disk = OpenDisk::open(config).map_err(|error| match error {
         BlockError::Open { source, .. } => ReopenError::Open(source),
+        BlockError::Image { source, .. } => ReopenError::Changed(source.to_string()),
         other => ReopenError::Changed(other.to_string()),
     })?;
     if disk.facts != expected {

@@ -15,12 +15,22 @@ pub struct BlockMetrics {
     pub bytes_written: AtomicU64,
     /// Requests that ended with an error status.
     pub errors: AtomicU64,
+    /// Requests that storage failed and that were answered as successes, by policy.
+    pub ignored: AtomicU64,
+    /// Times that an error stopped the guest.
+    pub stops: AtomicU64,
+    /// Requests that the rate limit delayed.
+    pub throttled: AtomicU64,
+    /// What those waited, all together.
+    pub throttled_us: AtomicU64,
     /// Requests that went through a copy, because their buffers were not aligned for O_DIRECT.
     pub bounced: AtomicU64,
     /// In the kernel now.
     pub in_flight: AtomicU64,
     /// Taken back by the kernel, to be submitted again.
     pub parked: AtomicU64,
+    /// Failed, and kept for another try when the guest is resumed.
+    pub held: AtomicU64,
 }
 
 /// The counters at one moment.
@@ -33,9 +43,14 @@ pub struct BlockCounters {
     pub bytes_read: u64,
     pub bytes_written: u64,
     pub errors: u64,
+    pub ignored: u64,
+    pub stops: u64,
+    pub throttled: u64,
+    pub throttled_us: u64,
     pub bounced: u64,
     pub in_flight: u64,
     pub parked: u64,
+    pub held: u64,
 }
 
 pub(super) fn add(counter: &AtomicU64, value: u64) {
@@ -53,9 +68,14 @@ impl BlockMetrics {
             bytes_read: get(&self.bytes_read),
             bytes_written: get(&self.bytes_written),
             errors: get(&self.errors),
+            ignored: get(&self.ignored),
+            stops: get(&self.stops),
+            throttled: get(&self.throttled),
+            throttled_us: get(&self.throttled_us),
             bounced: get(&self.bounced),
             in_flight: get(&self.in_flight),
             parked: get(&self.parked),
+            held: get(&self.held),
         }
     }
 }

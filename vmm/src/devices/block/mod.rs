@@ -1,9 +1,12 @@
-//! virtio-blk: a raw file or block device as the guest's disk.
+//! virtio-blk: a file or block device as the guest's disk, raw or as a qcow2 image.
 //!
 //! Path of a request: [`thread`] wakes on the doorbell and runs the [`engine`], which pops a chain, has it read by
-//! [`request`] (pure), gives it to the [`backend`] (io_uring in [`uring`], or the [`worker`] threads where io_uring is refused) straight
-//! from guest memory ([`pending`]), and returns the chain when the kernel is done. One thread a disk, which never waits for the disk:
-//! it can always be asked to cancel.
+//! [`request`] (pure), asks the [`limit`] whether it may go, gives it to the [`backend`] (io_uring in [`uring`]; the [`worker`] threads
+//! for [`qcow2`], or where io_uring is refused) straight from guest memory ([`pending`]), and returns the chain when the kernel is
+//! done. One thread a disk, which never waits for the disk: it can always be asked to cancel.
+//!
+//! A request that storage fails is judged by the disk's policy ([`fault`]): the guest is told, or it is stopped, and the request is
+//! kept and tried again when somebody resumes the guest.
 //!
 //! Self-fence (DESIGN §5, hazard C8): [`BlockHandle`] implements [`Quiesce`](crate::lease::quiesce::Quiesce). The gate is checked before each submission; what the
 //! kernel takes back stays with the engine and is submitted again after `reopen`; written data that only the page cache
@@ -11,7 +14,7 @@
 //!
 //! ```ignore
 //! let gate = DiskGate::new();                                             // one a guest
-//! let (disk, handle) = Block::open(config, gate.clone())?;                // Arc<Block>, Arc<BlockHandle>
+//! let (disk, handle) = Block::open(config, gate.clone(), faults)?;        // Arc<Block>, Arc<BlockHandle>
 //! let function = VirtioPci::new(disk, memory, &*msi, io_events)?;         // Arc<VirtioPci>
 //! topology.add_root_port_device(slot, function)?;
 //! ```
@@ -23,8 +26,11 @@ pub mod config;
 pub mod device;
 pub mod disk;
 pub mod engine;
+pub mod fault;
+pub mod limit;
 pub mod metrics;
 mod pending;
+pub mod qcow2;
 pub mod request;
 pub mod state;
 pub mod thread;
@@ -34,10 +40,15 @@ pub mod worker;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
+mod tests_of_faults;
+#[cfg(test)]
 mod tests_of_hanging_disks;
+#[cfg(test)]
+mod tests_of_images;
 
 pub use config::{BlockConfig, BlockSize};
 pub use device::Block;
+pub use fault::DiskFaults;
 pub use metrics::BlockMetrics;
 pub use thread::BlockHandle;
 
@@ -55,6 +66,12 @@ pub enum BlockError {
     Kind { disk: String, path: PathBuf },
     #[error("disk {disk}: {path} has {bytes} bytes, less than one sector")]
     Empty { disk: String, path: PathBuf, bytes: u64 },
+    #[error("disk {disk}")]
+    Image {
+        disk: String,
+        #[source]
+        source: qcow2::ImageError,
+    },
     #[error("disk {disk}: cannot start its I/O thread")]
     Thread {
         disk: String,

@@ -1,5 +1,7 @@
 //! One request between the driver and the kernel: its buffers laid out for the file, and what a result means for it.
 
+use std::time::Duration;
+
 use vm_memory::Permissions;
 
 use super::backend::Io;
@@ -21,6 +23,16 @@ pub(super) struct Pending {
     /// The driver was reset: no answer.
     pub(super) orphan: bool,
     pub(super) write_through: bool,
+    pub(super) fare: Fare,
+}
+
+/// What a request owes to the rate limit. Paid once, however often it is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fare {
+    Unpaid,
+    /// Found no tokens at this time.
+    WaitsSince(Duration),
+    Paid,
 }
 
 #[derive(Default)]
@@ -45,6 +57,8 @@ pub(super) enum Step {
     /// A part is done, or the kernel asks to try again.
     Again,
     End(Status),
+    /// Storage failed it, with this error number.
+    Failed(i32),
 }
 
 impl Pending {
@@ -116,7 +130,7 @@ impl Pending {
                 Step::Again
             }
             Ok(libc::EOPNOTSUPP) if !transfers => Step::End(Status::Unsupported),
-            Ok(error) if error > 0 => Step::End(Status::IoError),
+            Ok(errno) if errno > 0 => Step::Failed(errno),
             _ if !transfers => Step::End(Status::Ok),
             _ => {
                 self.done += result.unsigned_abs();
@@ -124,7 +138,7 @@ impl Pending {
                     Step::End(Status::Ok)
                 } else if result == 0 {
                     // The file ended before the disk did: somebody cut it.
-                    Step::End(Status::IoError)
+                    Step::Failed(libc::EIO)
                 } else {
                     Step::Again
                 }
@@ -132,10 +146,18 @@ impl Pending {
         }
     }
 
-    /// Makes a read visible to the guest: copies a bounce buffer, marks what the kernel wrote as dirty.
+    /// Copies a bounce buffer to the guest.
     pub(super) fn deliver(&mut self) -> bool {
-        if let Some(bounce) = self.buffers.bounce.as_ref() {
-            return self.request.data.write(&self.memory, bounce.bytes());
+        match self.buffers.bounce.as_ref() {
+            Some(bounce) => self.request.data.write(&self.memory, bounce.bytes()),
+            None => true,
+        }
+    }
+
+    /// Marks the pages that a read may have written. False when they are not guest memory.
+    pub(super) fn mark_written(&self) -> bool {
+        if !matches!(self.request.operation, Operation::Read { .. }) || self.buffers.bounce.is_some() {
+            return true;
         }
         self.request.data.mark_written(&self.memory, self.request.data.len())
     }

@@ -2,13 +2,15 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
+
+use vmm_control::{DiskFault, DiskFormat, OnError};
 
 use super::backend::Backend;
 use super::disk::FileFacts;
@@ -28,16 +30,31 @@ pub(super) struct Guest {
     pub(super) handle: Arc<BlockHandle>,
     pub(super) gate: Arc<DiskGate>,
     pub(super) path: PathBuf,
+    pub(super) faults: Arc<Faults>,
     _dir: tempfile::TempDir,
 }
 
-fn config(path: &std::path::Path) -> BlockConfig {
+/// Keeps what stopped the guest.
+#[derive(Default)]
+pub(super) struct Faults(pub(super) Mutex<Vec<DiskFault>>);
+
+impl DiskFaults for Faults {
+    fn stopped(&self, fault: DiskFault) {
+        self.0.lock().unwrap().push(fault);
+    }
+}
+
+pub(super) fn config(path: &std::path::Path) -> BlockConfig {
     BlockConfig {
         name: "vda".into(),
         path: path.to_owned(),
         read_only: false,
         serial: "disk-0001".into(),
         block_size: BlockSize::B512,
+        format: DiskFormat::Raw,
+        backing: Vec::new(),
+        on_error: OnError::Report,
+        rate_limit: None,
     }
 }
 
@@ -52,17 +69,29 @@ pub(super) fn guest_with(change: impl FnOnce(&mut BlockConfig)) -> Guest {
     let (dir, path) = disk_file();
     let mut config = config(&path);
     change(&mut config);
-    let gate = DiskGate::new();
-    let (block, handle) = Block::open(config, gate.clone()).unwrap();
-    Guest { driver: attach(block), handle, gate, path, _dir: dir }
+    guest_in(dir, config)
+}
+
+/// A guest with the disk of this configuration, whose files are in `dir`.
+pub(super) fn guest_in(dir: tempfile::TempDir, config: BlockConfig) -> Guest {
+    let (gate, faults) = (DiskGate::new(), Arc::new(Faults::default()));
+    let path = config.path.clone();
+    let (block, handle) = Block::open(config, gate.clone(), faults.clone()).unwrap();
+    Guest { driver: attach(block), handle, gate, path, faults, _dir: dir }
 }
 
 pub(super) fn guest_on(backend: Box<dyn Backend>) -> Guest {
+    guest_on_with(backend, |_| {})
+}
+
+pub(super) fn guest_on_with(backend: Box<dyn Backend>, change: impl FnOnce(&mut BlockConfig)) -> Guest {
     let (dir, path) = disk_file();
-    let gate = DiskGate::new();
+    let mut config = config(&path);
+    change(&mut config);
+    let (gate, faults) = (DiskGate::new(), Arc::new(Faults::default()));
     let facts = FileFacts { bytes: DISK_BYTES, is_device: false };
-    let (block, handle) = Block::on_backend(config(&path), facts, gate.clone(), backend);
-    Guest { driver: attach(block), handle, gate, path, _dir: dir }
+    let (block, handle) = Block::on_backend(config, facts, gate.clone(), backend, faults.clone());
+    Guest { driver: attach(block), handle, gate, path, faults, _dir: dir }
 }
 
 /// A request that was submitted, and where its answer will be.
@@ -92,6 +121,10 @@ impl Guest {
         chain.push(Buffer::In(status_at, 1));
         let head = self.driver.submit(0, &chain);
         Asked { head, status_at }
+    }
+
+    pub(super) fn driver_head(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> u16 {
+        self.ask(kind, sector, data).head
     }
 
     pub(super) fn status(&self, asked: Asked) -> u8 {
@@ -299,12 +332,13 @@ fn a_status_byte_of_length_zero_stops_the_disk() {
 fn a_missing_small_or_wrong_file_is_refused_in_words() {
     let dir = tempfile::tempdir().unwrap();
     let gate = DiskGate::new();
-    let missing = Block::open(config(&dir.path().join("none")), gate.clone());
-    assert!(matches!(missing.err(), Some(BlockError::Open { .. })));
+    let open = |config| Block::open(config, gate.clone(), Arc::new(Faults::default())).err();
+    let missing = open(config(&dir.path().join("none")));
+    assert!(matches!(missing, Some(BlockError::Open { .. })));
     let small = dir.path().join("small");
     std::fs::write(&small, b"tiny").unwrap();
-    assert!(matches!(Block::open(config(&small), gate.clone()).err(), Some(BlockError::Empty { bytes: 4, .. })));
+    assert!(matches!(open(config(&small)), Some(BlockError::Empty { bytes: 4, .. })));
     let mut null = config("/dev/null".as_ref());
     null.read_only = true;
-    assert!(matches!(Block::open(null, gate).err(), Some(BlockError::Kind { .. })));
+    assert!(matches!(open(null), Some(BlockError::Kind { .. })));
 }

@@ -59,7 +59,7 @@ impl Backend for Hanging {
         let (bytes, durable, flush) = match io {
             Io::Read { buffers, .. } => (buffers.iter().map(|b| b.iov_len as i64).sum(), false, false),
             Io::Write { buffers, durable, .. } => (buffers.iter().map(|b| b.iov_len as i64).sum(), durable, false),
-            Io::Flush => (0, false, true),
+            Io::Flush | Io::Settle => (0, false, true),
             _ => (0, false, false),
         };
         locked(&self.shared).requests.push((token, bytes, durable, flush));

@@ -17,6 +17,7 @@ use super::backend::Backend;
 use super::config::{BlockConfig, Geometry};
 use super::disk::{self, FileFacts, ReopenError};
 use super::engine::{Engine, Served};
+use super::fault::DiskFaults;
 use super::metrics::BlockMetrics;
 use crate::lease::quiesce::{DiskGate, Drained, Quiesce, QuiesceError};
 use crate::virtio::device::{DeviceError, QueuePosition};
@@ -46,6 +47,8 @@ pub(super) enum Command {
         done: Sender<()>,
     },
     Position(Sender<Option<QueuePosition>>),
+    /// Requests that failed are tried again.
+    Retry,
     Look,
     Stop,
 }
@@ -99,15 +102,17 @@ impl Drop for Link {
 
 /// Starts the thread of a disk.
 pub(super) fn start(
-    name: &str,
+    config: &BlockConfig,
     geometry: Geometry,
     gate: Arc<DiskGate>,
     backend: Box<dyn Backend>,
     direct: Option<usize>,
+    faults: Arc<dyn DiskFaults>,
 ) -> Result<Arc<Link>, BlockError> {
+    let name = config.name.as_str();
     let failed = |source| BlockError::Thread { disk: name.to_owned(), source };
     let metrics = Arc::new(BlockMetrics::default());
-    let mut engine = Engine::new(geometry, gate, Arc::clone(&metrics));
+    let mut engine = Engine::new(config, geometry, gate, Arc::clone(&metrics));
     engine.open(backend, direct);
     let (commands, received) = channel();
     let wake = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
@@ -128,6 +133,8 @@ pub(super) fn start(
         active: None,
         drain: None,
         reset: None,
+        faults,
+        started: Instant::now(),
     };
     std::thread::Builder::new()
         .name(format!("disk-{name}").chars().take(15).collect())
@@ -151,30 +158,44 @@ struct DiskThread {
     drain: Option<Sender<Drained>>,
     /// A reset that waits for the kernel.
     reset: Option<u64>,
+    faults: Arc<dyn DiskFaults>,
+    /// The engine's time begins here.
+    started: Instant,
 }
 
 impl DiskThread {
     fn run(mut self) {
-        let mut stalled = false;
+        let mut look_again = None;
         loop {
-            self.wait(stalled);
+            self.wait(look_again);
             if !self.obey() {
                 break;
             }
             let reaped = self.engine.reap();
             self.judge(reaped);
-            let served = self.engine.serve();
-            stalled = matches!(served, Ok(Served::Stalled));
+            let served = self.engine.serve(self.started.elapsed());
+            look_again = match served {
+                Ok(Served::Stalled) => Some(GATE_LOOK),
+                Ok(Served::Throttled(wait)) => Some(wait),
+                Ok(Served::Idle) | Err(_) => None,
+            };
             self.judge(served.map(|_| ()));
+            if let Some(fault) = self.engine.take_fault() {
+                tracing::error!(disk = %self.name, what = fault.what, "an I/O error stops the guest");
+                self.faults.stopped(fault);
+            }
             self.answer_those_who_wait();
         }
         self.farewell();
     }
 
     /// Sleeps until there is something to do.
-    fn wait(&self, stalled: bool) {
-        let timeout =
-            if stalled { PollTimeout::try_from(GATE_LOOK).unwrap_or(PollTimeout::ZERO) } else { PollTimeout::NONE };
+    fn wait(&self, look_again: Option<Duration>) {
+        // Whole milliseconds, rounded up: earlier is too early. What is longer than a poll can be is looked at in between.
+        let timeout = look_again.map_or(PollTimeout::NONE, |wait| {
+            let millis = u32::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(u32::MAX);
+            PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX)
+        });
         let mut fds = vec![readable(&self.wake)];
         if let Some(active) = &self.active {
             fds.push(readable(&active.kick));
@@ -232,10 +253,10 @@ impl DiskThread {
                 let _ = done.send(());
             }
             Command::Position(answer) => {
-                let quiet = self.engine.in_flight() == 0 && self.engine.parked() == 0;
-                let position = self.engine.queue().filter(|_| quiet);
+                let position = self.engine.queue().filter(|_| self.engine.is_quiet());
                 let _ = answer.send(position.map(DeviceQueue::position));
             }
+            Command::Retry => self.engine.retry(),
             Command::Look | Command::Stop => {}
         }
     }
@@ -272,7 +293,7 @@ impl DiskThread {
         let until = Instant::now() + FAREWELL;
         self.engine.stop_serving();
         while self.engine.in_flight() > 0 && Instant::now() < until {
-            self.wait(true);
+            self.wait(Some(GATE_LOOK));
             let reaped = self.engine.reap();
             self.judge(reaped);
         }
@@ -305,6 +326,11 @@ impl BlockHandle {
     /// Has the thread look at gate and ring now, instead of in a few milliseconds.
     pub fn kick(&self) {
         let _ = self.link.send(Command::Look);
+    }
+
+    /// Has the requests that failed, if any, tried again.
+    pub fn retry(&self) {
+        let _ = self.link.send(Command::Retry);
     }
 
     fn no_answer(&self) -> QuiesceError {

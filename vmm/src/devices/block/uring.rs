@@ -86,7 +86,7 @@ impl Backend for Uring {
                 .offset(offset)
                 .rw_flags(if durable { libc::RWF_DSYNC } else { 0 })
                 .build(),
-            Io::Flush => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            Io::Flush | Io::Settle => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
             Io::Discard { offset, len } => opcode::Fallocate::new(fd, len).offset(offset).mode(DISCARD_MODE).build(),
             Io::Zero { offset, len, unmap } => {
                 opcode::Fallocate::new(fd, len).offset(offset).mode(zero_mode(unmap)).build()

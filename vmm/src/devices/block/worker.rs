@@ -1,5 +1,5 @@
-//! I/O by threads that wait: for kernels that refuse io_uring. Slower, and a request that a thread is inside of cannot
-//! be taken back; one that no thread has taken can.
+//! I/O by threads that wait: for image formats, and for raw disks on kernels that refuse io_uring. Slower, and a request that a
+//! thread is inside of cannot be taken back; one that no thread has taken can.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -14,12 +14,21 @@ use crate::virtio::locked;
 
 const THREADS: usize = 4;
 
-pub struct Workers {
-    shared: Arc<Shared>,
+/// What the threads work on. Its calls may wait as long as they like.
+pub trait Medium: Send + Sync + 'static {
+    /// How it works, for the log.
+    fn name(&self) -> &'static str;
+
+    /// Bytes transferred, or the negative error number. The buffers are valid until it returns.
+    fn carry_out(&self, work: &Work) -> i64;
 }
 
-struct Shared {
-    file: File,
+pub struct Workers<M: Medium> {
+    shared: Arc<Shared<M>>,
+}
+
+struct Shared<M> {
+    medium: M,
     state: Mutex<State>,
     wake: Condvar,
     completions: EventFd,
@@ -37,23 +46,26 @@ struct Job {
     work: Work,
 }
 
-enum Work {
+/// One request: an [`Io`] that can wait in a queue.
+pub enum Work {
     Read { offset: u64, buffers: Buffers },
     Write { offset: u64, buffers: Buffers, durable: bool },
     Flush,
-    Allocate { mode: i32, offset: u64, len: u64 },
+    Settle,
+    Discard { offset: u64, len: u64 },
+    Zero { offset: u64, len: u64, unmap: bool },
 }
 
 /// Addresses in guest memory or in a bounce buffer.
-struct Buffers(Vec<libc::iovec>);
+pub struct Buffers(pub Vec<libc::iovec>);
 
 // SAFETY: plain addresses; `Backend::start` obliges its caller to keep the memory behind them until the end.
 unsafe impl Send for Buffers {}
 
-impl Workers {
-    pub fn new(file: File) -> io::Result<Self> {
+impl<M: Medium> Workers<M> {
+    pub fn new(medium: M) -> io::Result<Self> {
         let shared = Arc::new(Shared {
-            file,
+            medium,
             state: Mutex::default(),
             wake: Condvar::new(),
             completions: EventFd::new(EFD_NONBLOCK)?,
@@ -68,17 +80,17 @@ impl Workers {
     }
 }
 
-impl Drop for Workers {
+impl<M: Medium> Drop for Workers<M> {
     fn drop(&mut self) {
         locked(&self.shared.state).closing = true;
         self.shared.wake.notify_all();
     }
 }
 
-impl Shared {
+impl<M: Medium> Shared<M> {
     fn work(&self) {
         while let Some(job) = self.next() {
-            let result = carry_out(&self.file, &job.work);
+            let result = self.medium.carry_out(&job.work);
             self.end(job.token, result);
         }
     }
@@ -102,36 +114,47 @@ impl Shared {
     }
 }
 
-fn carry_out(file: &File, work: &Work) -> i64 {
-    let fd = file.as_raw_fd();
-    // SAFETY: the buffers are valid until this request has ended (contract of `Backend::start`); the file is ours.
-    let result = unsafe {
-        match work {
-            Work::Read { offset, buffers } => {
-                libc::preadv(fd, buffers.0.as_ptr(), buffers.0.len() as i32, *offset as i64)
+impl Medium for File {
+    fn name(&self) -> &'static str {
+        "worker threads"
+    }
+
+    fn carry_out(&self, work: &Work) -> i64 {
+        let fd = self.as_raw_fd();
+        let allocate = |mode: i32, offset: u64, len: u64| {
+            // SAFETY: the file is ours.
+            unsafe { libc::fallocate(fd, mode, offset as i64, len as i64) as isize }
+        };
+        // SAFETY: the buffers are valid until this request has ended (contract of `Backend::start`); the file is ours.
+        let result = unsafe {
+            match work {
+                Work::Read { offset, buffers } => {
+                    libc::preadv(fd, buffers.0.as_ptr(), buffers.0.len() as i32, *offset as i64)
+                }
+                Work::Write { offset, buffers, durable } => libc::pwritev2(
+                    fd,
+                    buffers.0.as_ptr(),
+                    buffers.0.len() as i32,
+                    *offset as i64,
+                    if *durable { libc::RWF_DSYNC } else { 0 },
+                ),
+                Work::Flush | Work::Settle => libc::fdatasync(fd) as isize,
+                Work::Discard { offset, len } => allocate(DISCARD_MODE, *offset, *len),
+                Work::Zero { offset, len, unmap } => allocate(zero_mode(*unmap), *offset, *len),
             }
-            Work::Write { offset, buffers, durable } => libc::pwritev2(
-                fd,
-                buffers.0.as_ptr(),
-                buffers.0.len() as i32,
-                *offset as i64,
-                if *durable { libc::RWF_DSYNC } else { 0 },
-            ),
-            Work::Flush => libc::fdatasync(fd) as isize,
-            Work::Allocate { mode, offset, len } => libc::fallocate(fd, *mode, *offset as i64, *len as i64) as isize,
+        };
+        if result >= 0 {
+            result as i64
+        } else {
+            let error = io::Error::last_os_error();
+            -i64::from(error.raw_os_error().unwrap_or(libc::EIO))
         }
-    };
-    if result >= 0 {
-        result as i64
-    } else {
-        let error = io::Error::last_os_error();
-        -i64::from(error.raw_os_error().unwrap_or(libc::EIO))
     }
 }
 
-impl Backend for Workers {
+impl<M: Medium> Backend for Workers<M> {
     fn name(&self) -> &'static str {
-        "worker threads"
+        self.shared.medium.name()
     }
 
     fn completions(&self) -> &EventFd {
@@ -145,8 +168,9 @@ impl Backend for Workers {
                 Work::Write { offset, buffers: Buffers(buffers.to_vec()), durable }
             }
             Io::Flush => Work::Flush,
-            Io::Discard { offset, len } => Work::Allocate { mode: DISCARD_MODE, offset, len },
-            Io::Zero { offset, len, unmap } => Work::Allocate { mode: zero_mode(unmap), offset, len },
+            Io::Settle => Work::Settle,
+            Io::Discard { offset, len } => Work::Discard { offset, len },
+            Io::Zero { offset, len, unmap } => Work::Zero { offset, len, unmap },
         };
         locked(&self.shared.state).jobs.push_back(Job { token, work });
         Ok(())

@@ -1,26 +1,33 @@
 //! The state machine of a disk: rings on one side, a backend on the other, requests between them.
 //!
-//! A request is in one of two places: *in flight* (the kernel has it) or *parked* (the kernel gave it back, or never
-//! got it; it is submitted when the gate lets it). It leaves with one answer to the driver, or silently after a reset.
-//! The engine has no thread and no clock: [`thread`](super::thread) drives it, tests drive it with a backend of their own.
+//! A request is in one of three places: *in flight* (the kernel has it), *parked* (the kernel gave it back, or never got it; it is
+//! submitted when gate and rate limit let it) or *held* (it failed, and waits for the guest to be resumed). It leaves with one
+//! answer to the driver, or silently after a reset. The engine has no thread and no clock: [`thread`](super::thread) drives it.
+//!
+//! [`answer`] is the end of a request, [`drain`] the end of all.
+
+mod answer;
+mod drain;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::time::Duration;
 
+use vmm_control::{DiskFault, OnError};
+
+use self::drain::DRAIN_FLUSH;
+pub use self::drain::Drain;
 use super::backend::{Backend, Completion, Io, Token};
-use super::config::{Geometry, MAX_REQUEST_BYTES, QUEUE_SIZE};
+use super::config::{BlockConfig, Geometry, MAX_REQUEST_BYTES, QUEUE_SIZE};
+use super::limit::Limiter;
 use super::metrics::{BlockMetrics, add};
-use super::pending::{Buffers, Pending, Prepared, Step};
-use super::request::{Answer, Operation, Parsed, Request, Status, parse};
+use super::pending::{Buffers, Fare, Pending, Prepared, Step};
+use super::request::{Operation, Parsed, Request, Status, parse};
 use crate::lease::quiesce::DiskGate;
 use crate::virtio::{DeviceQueue, QueueError};
 
 /// Memory that copies of unaligned requests may take at one time.
 const BOUNCE_BYTES: u64 = MAX_REQUEST_BYTES;
-/// The drain's own flush.
-const DRAIN_FLUSH: Token = 1 << 32;
-
 /// What is open now.
 struct Open {
     backend: Box<dyn Backend>,
@@ -30,7 +37,10 @@ struct Open {
 
 /// The device side of a disk.
 pub struct Engine {
+    name: String,
     disk: Geometry,
+    on_error: OnError,
+    limiter: Option<Limiter>,
     gate: Arc<DiskGate>,
     metrics: Arc<BlockMetrics>,
     open: Option<Open>,
@@ -40,20 +50,16 @@ pub struct Engine {
     slots: Vec<Option<Box<Pending>>>,
     free: Vec<usize>,
     parked: VecDeque<usize>,
+    held: VecDeque<usize>,
+    /// Why the guest has to stop, until the thread takes it.
+    fault: Option<DiskFault>,
     in_flight: usize,
+    /// The driver has answers that it was not told of.
+    answered: bool,
     bounce_bytes: u64,
     /// Written through the page cache since the last flush.
     dirty: bool,
     draining: Option<Drain>,
-}
-
-/// Counts of a drain that is under way.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Drain {
-    pub completed: u64,
-    pub cancelled: u64,
-    flushing: bool,
-    flush_failed: bool,
 }
 
 /// What [`Engine::serve`] left.
@@ -63,13 +69,18 @@ pub enum Served {
     Idle,
     /// Requests wait for the gate.
     Stalled,
+    /// Requests wait for the rate limit, this long.
+    Throttled(Duration),
 }
 
 impl Engine {
-    pub fn new(disk: Geometry, gate: Arc<DiskGate>, metrics: Arc<BlockMetrics>) -> Self {
+    pub fn new(config: &BlockConfig, disk: Geometry, gate: Arc<DiskGate>, metrics: Arc<BlockMetrics>) -> Self {
         let size = usize::from(QUEUE_SIZE);
         Self {
+            name: config.name.clone(),
             disk,
+            on_error: config.on_error,
+            limiter: config.rate_limit.as_ref().and_then(Limiter::new),
             gate,
             metrics,
             open: None,
@@ -78,7 +89,10 @@ impl Engine {
             slots: (0..size).map(|_| None).collect(),
             free: (0..size).rev().collect(),
             parked: VecDeque::new(),
+            held: VecDeque::new(),
+            fault: None,
             in_flight: 0,
+            answered: false,
             bounce_bytes: 0,
             dirty: false,
             draining: None,
@@ -89,8 +103,8 @@ impl Engine {
     pub fn open(&mut self, backend: Box<dyn Backend>, direct: Option<usize>) {
         self.draining = None;
         self.open = Some(Open { backend, direct });
-        // Parked requests were laid out for the old file's alignment.
-        for slot in self.parked.clone() {
+        // Requests that wait were laid out for the old file's alignment.
+        for slot in self.waiting() {
             self.drop_bounce(slot);
         }
     }
@@ -115,9 +129,11 @@ impl Engine {
     /// Forgets the driver's queue. Requests in the kernel go on until [`in_flight`](Self::in_flight) is zero.
     pub fn reset(&mut self) {
         self.queue = None;
-        for slot in std::mem::take(&mut self.parked) {
+        for slot in self.waiting() {
             self.release(slot);
         }
+        self.parked.clear();
+        self.held.clear();
         for pending in self.slots.iter_mut().flatten() {
             pending.orphan = true;
         }
@@ -128,9 +144,11 @@ impl Engine {
     /// The driver broke the protocol: what it asked for before goes on, without answers.
     pub fn stop_serving(&mut self) {
         self.queue = None;
-        for slot in std::mem::take(&mut self.parked) {
+        for slot in self.waiting() {
             self.release(slot);
         }
+        self.parked.clear();
+        self.held.clear();
         self.publish();
     }
 
@@ -138,18 +156,24 @@ impl Engine {
         self.in_flight
     }
 
-    pub fn parked(&self) -> usize {
-        self.parked.len()
+    /// Requests that the kernel does not have: parked or held.
+    fn waiting(&self) -> Vec<usize> {
+        self.parked.iter().chain(&self.held).copied().collect()
+    }
+
+    pub fn is_quiet(&self) -> bool {
+        self.in_flight == 0 && self.parked.is_empty() && self.held.is_empty()
     }
 
     pub fn queue(&self) -> Option<&DeviceQueue> {
         self.queue.as_ref()
     }
 
-    /// Submits what waits and what the ring holds, as far as gate and memory allow.
-    pub fn serve(&mut self) -> Result<Served, QueueError> {
+    /// Submits what waits and what the ring holds, as far as gate, rate limit and memory allow. `now` counts from any fixed moment.
+    pub fn serve(&mut self, now: Duration) -> Result<Served, QueueError> {
         let has_work = self.queue.is_some() || !self.parked.is_empty();
-        if !has_work {
+        // Storage that fails is left alone until somebody says that it is well again.
+        if !has_work || !self.held.is_empty() {
             return Ok(Served::Idle);
         }
         let gate = Arc::clone(&self.gate);
@@ -157,26 +181,33 @@ impl Engine {
         let Some(_pass) = gate.try_enter().filter(|_| self.open.is_some()) else {
             return Ok(Served::Stalled);
         };
+        let mut outcome = Ok(None);
         while let Some(slot) = self.parked.pop_front() {
-            if !self.start(slot) {
+            outcome = Ok(self.start(slot, now));
+            if let Ok(Some(_)) = outcome {
                 self.parked.push_front(slot);
                 break;
             }
         }
-        let result = self.take_from_ring();
+        if self.parked.is_empty() {
+            outcome = self.take_from_ring(now);
+        }
         self.hand_over();
         self.publish();
-        result.map(|()| if self.parked.is_empty() { Served::Idle } else { Served::Stalled })
+        let told = self.tell_driver();
+        let outcome = outcome.and_then(|why| told.map(|()| why));
+        outcome.map(|why| why.unwrap_or(Served::Idle))
     }
 
-    fn take_from_ring(&mut self) -> Result<(), QueueError> {
-        let mut answered = false;
+    /// What stopped it is returned: requests go in the order of the ring, so one that has to wait holds up those behind it.
+    fn take_from_ring(&mut self, now: Duration) -> Result<Option<Served>, QueueError> {
+        let mut stopped = None;
         loop {
             let Some(queue) = self.queue.as_mut() else {
-                return Ok(());
+                return Ok(None);
             };
-            // A request that found no memory for its copy is before those in the ring.
-            if self.free.is_empty() || !self.parked.is_empty() {
+            // A policy may have stopped the disk within this loop.
+            if self.free.is_empty() || stopped.is_some() || !self.held.is_empty() {
                 break;
             }
             queue.disable_doorbell()?;
@@ -193,21 +224,17 @@ impl Engine {
                 Parsed::Now(answer) => {
                     debug_assert_eq!(answer.head, head);
                     self.answer(&answer)?;
-                    answered = true;
                 }
-                Parsed::Disk(request) => self.accept(request),
+                Parsed::Disk(request) => stopped = self.accept(request, now),
             }
         }
-        match self.queue.as_mut() {
-            Some(queue) if answered => queue.notify(),
-            _ => Ok(()),
-        }
+        Ok(stopped)
     }
 
     /// Gives a request a place, and starts it or parks it.
-    fn accept(&mut self, request: Request) {
+    fn accept(&mut self, request: Request, now: Duration) -> Option<Served> {
         let (Some(slot), Some(queue)) = (self.free.pop(), self.queue.as_ref()) else {
-            return;
+            return None;
         };
         self.slots[slot] = Some(Box::new(Pending {
             request,
@@ -218,20 +245,54 @@ impl Engine {
             in_flight: false,
             orphan: false,
             write_through: self.write_through,
+            fare: Fare::Unpaid,
         }));
-        if !self.start(slot) {
+        let waits = self.start(slot, now);
+        if waits.is_some() {
             self.parked.push_back(slot);
+        }
+        waits
+    }
+
+    /// Pays for a request, unless that was done before. Says how long it has to wait.
+    fn pay(&mut self, slot: usize, now: Duration) -> Option<Served> {
+        let limiter = self.limiter.as_mut()?;
+        let pending = self.slots[slot].as_mut()?;
+        let bytes = match (pending.fare, pending.request.operation) {
+            // A flush is no work of the guest's choice of size, and what it waits for has been paid for.
+            (Fare::Paid, _) | (_, Operation::Flush) => return None,
+            (_, Operation::Discard { .. } | Operation::Zero { .. }) => 0,
+            (_, Operation::Read { .. } | Operation::Write { .. }) => pending.request.data.len(),
+        };
+        match (limiter.pay(now, bytes), pending.fare) {
+            (Ok(()), fare) => {
+                if let Fare::WaitsSince(since) = fare {
+                    let waited = now.saturating_sub(since).as_micros();
+                    add(&self.metrics.throttled_us, u64::try_from(waited).unwrap_or(u64::MAX));
+                }
+                pending.fare = Fare::Paid;
+                None
+            }
+            (Err(wait), fare) => {
+                if fare == Fare::Unpaid {
+                    add(&self.metrics.throttled, 1);
+                    pending.fare = Fare::WaitsSince(now);
+                }
+                Some(Served::Throttled(wait))
+            }
         }
     }
 
-    /// Queues a request for the kernel. False when it has to wait.
-    fn start(&mut self, slot: usize) -> bool {
+    /// Queues a request for the kernel. Says why, when it has to wait.
+    fn start(&mut self, slot: usize, now: Duration) -> Option<Served> {
+        let waits = self.pay(slot, now);
+        if waits.is_some() {
+            return waits;
+        }
         let Some(open) = self.open.as_mut() else {
-            return false;
+            return Some(Served::Stalled);
         };
-        let Some(pending) = self.slots[slot].as_mut() else {
-            return true;
-        };
+        let pending = self.slots[slot].as_mut()?;
         let room = BOUNCE_BYTES.saturating_sub(self.bounce_bytes);
         match pending.prepare(open.direct, room) {
             Prepared::Ready { bounced } => {
@@ -240,15 +301,15 @@ impl Engine {
                     add(&self.metrics.bounced, 1);
                 }
             }
-            Prepared::NoRoom => return false,
+            Prepared::NoRoom => return Some(Served::Stalled),
             Prepared::Unusable => {
-                self.end_later(slot, -i64::from(libc::EIO));
-                return true;
+                // Of the guest's own making, or ours: storage has not failed, and no policy applies.
+                let result = self.finish(slot, Status::IoError);
+                self.log_lost_answer(result);
+                return None;
             }
         }
-        let Some(pending) = self.slots[slot].as_mut() else {
-            return true;
-        };
+        let pending = self.slots[slot].as_mut()?;
         let writes = !matches!(pending.request.operation, Operation::Read { .. } | Operation::Flush);
         // SAFETY: the slot keeps list, bounce buffer and guest memory until its completion was reaped, and the
         // engine's owner does not drop it before (see `Engine::abandon`).
@@ -258,23 +319,19 @@ impl Engine {
                 self.in_flight += 1;
                 self.dirty |= writes && open.direct.is_none();
             }
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return false,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Some(Served::Stalled),
             Err(error) => {
                 tracing::warn!(%error, "a request could not be given to the kernel");
-                self.end_later(slot, -i64::from(libc::EIO));
+                let result = self.failed(slot, libc::EIO);
+                self.log_lost_answer(result);
             }
         }
-        true
+        None
     }
 
-    /// A request that fails before the kernel saw it ends like one that failed in it.
-    fn end_later(&mut self, slot: usize, result: i64) {
-        if let Some(pending) = self.slots[slot].as_mut() {
-            pending.in_flight = true;
-            self.in_flight += 1;
-        }
-        if let Err(error) = self.completed(Completion { token: slot as Token, result }) {
-            tracing::warn!(%error, "a failed request could not be answered");
+    fn log_lost_answer(&self, result: Result<(), QueueError>) {
+        if let Err(error) = result {
+            tracing::warn!(disk = %self.name, %error, "a failed request could not be answered");
         }
     }
 
@@ -293,7 +350,6 @@ impl Engine {
         if let Some(open) = self.open.as_mut() {
             open.backend.reap(&mut ended);
         }
-        let any = !ended.is_empty();
         let mut first_error = Ok(());
         for completion in ended {
             let result = self.completed(completion);
@@ -301,10 +357,8 @@ impl Engine {
                 first_error = result;
             }
         }
-        if any && let Some(queue) = self.queue.as_mut() {
-            let notified = queue.notify();
-            first_error = first_error.and(notified);
-        }
+        let told = self.tell_driver();
+        first_error = first_error.and(told);
         self.go_on_draining();
         self.publish();
         first_error
@@ -328,11 +382,16 @@ impl Engine {
             return Ok(());
         }
         self.in_flight -= 1;
+        // Before anything else, and whatever the result: a read that failed, was cancelled, or belongs to a driver that is gone may
+        // have written a part, and a migration copies no page that is not marked.
+        let is_mapped = pending.mark_written();
         if pending.orphan {
             self.release(slot);
             return Ok(());
         }
         match pending.advance(completion.result) {
+            Step::Failed(errno) => self.failed(slot, errno),
+            Step::End(Status::Ok) if !is_mapped => self.finish(slot, Status::IoError),
             Step::Park => {
                 self.parked.push_back(slot);
                 if let Some(drain) = self.draining.as_mut() {
@@ -354,64 +413,6 @@ impl Engine {
         }
     }
 
-    fn finish(&mut self, slot: usize, mut status: Status) -> Result<(), QueueError> {
-        let Some(pending) = self.slots[slot].as_mut() else {
-            return Ok(());
-        };
-        let len = pending.request.data.len();
-        let mut written = 0;
-        if let (Operation::Read { .. }, Status::Ok) = (pending.request.operation, status) {
-            if pending.deliver() {
-                written = len as u32;
-            } else {
-                status = Status::IoError;
-            }
-        }
-        self.count(slot, status, len);
-        let Some(pending) = self.release(slot) else {
-            return Ok(());
-        };
-        self.answer(&Answer { head: pending.request.head, status, status_at: pending.request.status.clone(), written })
-    }
-
-    fn answer(&mut self, answer: &Answer) -> Result<(), QueueError> {
-        let Some(queue) = self.queue.as_mut() else {
-            return Ok(());
-        };
-        if !answer.status_at.write(queue.memory(), &[answer.status.byte()]) {
-            return Err(QueueError::Chain {
-                index: 0,
-                source: crate::virtio::chain::ChainError::Copy { head: answer.head },
-            });
-        }
-        if answer.status == Status::IoError {
-            add(&self.metrics.errors, 1);
-        }
-        queue.complete(answer.head, answer.written.saturating_add(1))
-    }
-
-    fn count(&self, slot: usize, status: Status, len: u64) {
-        let Some(pending) = self.slots[slot].as_ref() else {
-            return;
-        };
-        if status != Status::Ok {
-            return;
-        }
-        let metrics = &self.metrics;
-        match pending.request.operation {
-            Operation::Read { .. } => {
-                add(&metrics.reads, 1);
-                add(&metrics.bytes_read, len);
-            }
-            Operation::Write { .. } => {
-                add(&metrics.writes, 1);
-                add(&metrics.bytes_written, len);
-            }
-            Operation::Flush => add(&metrics.flushes, 1),
-            Operation::Discard { .. } | Operation::Zero { .. } => add(&metrics.discards, 1),
-        }
-    }
-
     fn drop_bounce(&mut self, slot: usize) {
         if let Some(pending) = self.slots[slot].as_mut()
             && let Some(bounce) = std::mem::take(&mut pending.buffers).bounce
@@ -427,73 +428,6 @@ impl Engine {
         let pending = self.slots[slot].take()?;
         self.free.push(slot);
         Some(pending)
-    }
-
-    fn publish(&self) {
-        let metrics = &self.metrics;
-        // A drain whose sync failed leaves data that may still go out: it counts as one request that does not end.
-        let unsynced = self.draining.is_some_and(|drain| drain.flush_failed);
-        metrics.in_flight.store(self.in_flight as u64 + u64::from(unsynced), Ordering::SeqCst);
-        metrics.parked.store(self.parked.len() as u64, Ordering::Relaxed);
-    }
-
-    /// Asks the kernel for everything back.
-    fn cancel(&mut self) {
-        let tokens: Vec<Token> = self
-            .slots
-            .iter()
-            .enumerate()
-            .filter(|(_, slot)| slot.as_ref().is_some_and(|p| p.in_flight))
-            .map(|(slot, _)| slot as Token)
-            .collect();
-        if tokens.is_empty() {
-            return;
-        }
-        if let Some(open) = self.open.as_mut()
-            && let Err(error) = open.backend.cancel(&tokens)
-        {
-            tracing::warn!(%error, "the kernel was not asked to cancel");
-        }
-    }
-
-    /// Begins to take everything back from the kernel. The gate is closed.
-    pub fn begin_drain(&mut self) {
-        self.draining = Some(Drain::default());
-        self.cancel();
-        self.go_on_draining();
-        self.publish();
-    }
-
-    /// When requests are back and dirty pages remain, syncs them: the kernel would write them out later, onto a disk
-    /// that may have another writer by then (hazard C8).
-    fn go_on_draining(&mut self) {
-        let Some(drain) = self.draining.as_mut() else {
-            return;
-        };
-        if self.in_flight > 0 || !self.dirty || drain.flushing || drain.flush_failed {
-            return;
-        }
-        let Some(open) = self.open.as_mut() else {
-            return;
-        };
-        // SAFETY: a flush has no buffers.
-        let started = unsafe { open.backend.start(DRAIN_FLUSH, Io::Flush) };
-        match started.and_then(|()| open.backend.submit()) {
-            Ok(()) => {
-                drain.flushing = true;
-                self.in_flight += 1;
-            }
-            Err(error) => {
-                tracing::warn!(%error, "the drain's flush was not taken");
-                drain.flush_failed = true;
-            }
-        }
-    }
-
-    /// The end of the drain: its counts, or `None` while it goes on (or cannot end, because the sync failed).
-    pub fn drained(&self) -> Option<Drain> {
-        let drain = self.draining?;
-        (self.in_flight == 0 && !self.dirty).then_some(drain)
     }
 
     /// At the end of the thread: what the kernel still writes to must stay mapped until the process ends.
