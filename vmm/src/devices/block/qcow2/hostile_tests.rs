@@ -157,7 +157,7 @@ fn damage_is_told_from_nonsense() {
         ("a corrupt image", 72, &2u64.to_be_bytes()),
         ("an L2 table beyond the file", l1, &(1u64 << 63 | 1 << 40).to_be_bytes()),
         ("an L1 entry with reserved bits", l1, &(1u64 << 60).to_be_bytes()),
-        ("an L2 table in the L1 table", l1, &(1u64 << 63 | 3 * 512).to_be_bytes()),
+        ("an L2 table in the L1 table", l1, &((1u64 << 63) | (3 * 512)).to_be_bytes()),
         ("a refcount block beyond the file", reftable, &(1u64 << 40).to_be_bytes()),
         ("a refcount block at the end of the world", reftable, &(u64::MAX - 511).to_be_bytes()),
         ("a refcount block with reserved bits", reftable, &(2u64 * 512 + 1).to_be_bytes()),
@@ -179,7 +179,7 @@ fn damage_is_told_from_nonsense() {
 fn two_l1_entries_cannot_share_a_table() {
     let mut bytes = image();
     put(&mut bytes, 36, &2u32.to_be_bytes());
-    put(&mut bytes, 3 * CLUSTER + 8, &(1u64 << 63 | 4 * 512).to_be_bytes());
+    put(&mut bytes, 3 * CLUSTER + 8, &((1u64 << 63) | (4 * 512)).to_be_bytes());
     assert!(matches!(open_bytes(&bytes).err(), Some(ImageError::Damaged { .. })));
 }
 
@@ -200,10 +200,10 @@ fn l2_entries_that_lie_fail_their_requests_and_nothing_else() {
         1 << 63 | 1 << 55,
         1 << 63 | 0x00ff_ffff_ffff_fe00,
         1 << 62 | 0x3fff_ffff_ffff_ffff,
-        1 << 62 | 5 * 512,
+        (1 << 62) | (5 * 512),
         1 << 62 | 1 << 61,
         1 << 63 | 1,
-        1 << 63 | 3 * 512,
+        (1 << 63) | (3 * 512),
         1 << 63,
         0x1ff,
     ] {
@@ -250,5 +250,24 @@ proptest! {
             bytes[at] = byte;
         }
         let _ = exercise(&bytes, &steps);
+    }
+
+    /// An image that opens, with entries for its clusters that mean anything: near and far, compressed, zero, on top of its tables.
+    #[test]
+    fn any_l2_table_is_served(
+        entries in prop::collection::vec((0usize..64, 0u64..16, 0u64..(1 << 12), any::<bool>()), 1..32),
+        refcounts in prop::collection::vec((5usize..256, 0u16..3), 0..8),
+        steps in steps(),
+    ) {
+        let mut bytes = image();
+        for (at, flags, place, is_far) in entries {
+            let place = if is_far { place << 44 } else { place << 7 };
+            let entry = flags >> 1 << 61 | place & 0x00ff_ffff_ffff_ff80 | flags & 1;
+            put(&mut bytes, 4 * CLUSTER + at * 8, &entry.to_be_bytes());
+        }
+        for (cluster, count) in refcounts {
+            put(&mut bytes, 2 * CLUSTER + cluster * 2, &count.to_be_bytes());
+        }
+        prop_assert!(exercise(&bytes, &steps).is_ok());
     }
 }

@@ -112,7 +112,7 @@ impl Tables<'_> {
                 return Err(self.damaged(format!("two tables share the cluster {cluster}")));
             }
         }
-        let counts_in_block = header.cluster_bytes() * 8 >> header.refcount_order;
+        let counts_in_block = (header.cluster_bytes() * 8) >> header.refcount_order;
         let mut loaded: Option<(u64, Vec<u8>)> = None;
         // In rising order, so that each block is read once.
         for cluster in used {
