@@ -17,6 +17,7 @@ use vmm_control::DiskConfig;
 use vmm_control::Identity;
 use vmm_control::LeaseConfig;
 use vmm_control::NicConfig;
+use vmm_control::OnError;
 use vmm_control::VmmConfig;
 use vmm_control::config::DEFAULT_MTU;
 
@@ -76,6 +77,8 @@ pub fn vmm_config(
             serial: disk.id.clone(),
             // Nothing here can know that no other host reaches the same storage.
             shared: true,
+            // The guest is told, as a definition cannot say otherwise yet and nobody could resume one that was stopped.
+            on_error: OnError::Report,
             ..DiskConfig::default()
         });
     }
