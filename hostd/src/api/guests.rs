@@ -128,7 +128,7 @@ enum Place {
 impl From<AgentError> for Problem {
     fn from(error: AgentError) -> Problem {
         let code = match &error {
-            AgentError::BadArgument { .. } => Code::BadRequest,
+            AgentError::BadArgument { .. } | AgentError::NotBase64 => Code::BadRequest,
             AgentError::Absent | AgentError::Closed | AgentError::Io(_) => Code::NotRunning,
             _ => Code::GuestRefused,
         };

@@ -70,9 +70,9 @@ fn a_new_agent_is_asked_everything_and_reported_once_whole() {
 fn each_question_has_its_period() {
     let mut observer = connected();
     let mut times: BTreeMap<Ask, Vec<u64>> = BTreeMap::new();
-    for now in 0..=600 {
-        for ask in round(&mut observer, "web", s(now)) {
-            times.entry(ask).or_default().push(now);
+    for second in 0..=600 {
+        for ask in round(&mut observer, "web", s(second)) {
+            times.entry(ask).or_default().push(second);
         }
     }
     assert_eq!(times[&Ask::HostName], [0, 300, 600]);
@@ -131,11 +131,11 @@ fn a_silent_agent_is_only_pinged_and_less_and_less() {
     observer.failed(Ask::Interfaces, NoAnswer::Silent, s(5));
     assert!(!observer.is_silent(), "one answer may be late");
     let mut pings = Vec::new();
-    for now in 5..1000 {
-        if let Some(ask) = observer.ask(s(now)) {
+    for second in 5..1000 {
+        if let Some(ask) = observer.ask(s(second)) {
             assert_eq!(ask, Ask::Ping);
-            pings.push(now);
-            observer.failed(ask, NoAnswer::Silent, s(now));
+            pings.push(second);
+            observer.failed(ask, NoAnswer::Silent, s(second));
         }
     }
     assert_eq!(pings, [15, 35, 75, 155, 315, 615, 915]);

@@ -23,8 +23,8 @@ const NAME_PATTERN: &[u8] = b"qtap%d\0";
 
 mod ioctl {
     use nix::libc::c_int;
-    // The kernel declares it with the size of an int and takes a struct ifreq.
-    nix::ioctl_write_ptr_bad!(set_iff, nix::request_code_write!(b'T', 202, size_of::<c_int>()), nix::libc::ifreq);
+    // The kernel declares it as writing an int; it takes a struct ifreq, and writes the interface's name back into it.
+    nix::ioctl_readwrite_bad!(set_iff, nix::request_code_write!(b'T', 202, size_of::<c_int>()), nix::libc::ifreq);
 }
 
 /// The guest's end of a cable. Closing every copy of the descriptor pulls it out of the bridge and removes it.
@@ -117,7 +117,7 @@ fn open() -> io::Result<(OwnedFd, String)> {
     let flags = nix::libc::IFF_TAP | nix::libc::IFF_NO_PI | nix::libc::IFF_VNET_HDR;
     request.ifr_ifru.ifru_flags = flags as nix::libc::c_short;
     // SAFETY: the request lives over the call, and is of the type that the kernel reads and writes.
-    unsafe { ioctl::set_iff(file.as_raw_fd(), &request) }?;
+    unsafe { ioctl::set_iff(file.as_raw_fd(), &mut request) }?;
     let name = request.ifr_name.iter().take_while(|c| **c != 0).map(|c| *c as u8);
     let name = String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned();
     Ok((file.into(), name))

@@ -40,7 +40,7 @@ fn open_tun(mode: c_int) -> io::Result<OwnedFd> {
         *to = *from as libc::c_char;
     }
     request.ifr_ifru.ifru_flags = mode as libc::c_short;
-    check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &request) })?;
+    check(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &mut request) })?;
     Ok(tun.into())
 }
 
