@@ -204,7 +204,7 @@ fn candidate(number: u8) -> HostCandidate {
 }
 
 fn spec(name: &str) -> VmSpec {
-    let disk = Disk { id: "root".to_owned(), path: format!("/srv/{name}.raw"), read_only: false, shareable: false };
+    let disk = Disk::raw("root", &format!("/srv/{name}.raw"));
     VmSpec {
         machine: MachineType::QDirect1,
         vcpus: 2,

@@ -10,17 +10,20 @@ use crate::ids::ClusterId;
 use crate::ids::DataCenterId;
 use crate::ids::Epoch;
 use crate::ids::HostId;
+use crate::ids::MigrationId;
 use crate::ids::Seq;
 use crate::ids::SiteId;
 use crate::ids::TokenId;
 use crate::ids::VmId;
 use crate::state::Capacity;
 use crate::state::Disk;
+use crate::state::DiskFault;
 use crate::state::ExitReason;
 use crate::state::Fingerprint;
 use crate::state::GuestFacts;
 use crate::state::GuestStatus;
 use crate::state::MachineType;
+use crate::state::MigrationProgress;
 use crate::state::Nic;
 use crate::state::ReleaseClass;
 use crate::state::RunStrategy;
@@ -256,6 +259,46 @@ pub enum Command {
         vm: VmId,
         epoch: Epoch,
         facts: Arc<GuestFacts>,
+    },
+    /// The error of a disk that holds a guest, or that none does any more.
+    ReportVmDiskFault {
+        report: ReportId,
+        vm: VmId,
+        epoch: Epoch,
+        fault: Option<DiskFault>,
+    },
+    /// Stand still, or go on: after a pause, or where an error of a disk stopped it.
+    VmPause {
+        vm: VmId,
+        paused: bool,
+    },
+    /// Move a running guest; without a host, the scheduler chooses.
+    VmMigrate {
+        vm: VmId,
+        host: Option<HostId>,
+    },
+    VmCancelMigration {
+        vm: VmId,
+    },
+    /// The source, now and then.
+    ReportMigrationProgress {
+        report: ReportId,
+        vm: VmId,
+        migration: MigrationId,
+        progress: MigrationProgress,
+    },
+    /// The target: it holds all state, so the source stands still and has closed the guest's disks.
+    ReportMigrationLoaded {
+        report: ReportId,
+        vm: VmId,
+        migration: MigrationId,
+    },
+    /// Source or target: it cannot be done.
+    ReportMigrationFailed {
+        report: ReportId,
+        vm: VmId,
+        migration: MigrationId,
+        detail: String,
     },
 }
 

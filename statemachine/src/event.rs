@@ -18,16 +18,20 @@ use crate::ids::ClusterId;
 use crate::ids::DataCenterId;
 use crate::ids::Epoch;
 use crate::ids::HostId;
+use crate::ids::MigrationId;
 use crate::ids::Seq;
 use crate::ids::SiteId;
 use crate::ids::TokenId;
 use crate::ids::VmId;
 use crate::scheduler::Explanation;
+use crate::state::AbortReason;
 use crate::state::Desired;
+use crate::state::DiskFault;
 use crate::state::ExitReason;
 use crate::state::Fingerprint;
 use crate::state::GuestFacts;
 use crate::state::GuestStatus;
+use crate::state::MigrationProgress;
 use crate::state::ReleaseClass;
 use crate::state::RunStrategy;
 use crate::state::SchedulingPolicy;
@@ -144,6 +148,19 @@ events! {
     /// What the guest's agent says of the guest.
     52 VmObservedGuest { vm: VmId, epoch: Epoch, host: HostId, counter: u64, facts: Arc<GuestFacts> }
 
+    /// Somebody wants it to stand still, or to go on.
+    53 VmDesiredPause { vm: VmId, paused: bool }
+    /// A guest sets out for another host; the migration's id is the seq of this batch. The explanation is the choice of the target.
+    54 MigrationStarted { vm: VmId, epoch: Epoch, from: HostId, to: HostId, to_boot: BootId, explanation: Arc<Explanation> }
+    /// How far its source is.
+    55 MigrationProgressed { vm: VmId, migration: MigrationId, host: HostId, counter: u64, progress: MigrationProgress }
+    /// The right to run is the target's; the epoch is the seq of this batch.
+    56 MigrationCommitted { vm: VmId, migration: MigrationId, from: HostId, to: HostId, boot: BootId, release: ReleaseClass, counter: u64 }
+    /// The right to run stays where it is.
+    57 MigrationAborted { vm: VmId, migration: MigrationId, from: HostId, to: HostId, reason: AbortReason, detail: String }
+    /// The error of a disk that holds the guest, or that none does any more.
+    58 VmObservedDiskFault { vm: VmId, epoch: Epoch, host: HostId, counter: u64, fault: Option<DiskFault> }
+
     60 SpmGranted { data_center: DataCenterId, host: HostId }
     61 SpmReleased { data_center: DataCenterId, host: HostId }
 }
@@ -168,7 +185,13 @@ impl Event {
             Event::VmDefined(VmDefined { spec, .. }) | Event::VmSpecChanged(VmSpecChanged { spec, .. }) => {
                 spec.feature_level()
             }
-            Event::VmObservedGuest(_) => GuestFacts::FEATURE_LEVEL,
+            Event::VmObservedGuest(_)
+            | Event::VmObservedDiskFault(_)
+            | Event::VmDesiredPause(_)
+            | Event::MigrationStarted(_)
+            | Event::MigrationProgressed(_)
+            | Event::MigrationCommitted(_)
+            | Event::MigrationAborted(_) => 3,
             _ => 1,
         }
     }
@@ -211,6 +234,12 @@ impl Event {
             Event::VmObservedStatus(e) => vec![vm(&e.vm), host(&e.host)],
             Event::VmObservedExit(e) => vec![vm(&e.vm), host(&e.host)],
             Event::VmObservedGuest(e) => vec![vm(&e.vm), host(&e.host)],
+            Event::VmObservedDiskFault(e) => vec![vm(&e.vm), host(&e.host)],
+            Event::VmDesiredPause(e) => vec![vm(&e.vm)],
+            Event::MigrationStarted(e) => vec![vm(&e.vm), host(&e.from), host(&e.to)],
+            Event::MigrationProgressed(e) => vec![vm(&e.vm), host(&e.host)],
+            Event::MigrationCommitted(e) => vec![vm(&e.vm), host(&e.from), host(&e.to)],
+            Event::MigrationAborted(e) => vec![vm(&e.vm), host(&e.from), host(&e.to)],
             Event::SpmGranted(e) => vec![format!("data_center/{}", e.data_center), host(&e.host)],
             Event::SpmReleased(e) => vec![format!("data_center/{}", e.data_center), host(&e.host)],
         }

@@ -15,10 +15,14 @@ use crate::state::DataCenter;
 use crate::state::Desired;
 use crate::state::Exit;
 use crate::state::ExitReason;
+use crate::state::GuestStatus;
 use crate::state::Host;
 use crate::state::HostUsage;
 use crate::state::Liveness;
+use crate::state::Migration;
+use crate::state::MigrationPhase;
 use crate::state::Observed;
+use crate::state::Pause;
 use crate::state::Permit;
 use crate::state::RunStrategy;
 use crate::state::Site;
@@ -194,6 +198,12 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
         Event::VmPermitReleased(e) => release(state, e.vm, e.epoch),
         Event::VmObservedStatus(e) => {
             state.hosts.update(&e.host, |host| host.report_counter = e.counter);
+            let arrived = state.migrations.get(&e.vm).is_some_and(|migration| {
+                migration.phase == MigrationPhase::Committed { epoch: e.epoch } && e.status != GuestStatus::PoweringUp
+            });
+            if arrived {
+                state.migrations.remove(&e.vm);
+            }
             state.vms.update(&e.vm, |vm| {
                 vm.observed = Some(Observed { epoch: e.epoch, host: e.host, status: e.status, at: at.seq });
             });
@@ -211,6 +221,58 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
         Event::VmObservedGuest(e) => {
             state.hosts.update(&e.host, |host| host.report_counter = e.counter);
             state.guests.insert(e.vm, e.facts.clone());
+        }
+
+        Event::VmObservedDiskFault(e) => {
+            state.hosts.update(&e.host, |host| host.report_counter = e.counter);
+            match &e.fault {
+                Some(fault) => state.disk_faults.insert(e.vm, fault.clone()),
+                None => {
+                    state.disk_faults.remove(&e.vm);
+                }
+            }
+        }
+        Event::VmDesiredPause(e) => {
+            state.pauses.insert(e.vm, Pause { wanted: e.paused, at: at.seq });
+        }
+
+        Event::MigrationStarted(e) => {
+            let migration = Migration {
+                id: at.seq.into(),
+                epoch: e.epoch,
+                from: e.from,
+                to: e.to,
+                to_boot: e.to_boot,
+                phase: MigrationPhase::Moving,
+                progress: None,
+            };
+            state.migrations.insert(e.vm, migration);
+            state.vms.update(&e.vm, |vm| vm.placement = Some(e.explanation.clone()));
+            if let Some(spec) = running_spec(state, e.vm) {
+                take(state, e.to, &spec);
+            }
+        }
+        Event::MigrationProgressed(e) => {
+            state.hosts.update(&e.host, |host| host.report_counter = e.counter);
+            state.migrations.update(&e.vm, |migration| migration.progress = Some(e.progress));
+        }
+        Event::MigrationCommitted(e) => {
+            let epoch = Epoch::from(at.seq);
+            state.hosts.update(&e.to, |host| host.report_counter = e.counter);
+            state.vms.update(&e.vm, |vm| {
+                vm.permit = Some(Permit { epoch, host: e.to, boot: e.boot, release: e.release });
+                vm.observed = None;
+            });
+            state.migrations.update(&e.vm, |migration| migration.phase = MigrationPhase::Committed { epoch });
+            if let Some(spec) = running_spec(state, e.vm) {
+                give_back(state, e.from, &spec);
+            }
+        }
+        Event::MigrationAborted(e) => {
+            if let Some(spec) = running_spec(state, e.vm).filter(|_| state.moving(e.vm).is_some()) {
+                give_back(state, e.to, &spec);
+            }
+            state.migrations.remove(&e.vm);
         }
 
         Event::SpmGranted(e) => state.data_centers.update(&e.data_center, |data_center| {
@@ -246,12 +308,24 @@ fn release(state: &mut State, vm: VmId, epoch: Epoch) {
             vm.observed = None;
         });
         state.guests.remove(&vm);
+        state.migrations.remove(&vm);
+        state.pauses.remove(&vm);
+        state.disk_faults.remove(&vm);
     }
     if let Some((permit, spec)) = freed {
-        state.hosts.update(&permit.host, |host| {
-            host.usage.vcpus = host.usage.vcpus.saturating_sub(spec.vcpus);
-            host.usage.memory_mib = host.usage.memory_mib.saturating_sub(spec.memory_mib);
-            host.usage.vms = host.usage.vms.saturating_sub(1);
-        });
+        give_back(state, permit.host, &spec);
     }
+}
+
+fn give_back(state: &mut State, host: HostId, spec: &VmSpec) {
+    state.hosts.update(&host, |host| {
+        host.usage.vcpus = host.usage.vcpus.saturating_sub(spec.vcpus);
+        host.usage.memory_mib = host.usage.memory_mib.saturating_sub(spec.memory_mib);
+        host.usage.vms = host.usage.vms.saturating_sub(1);
+    });
+}
+
+/// What the guest that holds a permit is made of.
+fn running_spec(state: &State, vm: VmId) -> Option<Arc<VmSpec>> {
+    state.vms.get(&vm)?.granted_spec.clone()
 }

@@ -81,6 +81,10 @@ seq_id! {
     /// A join or API token: the seq of its creation. The secret itself never enters the log.
     TokenId
 }
+seq_id! {
+    /// One attempt to move a guest: the seq of the batch that began it.
+    MigrationId
+}
 uuid_id! {
     /// One Quorate installation: one Raft cluster, one log, one certificate authority.
     SiteId
@@ -107,6 +111,18 @@ impl Seq {
 impl From<Seq> for Epoch {
     fn from(seq: Seq) -> Epoch {
         Epoch(seq.0)
+    }
+}
+
+impl From<Seq> for MigrationId {
+    fn from(seq: Seq) -> MigrationId {
+        MigrationId(seq.0)
+    }
+}
+
+impl From<MigrationId> for Seq {
+    fn from(migration: MigrationId) -> Seq {
+        Seq(migration.0)
     }
 }
 

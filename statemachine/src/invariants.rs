@@ -4,9 +4,12 @@
 use std::fmt;
 
 use crate::ids::Epoch;
+use crate::ids::HostId;
 use crate::ids::VmId;
 use crate::scheduler;
+use crate::state::Disk;
 use crate::state::HostUsage;
+use crate::state::MigrationPhase;
 use crate::state::Remembered;
 use crate::state::State;
 use crate::state::Vm;
@@ -45,12 +48,29 @@ pub fn check(state: &State) -> Vec<Violation> {
             found.push(violation("E2", format!("the name index points {name} at a VM of another name")));
         }
     }
-    for (vm, _) in state.guests.iter() {
+    let guests = state.guests.iter().map(|(vm, _)| vm).chain(state.pauses.iter().map(|(vm, _)| vm));
+    for vm in guests.chain(state.disk_faults.iter().map(|(vm, _)| vm)) {
         if state.vms.get(vm).is_none_or(|vm| vm.permit.is_none()) {
             found.push(violation("E2", format!("something is known of the guest of vm {vm}, which may not run")));
         }
     }
+    check_migrations(state, &mut found);
     found
+}
+
+/// R2: what moves is a guest under the permit that it left with, to another host; what has arrived is under the one it was given.
+fn check_migrations(state: &State, found: &mut Vec<Violation>) {
+    for (vm, migration) in state.migrations.iter() {
+        let (epoch, host) = match migration.phase {
+            MigrationPhase::Moving => (migration.epoch, migration.from),
+            MigrationPhase::Committed { epoch } => (epoch, migration.to),
+        };
+        let permit = state.vms.get(vm).and_then(|vm| vm.permit);
+        let holds = permit.is_some_and(|permit| permit.epoch == epoch && permit.host == host);
+        if !holds || migration.from == migration.to || migration.epoch >= Epoch(migration.id.0) {
+            found.push(violation("R2", format!("vm {vm} has permit {permit:?} in {migration:?}")));
+        }
+    }
 }
 
 /// R3: what permits take on a host is what the host's record says, and is within its policy.
@@ -60,7 +80,9 @@ pub fn check(state: &State) -> Vec<Violation> {
 fn check_capacity(state: &State, found: &mut Vec<Violation>) {
     for (id, host) in state.hosts.iter() {
         let mut usage = HostUsage::default();
-        for (_, vm, _) in state.permits_on(*id) {
+        let moving = state.all_moving().filter(|(_, moving)| moving.to == *id);
+        let coming = moving.filter_map(|(vm, _)| state.vms.get(&vm));
+        for vm in state.permits_on(*id).map(|(_, vm, _)| vm).chain(coming) {
             let spec = vm.granted_spec.as_ref().unwrap_or(&vm.spec);
             usage.vcpus += spec.vcpus;
             usage.memory_mib += spec.memory_mib;
@@ -78,12 +100,8 @@ fn check_volumes(state: &State, found: &mut Vec<Violation>) {
     let granted: Vec<_> = state.vms.iter().filter_map(|(id, vm)| Some((id, vm.granted_spec.as_ref()?))).collect();
     for (index, (vm, spec)) in granted.iter().enumerate() {
         for (other, other_spec) in &granted[..index] {
-            let shared = spec.disks.iter().any(|disk| {
-                other_spec.disks.iter().any(|held| {
-                    held.path == disk.path && !(held.read_only && disk.read_only) && !(held.shareable && disk.shareable)
-                })
-            });
-            if shared {
+            let others = || other_spec.disks.iter().flat_map(Disk::volumes);
+            if spec.disks.iter().flat_map(Disk::volumes).any(|volume| others().any(|held| held.clashes(&volume))) {
                 found.push(violation("S2", format!("vms {vm} and {other} may both write one volume")));
             }
         }
@@ -98,8 +116,16 @@ pub fn check_step(before: &State, after: &State) -> Vec<Violation> {
         let old = known.and_then(|vm| vm.permit);
         check_news_of_a_guest(*id, known, vm, &mut found);
         let Some(new) = vm.permit.filter(|new| old.is_none_or(|old| old.epoch != new.epoch)) else { continue };
-        check_new_permit(*id, old.map(|old| old.epoch), new.epoch, &mut found);
-        check_fit(after, *id, &mut found);
+        let left = before.moving(*id).filter(|moving| Some(moving.epoch) == old.map(|old| old.epoch));
+        let handed_over = left.is_some_and(|moving| moving.to == new.host && moving.to_boot == new.boot);
+        check_new_permit(*id, old.map(|old| old.epoch), new.epoch, handed_over, &mut found);
+        if !handed_over {
+            check_fit(after, *id, new.host, &mut found);
+        }
+    }
+    for (vm, moving) in after.all_moving().filter(|(vm, moving)| before.moving(*vm).map(|it| it.id) != Some(moving.id))
+    {
+        check_fit(after, vm, moving.to, &mut found);
     }
     for (id, data_center) in after.data_centers.iter() {
         let old = before.data_centers.get(id).and_then(|dc| dc.spm);
@@ -129,23 +155,24 @@ fn check_news_of_a_guest(vm: VmId, before: Option<&Vm>, after: &Vm, found: &mut 
     }
 }
 
-/// R2: a next permit exists only after the last was released, and epochs rise.
-fn check_new_permit(vm: VmId, old: Option<Epoch>, new: Epoch, found: &mut Vec<Violation>) {
+/// R2: a next permit exists only after the last was released or handed over by a migration, and epochs rise.
+fn check_new_permit(vm: VmId, old: Option<Epoch>, new: Epoch, handed_over: bool, found: &mut Vec<Violation>) {
     if let Some(old) = old {
-        found.push(violation("R2", format!("vm {vm} got epoch {new} while epoch {old} was not released")));
+        if !handed_over {
+            found.push(violation("R2", format!("vm {vm} got epoch {new} while epoch {old} was not released")));
+        }
         if old > new {
             found.push(violation("R2", format!("vm {vm} fell from epoch {old} to {new}")));
         }
     }
 }
 
-/// R3: at the moment of the grant, the guest fitted.
-fn check_fit(after: &State, vm: VmId, found: &mut Vec<Violation>) {
+/// R3: when it was given a place, the guest fitted.
+fn check_fit(after: &State, vm: VmId, host: HostId, found: &mut Vec<Violation>) {
     let Some(known) = after.vms.get(&vm) else { return };
-    let Some(permit) = known.permit else { return };
-    let placed = after.hosts.get(&permit.host).zip(after.clusters.get(&known.cluster));
+    let placed = after.hosts.get(&host).zip(after.clusters.get(&known.cluster));
     let within = placed.is_some_and(|(host, cluster)| scheduler::within_limits(host, &cluster.scheduling));
     if !within {
-        found.push(violation("R3", format!("vm {vm} was placed on host {} beyond its capacity", permit.host)));
+        found.push(violation("R3", format!("vm {vm} was placed on host {host} beyond its capacity")));
     }
 }

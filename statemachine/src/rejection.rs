@@ -7,6 +7,7 @@ use serde::Serialize;
 use thiserror::Error;
 
 use crate::ids::Epoch;
+use crate::ids::MigrationId;
 use crate::ids::Seq;
 use crate::scheduler::Explanation;
 
@@ -82,6 +83,10 @@ pub enum Rejection {
     DiskInUse { name: String, path: String, holder: String },
     #[error("the address {mac} is that of a network card of vm {holder}; choose another, or none, and one is made")]
     MacInUse { mac: String, holder: String },
+    #[error("{place} has {limit} migrations under way, and that is the limit; wait for one to end: `quorate vm list`")]
+    MigrationLimit { place: String, limit: usize },
+    #[error("migration {migration} of vm {name} is over")]
+    StaleMigration { name: String, migration: MigrationId },
     #[error("the idempotency key was used for another request at seq {seq}; use a new key for a new request")]
     IdempotencyConflict { seq: Seq },
     #[error("the report is older than what is known and was dropped")]
@@ -123,8 +128,10 @@ impl Rejection {
             Rejection::TokenRefused { .. } | Rejection::Forbidden { .. } | Rejection::HostRemoved { .. } => {
                 RejectionClass::Forbidden
             }
-            Rejection::NoHostFits { .. } => RejectionClass::Capacity,
-            Rejection::StaleReport | Rejection::StaleEpoch { .. } => RejectionClass::Stale,
+            Rejection::NoHostFits { .. } | Rejection::MigrationLimit { .. } => RejectionClass::Capacity,
+            Rejection::StaleReport | Rejection::StaleEpoch { .. } | Rejection::StaleMigration { .. } => {
+                RejectionClass::Stale
+            }
             Rejection::AlreadyInitialised
             | Rejection::NotInitialised
             | Rejection::NameTaken { .. }
@@ -153,6 +160,8 @@ impl Rejection {
             Rejection::NoHostFits { .. } => "no-host-fits",
             Rejection::DiskInUse { .. } => "disk-in-use",
             Rejection::MacInUse { .. } => "mac-in-use",
+            Rejection::MigrationLimit { .. } => "migration-limit",
+            Rejection::StaleMigration { .. } => "stale-migration",
             Rejection::IdempotencyConflict { .. } => "idempotency-conflict",
             Rejection::StaleReport => "stale-report",
             Rejection::StaleEpoch { .. } => "stale-epoch",

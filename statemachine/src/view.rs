@@ -4,11 +4,13 @@
 use serde::Deserialize;
 use serde::Serialize;
 
+use crate::ids::VmId;
 use crate::state::Administrative;
 use crate::state::Desired;
 use crate::state::GuestStatus;
 use crate::state::Host;
 use crate::state::Liveness;
+use crate::state::MigrationPhase;
 use crate::state::State;
 use crate::state::Vm;
 
@@ -32,6 +34,10 @@ pub enum VmStatus {
     Up,
     Paused,
     PoweringDown,
+    /// On its way, run by the source still.
+    MigratingFrom,
+    /// The permit is the target's, which has not said yet that it runs.
+    MigratingTo,
     /// Its host does not answer; it may run.
     Unknown,
 }
@@ -59,7 +65,7 @@ pub fn host_status(host: &Host) -> HostStatus {
     }
 }
 
-pub fn vm_status(state: &State, vm: &Vm) -> VmStatus {
+pub fn vm_status(state: &State, id: VmId, vm: &Vm) -> VmStatus {
     let Some(permit) = vm.permit else {
         return match vm.desired {
             Desired::Running => VmStatus::WaitForLaunch,
@@ -68,6 +74,11 @@ pub fn vm_status(state: &State, vm: &Vm) -> VmStatus {
     };
     if state.hosts.get(&permit.host).is_none_or(|host| host.liveness == Liveness::Unreachable) {
         return VmStatus::Unknown;
+    }
+    match (state.migrations.get(&id).map(|migration| migration.phase), vm.observed) {
+        (Some(MigrationPhase::Moving), _) => return VmStatus::MigratingFrom,
+        (Some(MigrationPhase::Committed { .. }), None) => return VmStatus::MigratingTo,
+        _ => {}
     }
     match (vm.observed.map(|observed| observed.status), vm.desired) {
         (Some(GuestStatus::PausedLease | GuestStatus::PausedIo | GuestStatus::PausedUser), _) => VmStatus::Paused,

@@ -74,6 +74,21 @@ fn at_level_1(facts: HostFacts) -> HostFacts {
     HostFacts { feature_level: 1, ..facts }
 }
 
+fn disk_fault() -> DiskFault {
+    DiskFault { disk: "root".to_owned(), what: "write of 4096 bytes: no space left".to_owned(), no_space: true }
+}
+
+fn progress() -> MigrationProgress {
+    MigrationProgress {
+        round: 3,
+        sent_bytes: 4_000_000_000,
+        remaining_bytes: 70_000,
+        dirty_bytes_per_second: 600,
+        throttle_percent: 20,
+        downtime_us: 1_500,
+    }
+}
+
 fn samples() -> Vec<Event> {
     let vm = VmId(Uuid::from_u128(0x1122_3344_5566_7788_99aa_bbcc_ddee_ff00));
     let (host, token, data_center, cluster) = (HostId(4), TokenId(3), DataCenterId(1), ClusterId(1));
@@ -122,6 +137,37 @@ fn samples() -> Vec<Event> {
         VmObservedStatus { vm, epoch: Epoch(42), host, counter: 8, status: GuestStatus::PausedLease }.into(),
         VmObservedExit { vm, epoch: Epoch(42), host, counter: 9, reason: ExitReason::Lost, detail: text() }.into(),
         VmObservedGuest { vm, epoch: Epoch(42), host, counter: 10, facts: Arc::new(guest_facts()) }.into(),
+        VmDesiredPause { vm, paused: true }.into(),
+        VmObservedDiskFault { vm, epoch: Epoch(42), host, counter: 13, fault: Some(disk_fault()) }.into(),
+        MigrationStarted {
+            vm,
+            epoch: Epoch(42),
+            from: host,
+            to: HostId(5),
+            to_boot: boot,
+            explanation: Arc::new(explanation()),
+        }
+        .into(),
+        MigrationProgressed { vm, migration: MigrationId(43), host, counter: 11, progress: progress() }.into(),
+        MigrationCommitted {
+            vm,
+            migration: MigrationId(43),
+            from: host,
+            to: HostId(5),
+            boot,
+            release: ReleaseClass::Operator,
+            counter: 12,
+        }
+        .into(),
+        MigrationAborted {
+            vm,
+            migration: MigrationId(43),
+            from: host,
+            to: HostId(5),
+            reason: AbortReason::TargetLost,
+            detail: text(),
+        }
+        .into(),
         SpmGranted { data_center, host }.into(),
         SpmReleased { data_center, host }.into(),
     ]
@@ -131,7 +177,19 @@ fn samples() -> Vec<Event> {
 fn samples_of_later_layouts() -> Vec<(u8, Event)> {
     let nic = |id: &str, mac| Nic { id: id.to_owned(), bridge: "br0".to_owned(), mac };
     let nics = vec![nic("lan", None), nic("wan", Some(MacAddr::new(0x52, 0x54, 0, 1, 2, 3)))];
-    let spec = Arc::new(VmSpec { nics, ..world::spec(15) });
+    let image = Disk {
+        format: DiskFormat::Qcow2,
+        backing: vec![BackingImage { path: "/srv/base.raw".to_owned(), format: DiskFormat::Raw }],
+        on_error: OnError::Enospc,
+        rate_limit: Some(RateLimit {
+            iops: Some(500),
+            bytes_per_second: Some(1 << 20),
+            burst_iops: Some(50),
+            burst_bytes: None,
+        }),
+        ..Disk::raw("root", "/srv/top.qcow2")
+    };
+    let spec = Arc::new(VmSpec { nics, disks: vec![image], ..world::spec(15) });
     let vm = VmId(Uuid::from_u128(7));
     vec![(2, VmSpecChanged { vm, spec }.into())]
 }

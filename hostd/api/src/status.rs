@@ -78,8 +78,8 @@ impl Counts {
             counts.hosts += 1;
             counts.hosts_up += u32::from(host_status(host) == HostStatus::Up);
         }
-        for (_, vm) in state.vms.iter() {
-            let status = vm_status(state, vm);
+        for (id, vm) in state.vms.iter() {
+            let status = vm_status(state, *id, vm);
             counts.vms += 1;
             counts.vms_up += u32::from(status == VmStatus::Up);
             counts.vms_unknown += u32::from(status == VmStatus::Unknown);

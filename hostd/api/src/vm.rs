@@ -13,13 +13,18 @@ use statemachine::State;
 use statemachine::VmId;
 use statemachine::command::VmSpecChange;
 use statemachine::scheduler::Explanation;
+use statemachine::state::BackingImage;
 use statemachine::state::Desired;
 use statemachine::state::Disk;
+use statemachine::state::DiskFault;
+use statemachine::state::DiskFormat;
 use statemachine::state::ExitReason;
 use statemachine::state::GuestFacts;
 use statemachine::state::GuestStatus;
 use statemachine::state::MachineType;
 use statemachine::state::Nic;
+use statemachine::state::OnError;
+use statemachine::state::RateLimit;
 use statemachine::state::ReleaseClass;
 use statemachine::state::RunStrategy;
 use statemachine::state::StopMode;
@@ -85,7 +90,7 @@ pub struct VmSpecBody {
     pub release: Option<ReleaseClass>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DiskBody {
     /// Name within the VM; the guest sees it as the disk's serial.
@@ -97,6 +102,46 @@ pub struct DiskBody {
     /// More than one VM may write it.
     #[serde(default)]
     pub shareable: bool,
+    /// `raw` (default) or `qcow2`. It is never found out by looking.
+    #[serde(default)]
+    #[schema(value_type = String, example = "raw")]
+    pub format: DiskFormat,
+    /// The images under a qcow2 disk, nearest first, by the paths that their headers name.
+    #[serde(default)]
+    pub backing: Vec<BackingImageBody>,
+    /// What an error of the storage does: `stop` (default) pauses the guest and tries again until it succeeds, `report` tells the
+    /// guest, `ignore` tells it that all went well, `enospc` stops it where there is no space and reports the rest.
+    #[serde(default)]
+    #[schema(value_type = String, example = "stop")]
+    pub on_error: OnError,
+    /// How much it may do; what is left out has no bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limit: Option<RateLimitBody>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BackingImageBody {
+    pub path: String,
+    #[schema(value_type = String, example = "qcow2")]
+    pub format: DiskFormat,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RateLimitBody {
+    /// Requests a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// Bytes read and written a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<u64>,
+    /// Requests that may go at once after a pause; by default what a tenth of a second gives.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub burst_iops: Option<u64>,
+    /// Bytes likewise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub burst_bytes: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -160,7 +205,21 @@ impl From<NicBody> for Nic {
 
 impl From<DiskBody> for Disk {
     fn from(body: DiskBody) -> Disk {
-        Disk { id: body.id, path: body.path, read_only: body.read_only, shareable: body.shareable }
+        let image = |image: BackingImageBody| BackingImage { path: image.path, format: image.format };
+        let limit = |limit: RateLimitBody| {
+            let RateLimitBody { iops, bytes_per_second, burst_iops, burst_bytes } = limit;
+            RateLimit { iops, bytes_per_second, burst_iops, burst_bytes }
+        };
+        Disk {
+            id: body.id,
+            path: body.path,
+            read_only: body.read_only,
+            shareable: body.shareable,
+            format: body.format,
+            backing: body.backing.into_iter().map(image).collect(),
+            on_error: body.on_error,
+            rate_limit: body.rate_limit.map(limit),
+        }
     }
 }
 
@@ -233,6 +292,9 @@ pub struct VmView {
     #[schema(value_type = Option<String>)]
     pub observed: Option<GuestStatus>,
     pub last_exit: Option<ExitView>,
+    /// The error of a disk that holds it. It goes on when that is mended, or at once with `resume`.
+    #[schema(value_type = Option<Object>)]
+    pub disk_fault: Option<DiskFault>,
     /// What its agent says of it: host name, operating system, addresses, file systems. Nobody vouches for a guest's word.
     #[schema(value_type = Option<Object>)]
     pub guest: Option<Arc<GuestFacts>>,
@@ -269,7 +331,7 @@ impl VmView {
         VmView {
             id,
             name: vm.name.clone(),
-            status: vm_status(state, vm),
+            status: vm_status(state, id, vm),
             cluster: vm.cluster,
             cluster_name: state.clusters.get(&vm.cluster).map(|cluster| cluster.name.clone()).unwrap_or_default(),
             run_strategy: vm.run_strategy,
@@ -290,6 +352,7 @@ impl VmView {
                 epoch: exit.epoch,
                 at: exit.at,
             }),
+            disk_fault: state.disk_faults.get(&id).cloned(),
             guest: state.guests.get(&id).cloned(),
             spec: vm.spec.clone(),
             spec_pending: vm.granted_spec.as_ref().is_some_and(|granted| *granted != vm.spec),
@@ -321,7 +384,7 @@ impl WhyView {
         WhyView {
             vm: id,
             name: vm.name.clone(),
-            status: vm_status(state, vm),
+            status: vm_status(state, id, vm),
             host_name: vm.permit.and_then(|permit| state.hosts.get(&permit.host)).map(|host| host.name.clone()),
             placement: vm.placement.clone(),
             waiting: now.and_then(Result::err),

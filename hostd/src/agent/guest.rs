@@ -16,6 +16,7 @@ use rustix::process::pidfd_open;
 use rustix::process::pidfd_send_signal;
 use statemachine::ids::Epoch;
 use statemachine::ids::VmId;
+use statemachine::state::DiskFault;
 use statemachine::state::GuestFacts;
 use statemachine::state::GuestStatus;
 use tokio::sync::mpsc;
@@ -58,13 +59,15 @@ pub enum Told {
 }
 
 /// A guest as its vmm describes it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
     pub status: GuestStatus,
     pub quiesced: bool,
     pub deadline_ns: Option<u64>,
     pub pid: Option<i32>,
     pub overhead_bytes: Option<u64>,
+    /// The error of a disk that holds it.
+    pub fault: Option<DiskFault>,
 }
 
 impl Seen {
@@ -77,8 +80,22 @@ impl Seen {
             RunState::ShuttingDown => GuestStatus::PoweringDown,
         };
         let Status { quiesced, deadline_ns, overhead_bytes, .. } = *status;
-        Seen { status: seen, quiesced, deadline_ns, pid, overhead_bytes }
+        let fault = status.io_error.as_ref().filter(|_| seen == GuestStatus::PausedIo).map(disk_fault);
+        Seen { status: seen, quiesced, deadline_ns, pid, overhead_bytes, fault }
     }
+}
+
+/// As the log takes it: short, and without what moves a terminal's cursor.
+fn disk_fault(fault: &vmm_control::DiskFault) -> DiskFault {
+    let words = fault.what.chars().map(|c| if c.is_control() { ' ' } else { c });
+    let mut what = String::new();
+    for c in words {
+        if what.len() + c.len_utf8() > DiskFault::MAX_WORDS {
+            break;
+        }
+        what.push(c);
+    }
+    DiskFault { disk: fault.disk.clone(), what, no_space: fault.no_space }
 }
 
 pub struct GuestTask {
@@ -241,6 +258,8 @@ impl GuestTask {
             Order::PowerButton => Call::PowerButton,
             Order::PowerOff => Call::PowerOff,
             Order::Reset { id } => Call::Reset { id: id.0 },
+            Order::Pause => Call::Pause,
+            Order::Resume { .. } => Call::Resume,
             Order::Kill => {
                 self.kill(process);
                 return Ok(Ok(()));
@@ -254,8 +273,8 @@ impl GuestTask {
                 self.tell(Told::Undone(order)).await?;
             }
         }
-        if done.is_ok() && matches!(order, Order::Confirm { .. }) {
-            // A confirmation may have resumed it.
+        if done.is_ok() && matches!(order, Order::Confirm { .. } | Order::Pause | Order::Resume { .. }) {
+            // It may run now, or no longer.
             return self.look(client, line).await;
         }
         Ok(done)

@@ -8,16 +8,21 @@ use std::path::PathBuf;
 
 use statemachine::ids::Epoch;
 use statemachine::ids::VmId;
+use statemachine::state;
+use statemachine::state::Disk;
 use statemachine::state::MachineType;
 use statemachine::state::Nic;
 use statemachine::state::ReleaseClass;
 use statemachine::state::VmSpec;
 use thiserror::Error;
+use vmm_control::BackingImage;
 use vmm_control::DiskConfig;
+use vmm_control::DiskFormat;
 use vmm_control::Identity;
 use vmm_control::LeaseConfig;
 use vmm_control::NicConfig;
 use vmm_control::OnError;
+use vmm_control::RateLimit;
 use vmm_control::VmmConfig;
 use vmm_control::config::DEFAULT_MTU;
 
@@ -70,17 +75,7 @@ pub fn vmm_config(
     let resolve = |what: &str, path: &str, device: bool| resolve(what, Path::new(path), allowed, device);
     let mut disks = Vec::with_capacity(spec.disks.len());
     for disk in &spec.disks {
-        disks.push(DiskConfig {
-            id: disk.id.clone(),
-            path: resolve(&format!("disk {}", disk.id), &disk.path, true)?,
-            read_only: disk.read_only,
-            serial: disk.id.clone(),
-            // Nothing here can know that no other host reaches the same storage.
-            shared: true,
-            // The guest is told, as a definition cannot say otherwise yet and nobody could resume one that was stopped.
-            on_error: OnError::Report,
-            ..DiskConfig::default()
-        });
+        disks.push(disk_config(disk, allowed)?);
     }
     let nic = |nic: &Nic| NicConfig { id: nic.id.clone(), mac: nic.mac_of(identity.vm), mtu: DEFAULT_MTU };
     let release = release_class(identity.release);
@@ -109,6 +104,50 @@ pub fn vmm_config(
     };
     config.check()?;
     Ok(config)
+}
+
+fn disk_config(disk: &Disk, allowed: &[PathBuf]) -> Result<DiskConfig, GuestFilesError> {
+    let what = format!("disk {}", disk.id);
+    // An image names the one below it by a path relative to its own, so an image of a chain keeps the path that the definition has.
+    let chained = !disk.backing.is_empty();
+    let place = |what: &str, path: &str| {
+        let target = resolve(what, Path::new(path), allowed, true)?;
+        Ok::<PathBuf, GuestFilesError>(if chained { PathBuf::from(path) } else { target })
+    };
+    let mut backing = Vec::with_capacity(disk.backing.len());
+    for image in &disk.backing {
+        let path = place(&format!("backing image of {what}"), &image.path)?;
+        backing.push(BackingImage { path, format: disk_format(image.format) });
+    }
+    Ok(DiskConfig {
+        id: disk.id.clone(),
+        path: place(&what, &disk.path)?,
+        read_only: disk.read_only,
+        serial: disk.id.clone(),
+        // Nothing here can know that no other host reaches the same storage.
+        shared: true,
+        format: disk_format(disk.format),
+        backing,
+        on_error: match disk.on_error {
+            state::OnError::Stop => OnError::Stop,
+            state::OnError::Report => OnError::Report,
+            state::OnError::Ignore => OnError::Ignore,
+            state::OnError::Enospc => OnError::Enospc,
+        },
+        rate_limit: disk.rate_limit.map(|limit| RateLimit {
+            iops: limit.iops,
+            burst_iops: limit.burst_iops,
+            bytes_per_second: limit.bytes_per_second,
+            burst_bytes: limit.burst_bytes,
+        }),
+    })
+}
+
+fn disk_format(format: state::DiskFormat) -> DiskFormat {
+    match format {
+        state::DiskFormat::Raw => DiskFormat::Raw,
+        state::DiskFormat::Qcow2 => DiskFormat::Qcow2,
+    }
 }
 
 /// The path with every link followed, if that ends under an allowed path. The vmm gets this one, so a link that changes
@@ -152,7 +191,6 @@ pub fn permit_class(class: vmm_control::ReleaseClass) -> ReleaseClass {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use statemachine::state::Disk;
     use std::os::unix::fs::symlink;
     use uuid::Uuid;
 
@@ -173,12 +211,16 @@ mod tests {
     }
 
     fn config(images: &Images, kernel: &Path, release: ReleaseClass) -> Result<VmmConfig, GuestFilesError> {
-        let disk = Disk {
-            id: "root".to_owned(),
-            path: images.allowed.join("vmlinuz").display().to_string(),
-            read_only: false,
-            shareable: false,
-        };
+        let disk = Disk::raw("root", &images.allowed.join("vmlinuz").display().to_string());
+        config_with(images, kernel, release, disk)
+    }
+
+    fn config_with(
+        images: &Images,
+        kernel: &Path,
+        release: ReleaseClass,
+        disk: Disk,
+    ) -> Result<VmmConfig, GuestFilesError> {
         let mut spec = crate::test_site::spec(release);
         spec.kernel = kernel.display().to_string();
         spec.disks.push(disk);
@@ -197,6 +239,35 @@ mod tests {
         assert_eq!(lease.cmdline, "console=ttyS0 quorate.epoch=41");
         assert_eq!(lease.lease, Some(LeaseConfig { deadline_boottime_ns: 5_000_000 }));
         assert_eq!(config(&images, &kernel, ReleaseClass::Operator).unwrap().lease, None);
+    }
+
+    #[test]
+    fn an_image_of_a_chain_is_called_as_the_definition_calls_it_and_lies_where_it_may() {
+        let images = images();
+        let kernel = images.allowed.join("vmlinuz");
+        let (top, base) = (images.allowed.join("top.qcow2"), images.allowed.join("base.raw"));
+        let elsewhere = images.allowed.join("elsewhere");
+        std::fs::write(&elsewhere, "data").unwrap();
+        symlink(&elsewhere, &top).unwrap();
+        symlink(&elsewhere, &base).unwrap();
+        let chain = |below: &Path| Disk {
+            format: state::DiskFormat::Qcow2,
+            backing: vec![state::BackingImage { path: below.display().to_string(), format: state::DiskFormat::Raw }],
+            on_error: state::OnError::Enospc,
+            rate_limit: Some(state::RateLimit { iops: Some(500), ..state::RateLimit::default() }),
+            ..Disk::raw("root", &top.display().to_string())
+        };
+        let disk = |disk| config_with(&images, &kernel, ReleaseClass::Operator, disk).map(|config| config.disks);
+        let [made] = &disk(chain(&base)).unwrap()[..] else { panic!("one disk") };
+        assert_eq!((made.path.as_path(), made.format), (top.as_path(), DiskFormat::Qcow2));
+        assert_eq!(made.backing, [BackingImage { path: base.clone(), format: DiskFormat::Raw }]);
+        assert_eq!(made.on_error, OnError::Enospc);
+        assert_eq!(made.rate_limit, Some(RateLimit { iops: Some(500), ..RateLimit::default() }));
+
+        let outside = disk(chain(&images.outside.join("vmlinuz"))).unwrap_err();
+        assert!(matches!(outside, GuestFilesError::NotAllowed { .. }), "{outside}");
+        let [alone] = &disk(Disk { backing: Vec::new(), ..chain(&base) }).unwrap()[..] else { panic!("one disk") };
+        assert_eq!(alone.path, elsewhere.canonicalize().unwrap(), "nothing is below it, so its links are followed");
     }
 
     #[test]

@@ -25,6 +25,7 @@ use statemachine::ids::VmId;
 use statemachine::mutant;
 use statemachine::mutant::Mutant;
 use statemachine::state::Desired;
+use statemachine::state::DiskFault;
 use statemachine::state::ExitReason;
 use statemachine::state::GuestFacts;
 use statemachine::state::GuestStatus;
@@ -90,6 +91,43 @@ impl Stopping {
     }
 }
 
+/// Its status tells within this time whether it obeyed.
+const NUDGE_EVERY_MS: u64 = 2_000;
+
+/// Storage that is back, or has space again, tells nobody. So a guest that waits for it tries again by itself, as oVirt's
+/// `auto_resume` does: at once, then at growing distances, and whenever a user says so.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Retry {
+    tries: u32,
+    last: Option<Boottime>,
+    wish: Option<Seq>,
+}
+
+impl Retry {
+    const FIRST_AFTER_MS: u64 = 2_000;
+    const AFTER_AT_MOST_MS: u64 = 60_000;
+
+    fn note(&mut self, wish: Seq, now: Boottime) {
+        self.tries += 1;
+        self.last = Some(now);
+        self.wish = Some(wish);
+    }
+
+    fn is_due(&self, wish: Seq, now: Boottime) -> bool {
+        let after_ms = Retry::FIRST_AFTER_MS << self.tries.saturating_sub(1).min(16);
+        let waited = self.last.is_none_or(|last| now.ms_since(last) >= after_ms.min(Retry::AFTER_AT_MOST_MS));
+        waited || self.wish.is_some_and(|known| known < wish)
+    }
+
+    /// It runs: the next error is a new one.
+    pub fn forget(&mut self, now: Boottime) {
+        let long_ago = |last| now.ms_since(last) >= Retry::AFTER_AT_MOST_MS;
+        if self.last.is_some_and(long_ago) {
+            *self = Retry::default();
+        }
+    }
+}
+
 /// A guest that this host has, or had and not yet reported.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Guest {
@@ -101,13 +139,30 @@ pub struct Guest {
     pub stopping: Option<Stopping>,
     /// The newest reset that was handed to its process.
     pub reset: Option<Seq>,
+    /// When it was last told to stand or to go.
+    pub nudged: Option<Boottime>,
+    /// Of a guest that an error of a disk holds: when that is tried again.
+    pub retry: Retry,
     /// What its agent said last that is worth an event.
     pub facts: Option<Arc<GuestFacts>>,
+    /// The error of a disk that holds it.
+    pub fault: Option<DiskFault>,
 }
 
 impl Guest {
     pub fn launching(epoch: Epoch, release: ReleaseClass) -> Guest {
-        Guest { epoch, release, phase: Phase::Launching, confirmed: None, stopping: None, reset: None, facts: None }
+        Guest {
+            epoch,
+            release,
+            phase: Phase::Launching,
+            confirmed: None,
+            stopping: None,
+            reset: None,
+            nudged: None,
+            retry: Retry::default(),
+            facts: None,
+            fault: None,
+        }
     }
 
     pub fn is_gone(&self) -> bool {
@@ -120,6 +175,13 @@ impl Guest {
         match order {
             Order::Confirm { deadline } => self.confirmed = Some(deadline),
             Order::Reset { id } => self.reset = Some(id),
+            Order::Pause => self.nudged = Some(now),
+            Order::Resume { wish } => {
+                self.nudged = Some(now);
+                if matches!(self.phase, Phase::Alive { status: GuestStatus::PausedIo, .. }) {
+                    self.retry.note(wish, now);
+                }
+            }
             Order::PowerButton => {
                 let current = self.stopping.get_or_insert_with(stopping);
                 if current.desired_at != desired_at {
@@ -139,11 +201,49 @@ impl Guest {
 /// What a guest's process is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
-    Confirm { deadline: Boottime },
+    Confirm {
+        deadline: Boottime,
+    },
     PowerButton,
     PowerOff,
-    Reset { id: Seq },
+    Reset {
+        id: Seq,
+    },
+    Pause,
+    /// Ends a pause of its user's, and tries again what an error of a disk stopped. `wish`: the last command about either.
+    Resume {
+        wish: Seq,
+    },
     Kill,
+}
+
+/// What is known of a guest here and not in the log yet. The order is that in which it is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum News {
+    Exited(Ended),
+    Status(GuestStatus),
+    DiskFault(Option<DiskFault>),
+    Facts(Arc<GuestFacts>),
+}
+
+/// What news are about; of each kind, one report is under way at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum NewsKind {
+    Exited,
+    Status,
+    DiskFault,
+    Facts,
+}
+
+impl News {
+    pub fn kind(&self) -> NewsKind {
+        match self {
+            News::Exited(_) => NewsKind::Exited,
+            News::Status(_) => NewsKind::Status,
+            News::DiskFault(_) => NewsKind::DiskFault,
+            News::Facts(_) => NewsKind::Facts,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -169,20 +269,10 @@ pub enum Action {
         order: Order,
         desired_at: Seq,
     },
-    ReportStatus {
+    Report {
         vm: VmId,
         epoch: Epoch,
-        status: GuestStatus,
-    },
-    ReportGuest {
-        vm: VmId,
-        epoch: Epoch,
-        facts: Arc<GuestFacts>,
-    },
-    ReportExited {
-        vm: VmId,
-        epoch: Epoch,
-        ended: Ended,
+        news: News,
     },
     /// The log knows that this epoch is over and no process is left: clear its run directory.
     Forget {
@@ -257,7 +347,7 @@ fn plan_guest(view: &View<'_>, vm: VmId, guest: &Guest, actions: &mut Vec<Action
     let permitted =
         known.filter(|known| known.permit.is_some_and(|permit| permit.epoch == epoch && permit.host == view.host));
     match (&guest.phase, permitted) {
-        (Phase::Gone(ended), Some(_)) => actions.push(Action::ReportExited { vm, epoch, ended: ended.clone() }),
+        (Phase::Gone(ended), Some(_)) => actions.push(Action::Report { vm, epoch, news: News::Exited(ended.clone()) }),
         (Phase::Gone(_), None) if view.has_reached(epoch) => actions.push(Action::Forget { vm, epoch }),
         (_, None) if view.has_reached(epoch) => {
             // Superseded. Nobody waits for its file systems: its disks may belong to another by now.
@@ -288,20 +378,42 @@ fn tend(view: &View<'_>, vm: VmId, known: &Vm, guest: &Guest, actions: &mut Vec<
         Desired::Stopped(StopMode::PowerOff) => actions.extend(end_at_once(view, guest.stopping).map(order)),
         Desired::Stopped(StopMode::Shutdown) => actions.extend(shut_down(view, known, guest).map(order)),
     }
+    actions.extend(stand_or_go(view, vm, known, guest).map(order));
     let status = match guest.phase {
         Phase::Alive { status, .. } => status,
         Phase::Launching | Phase::Gone(_) => GuestStatus::PoweringUp,
     };
     let seen = known.observed.filter(|observed| observed.epoch == epoch).map(|observed| observed.status);
     let started_over = guest.phase == Phase::Launching && seen.is_some();
+    let mut report = |news| actions.push(Action::Report { vm, epoch, news });
     if seen != Some(status) && !started_over {
-        actions.push(Action::ReportStatus { vm, epoch, status });
+        report(News::Status(status));
     }
     let state = &view.fold.state;
     let level = state.site.as_ref().map_or(0, |site| site.feature_level);
-    let news = guest.facts.as_ref().filter(|facts| state.guests.get(&vm) != Some(facts));
-    if let Some(facts) = news.filter(|_| level >= GuestFacts::FEATURE_LEVEL) {
-        actions.push(Action::ReportGuest { vm, epoch, facts: facts.clone() });
+    if level < GuestFacts::FEATURE_LEVEL {
+        return;
+    }
+    if state.disk_faults.get(&vm) != guest.fault.as_ref() && !started_over {
+        report(News::DiskFault(guest.fault.clone()));
+    }
+    if let Some(facts) = guest.facts.as_ref().filter(|facts| state.guests.get(&vm) != Some(facts)) {
+        report(News::Facts(facts.clone()));
+    }
+}
+
+/// What its user last said of standing still. A guest that is to shut down has to run for it.
+fn stand_or_go(view: &View<'_>, vm: VmId, known: &Vm, guest: &Guest) -> Option<Order> {
+    let Phase::Alive { status, .. } = guest.phase else { return None };
+    let said = view.fold.state.pauses.get(&vm);
+    let wish = said.map_or(Seq::ZERO, |pause| pause.at);
+    let stand = said.is_some_and(|pause| pause.wanted) && known.desired == Desired::Running;
+    let nudge = guest.nudged.is_none_or(|last| view.now.ms_since(last) >= NUDGE_EVERY_MS);
+    match status {
+        GuestStatus::Up if stand && nudge => Some(Order::Pause),
+        GuestStatus::PausedUser if !stand && nudge => Some(Order::Resume { wish }),
+        GuestStatus::PausedIo if !stand && guest.retry.is_due(wish, view.now) => Some(Order::Resume { wish }),
+        _ => None,
     }
 }
 

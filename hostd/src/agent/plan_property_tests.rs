@@ -127,7 +127,7 @@ impl World {
                     guest.phase = Phase::Gone(Ended { reason: ExitReason::PoweredOff, detail: String::new() });
                 }
             }
-            Action::ReportExited { vm, epoch, ended } => {
+            Action::Report { vm, epoch, news: News::Exited(ended) } => {
                 prop_assert!(!self.processes.contains(&epoch), "an exit is reported when nothing is left");
                 prop_assert!(self.agent.marked.contains(&(vm, epoch)), "the epoch is used up first");
                 self.exit_reported.insert(epoch);
@@ -144,7 +144,7 @@ impl World {
                 prop_assert!(!self.processes.contains(&epoch));
                 self.agent.guests.remove(&vm);
             }
-            Action::ReportStatus { .. } | Action::ReportGuest { .. } => {}
+            Action::Report { .. } => {}
         }
         Ok(())
     }

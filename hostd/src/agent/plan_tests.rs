@@ -8,6 +8,8 @@ use crate::test_site::spec;
 
 #[path = "plan_property_tests.rs"]
 mod property;
+#[path = "standstill_tests.rs"]
+mod standstill;
 
 /// The second host of a site, as its agent sees it; the first is where commands come from.
 struct Agent {
@@ -222,7 +224,7 @@ fn a_gone_guest_is_reported_until_the_log_knows_and_then_forgotten() {
     let ended = Ended { reason: ExitReason::GuestPoweredOff, detail: String::new() };
     agent.guests.get_mut(&vm).unwrap().phase = Phase::Gone(ended.clone());
     agent.be_granted();
-    assert_eq!(agent.plan(), [Action::ReportExited { vm, epoch, ended }]);
+    assert_eq!(agent.plan(), [Action::Report { vm, epoch, news: News::Exited(ended) }]);
     agent.site.exited(vm, epoch, agent.host());
     agent.catch_up();
     assert_eq!(agent.plan(), [Action::Forget { vm, epoch }]);
@@ -288,7 +290,7 @@ fn a_reset_is_done_once() {
 fn a_status_is_reported_when_it_differs_and_an_adopted_guest_is_not_said_to_start_again() {
     let mut agent = Agent::new();
     let (vm, epoch) = agent.running(ReleaseClass::Operator);
-    assert_eq!(agent.plan(), [Action::ReportStatus { vm, epoch, status: GuestStatus::Up }]);
+    assert_eq!(agent.plan(), [Action::Report { vm, epoch, news: News::Status(GuestStatus::Up) }]);
     let report = statemachine::command::ReportId { host: agent.host(), boot: boot(2), counter: 1_000 };
     let told = Command::ReportVmStatus { report, vm, epoch, status: GuestStatus::Up };
     agent.site.must(Actor::Host(agent.host()), told);
@@ -310,7 +312,7 @@ fn what_a_guest_says_is_reported_until_it_is_known_and_at_the_level_that_knows_i
         guest.facts = Some(facts.clone());
     }
     agent.catch_up();
-    assert_eq!(agent.plan(), [Action::ReportGuest { vm, epoch, facts: facts.clone() }]);
+    assert_eq!(agent.plan(), [Action::Report { vm, epoch, news: News::Facts(facts.clone()) }]);
     let set_level = |agent: &Agent, level| {
         let mut fold = agent.site.fold.lock().unwrap();
         if let Some(site) = fold.state.site.as_mut() {

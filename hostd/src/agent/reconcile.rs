@@ -10,6 +10,7 @@ use statemachine::command::HostFacts;
 use statemachine::fold::Fold;
 use statemachine::ids::Epoch;
 use statemachine::ids::VmId;
+use statemachine::state::GuestStatus;
 use statemachine::state::Permit;
 use statemachine::state::ReleaseClass;
 use tokio::sync::mpsc;
@@ -31,6 +32,7 @@ use super::plan::Phase;
 use super::plan::StopTimers;
 use super::plan::View;
 use super::reports;
+use super::reports::Owed;
 use super::reports::Reports;
 use super::reports::Subject;
 use super::work::Looked;
@@ -64,7 +66,7 @@ impl Line {
     /// The latest deadline that the process may hold, for the watchdog: of an adopted one that has not answered yet, the end of
     /// a lease that an earlier hostd began in its last moment.
     fn deadline(&self, guest: &Guest) -> Option<Boottime> {
-        let told = self.seen.and_then(|seen| seen.deadline_ns).map(Boottime::from_ns).max(guest.confirmed);
+        let told = self.seen.as_ref().and_then(|seen| seen.deadline_ns).map(Boottime::from_ns).max(guest.confirmed);
         let latest = Boottime::from_ns(self.since.as_ns().saturating_add(vmm_control::MAX_LEASE_NS));
         told.or((guest.release == ReleaseClass::Lease).then_some(latest))
     }
@@ -159,18 +161,11 @@ impl Loop {
                 Action::Renounce { vm, permit } => self.renounce(vm, permit),
                 Action::Order { vm, order, desired_at, .. } => self.order(vm, order, desired_at, now),
                 Action::Forget { vm, .. } => self.forget(vm, fold.state.vms.contains(&vm)),
-                report @ (Action::ReportStatus { .. } | Action::ReportExited { .. } | Action::ReportGuest { .. }) => {
-                    owed.push(report);
-                }
+                // A guest whose files are being looked at is not reported on until that is done.
+                Action::Report { vm, .. } if self.busy.contains(&vm) => {}
+                Action::Report { vm, epoch, news } => owed.push(Owed { vm, epoch, news }),
             }
         }
-        // A guest whose files are being looked at is not reported on until that is done.
-        owed.retain(|action| match action {
-            Action::ReportExited { vm, .. } | Action::ReportStatus { vm, .. } | Action::ReportGuest { vm, .. } => {
-                !self.busy.contains(vm)
-            }
-            _ => true,
-        });
         if let Some((subject, request)) = self.reports.next(&facts, fold, &owed, now) {
             self.report(subject, request);
         }
@@ -296,11 +291,21 @@ impl Loop {
     }
 
     fn hear(&mut self, vm: VmId, epoch: Epoch, news: guest::Told) {
+        let now = self.now();
         let Some(guest) = self.guests.get_mut(&vm).filter(|guest| guest.epoch == epoch) else { return };
         match news {
             guest::Told::Seen(seen) => {
                 let before =
                     std::mem::replace(&mut guest.phase, Phase::Alive { status: seen.status, quiesced: seen.quiesced });
+                if seen.status == GuestStatus::Up {
+                    guest.retry.forget(now);
+                }
+                if guest.fault != seen.fault {
+                    if let Some(fault) = &seen.fault {
+                        tracing::warn!(%vm, %epoch, disk = fault.disk, "an error of a disk holds the guest: {}", fault.what);
+                    }
+                    guest.fault.clone_from(&seen.fault);
+                }
                 if before != guest.phase {
                     tracing::info!(%vm, %epoch, status = ?seen.status, quiesced = seen.quiesced, "the guest's status");
                 }
@@ -356,7 +361,7 @@ impl Loop {
     fn publish(&self) {
         let view = |(vm, guest): (&VmId, &Guest)| {
             let line = self.lines.get(vm);
-            let seen = line.and_then(|line| line.seen);
+            let seen = line.and_then(|line| line.seen.as_ref());
             GuestView {
                 vm: *vm,
                 epoch: guest.epoch,

@@ -12,13 +12,16 @@ use statemachine::command::ReportId;
 use statemachine::command::Request;
 use statemachine::fold::Fold;
 use statemachine::ids::BootId;
+use statemachine::ids::Epoch;
 use statemachine::ids::HostId;
 use statemachine::ids::Seq;
 use statemachine::ids::VmId;
 use statemachine::state::Liveness;
 
 use super::cluster::Cluster;
-use super::plan::Action;
+use super::plan::Ended;
+use super::plan::News;
+use super::plan::NewsKind;
 use crate::lease::clock::Boottime;
 
 const RETRY_MIN_MS: u64 = 200;
@@ -28,9 +31,27 @@ const RETRY_MAX_MS: u64 = 5_000;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Subject {
     Host,
-    Status(VmId),
-    Exit(VmId),
-    Guest(VmId),
+    Guest(VmId, NewsKind),
+}
+
+/// News of a guest for the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owed {
+    pub vm: VmId,
+    pub epoch: Epoch,
+    pub news: News,
+}
+
+impl Owed {
+    fn command(&self, report: ReportId) -> Command {
+        let Owed { vm, epoch, ref news } = *self;
+        match news.clone() {
+            News::Exited(Ended { reason, detail }) => Command::ReportVmExited { report, vm, epoch, reason, detail },
+            News::Status(status) => Command::ReportVmStatus { report, vm, epoch, status },
+            News::DiskFault(fault) => Command::ReportVmDiskFault { report, vm, epoch, fault },
+            News::Facts(facts) => Command::ReportVmGuest { report, vm, epoch, facts },
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -66,13 +87,7 @@ impl Reports {
 
     /// The next report, if one is owed and none is under way. The host's own word goes first: before it, the log takes this
     /// boot's reports for another's.
-    pub fn next(
-        &mut self,
-        facts: &HostFacts,
-        fold: &Fold,
-        owed: &[Action],
-        now: Boottime,
-    ) -> Option<(Subject, Request)> {
+    pub fn next(&mut self, facts: &HostFacts, fold: &Fold, owed: &[Owed], now: Boottime) -> Option<(Subject, Request)> {
         if self.under_way.is_some() {
             return None;
         }
@@ -84,19 +99,11 @@ impl Reports {
             let facts = facts.clone();
             return self.take(Subject::Host, fold, now, |report| Command::ReportHost { report, facts });
         }
-        let exits = owed.iter().filter(|action| matches!(action, Action::ReportExited { .. }));
-        let statuses = owed.iter().filter(|action| matches!(action, Action::ReportStatus { .. }));
-        let guests = owed.iter().filter(|action| matches!(action, Action::ReportGuest { .. }));
-        exits.chain(statuses).chain(guests).find_map(|action| match action.clone() {
-            Action::ReportExited { vm, epoch, ended } => self.take(Subject::Exit(vm), fold, now, |report| {
-                Command::ReportVmExited { report, vm, epoch, reason: ended.reason, detail: ended.detail }
-            }),
-            Action::ReportStatus { vm, epoch, status } => self
-                .take(Subject::Status(vm), fold, now, |report| Command::ReportVmStatus { report, vm, epoch, status }),
-            Action::ReportGuest { vm, epoch, facts } => {
-                self.take(Subject::Guest(vm), fold, now, |report| Command::ReportVmGuest { report, vm, epoch, facts })
-            }
-            _ => None,
+        let mut owed: Vec<&Owed> = owed.iter().collect();
+        owed.sort_by_key(|owed| owed.news.kind());
+        owed.into_iter().find_map(|owed| {
+            let subject = Subject::Guest(owed.vm, owed.news.kind());
+            self.take(subject, fold, now, |report| owed.command(report))
         })
     }
 
@@ -159,7 +166,7 @@ mod tests {
         let host = site.hosts[0];
         let vm = site.define("web", spec(ReleaseClass::Operator));
         let epoch = site.start(vm, host);
-        let owed = [Action::ReportStatus { vm, epoch, status: GuestStatus::Up }];
+        let owed = [Owed { vm, epoch, news: News::Status(GuestStatus::Up) }];
         let now = Boottime::from_ms(1);
         let mut reports = Reports::new(host, boot(9));
         let (subject, request) = reports.next(&facts(boot(9)), &site.now(), &owed, now).unwrap();
@@ -173,9 +180,9 @@ mod tests {
         let site = Site::with_hosts(1);
         let vm = site.define("web", spec(ReleaseClass::Operator));
         let epoch = site.start(vm, host);
-        let owed = [Action::ReportStatus { vm, epoch, status: GuestStatus::Up }];
+        let owed = [Owed { vm, epoch, news: News::Status(GuestStatus::Up) }];
         let (subject, request) = reports.next(&facts(boot(1)), &site.now(), &owed, now).unwrap();
-        assert_eq!(subject, Subject::Status(vm));
+        assert_eq!(subject, Subject::Guest(vm, NewsKind::Status));
         site.request(&request).unwrap();
     }
 
@@ -185,7 +192,7 @@ mod tests {
         let host = site.hosts[0];
         let status = |name| {
             let vm = site.define(name, spec(ReleaseClass::Operator));
-            Action::ReportStatus { vm, epoch: site.start(vm, host), status: GuestStatus::Up }
+            Owed { vm, epoch: site.start(vm, host), news: News::Status(GuestStatus::Up) }
         };
         let owed = [status("a"), status("b")];
         let now = Boottime::from_ms(1);

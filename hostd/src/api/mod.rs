@@ -92,6 +92,8 @@ pub fn router(api: Api) -> Router {
         .route("/vms/{vm}/start", post(vms::start))
         .route("/vms/{vm}/stop", post(vms::stop))
         .route("/vms/{vm}/reset", post(vms::reset))
+        .route("/vms/{vm}/pause", post(vms::pause))
+        .route("/vms/{vm}/resume", post(vms::resume))
         .route("/vms/{vm}/why", get(vms::why))
         .route("/vms/{vm}/console", get(console::open))
         .route("/vms/{vm}/agent", get(guests::show))

@@ -49,6 +49,8 @@ use crate::console;
         vms::start,
         vms::stop,
         vms::reset,
+        vms::pause,
+        vms::resume,
         vms::why,
         console::open,
         guests::show,

@@ -124,6 +124,30 @@ pub async fn reset(
     Ok(Json(administrator.write(body.hash, Command::VmReset { vm }).await?.into()))
 }
 
+/// Stops a running VM's processors; its memory stays, and its disks are as they are.
+#[utoipa::path(post, path = "/v1/vms/{vm}/pause", tag = "vms", params(("vm" = String, Path, description = "Name or id")),
+    request_body = NoBody, responses((status = 200, body = WriteAnswer), (status = "default", body = Problem)))]
+pub async fn pause(
+    administrator: Administrator,
+    Path(name): Path<String>,
+    body: Body<NoBody>,
+) -> Result<Json<WriteAnswer>, Failure> {
+    let vm = known(&administrator, &name).await?;
+    Ok(Json(administrator.write(body.hash, Command::VmPause { vm, paused: true }).await?.into()))
+}
+
+/// Lets a paused VM go on. One that an error of a disk holds tries again at once.
+#[utoipa::path(post, path = "/v1/vms/{vm}/resume", tag = "vms", params(("vm" = String, Path, description = "Name or id")),
+    request_body = NoBody, responses((status = 200, body = WriteAnswer), (status = "default", body = Problem)))]
+pub async fn resume(
+    administrator: Administrator,
+    Path(name): Path<String>,
+    body: Body<NoBody>,
+) -> Result<Json<WriteAnswer>, Failure> {
+    let vm = known(&administrator, &name).await?;
+    Ok(Json(administrator.write(body.hash, Command::VmPause { vm, paused: false }).await?.into()))
+}
+
 /// Why the VM is where it is: the scheduler's reasons, as they were stored with the placement.
 #[utoipa::path(get, path = "/v1/vms/{vm}/why", tag = "vms", params(("vm" = String, Path, description = "Name or id"), ReadQuery),
     responses((status = 200, body = Item<WhyView>), (status = "default", body = Problem)))]

@@ -99,7 +99,7 @@ impl Metrics {
         let state = &reading.fold.state;
         set_all(&self.host_count, state.hosts.values().map(|host| host_status(host).to_string()));
         let guests = state.permits_on(reading.own);
-        set_all(&self.host_vm_count, guests.map(|(_, vm, _)| vm_status(state, vm).to_string()));
+        set_all(&self.host_vm_count, guests.map(|(id, vm, _)| vm_status(state, id, vm).to_string()));
         self.host_info.reset();
         let Some(host) = state.hosts.get(&reading.own) else { return };
         let own = reading.own.to_string();

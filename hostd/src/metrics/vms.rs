@@ -29,11 +29,13 @@ pub fn text(state: &State, own: HostId, guests: &[GuestView]) -> Result<String, 
     let overhead =
         gauge("quorate_vm_overhead_bytes", "Resident memory of the VM's process that is not guest RAM.", &LABELS)?;
     let lease = gauge("quorate_vm_lease_remaining_ms", "Until the VM's lease deadline; negative after it.", &LABELS)?;
-    for (id, vm, permit) in state.permits_on(own) {
-        let id = id.to_string();
+    for (vm_id, vm, permit) in state.permits_on(own) {
+        let id = vm_id.to_string();
         let spec = vm.granted_spec.as_ref().unwrap_or(&vm.spec);
         let labels = [id.as_str(), vm.name.as_str()];
-        status.with_label_values(&[id.as_str(), vm.name.as_str(), vm_status(state, vm).to_string().as_str()]).set(1);
+        status
+            .with_label_values(&[id.as_str(), vm.name.as_str(), vm_status(state, vm_id, vm).to_string().as_str()])
+            .set(1);
         epoch.with_label_values(&labels).set(permit.epoch.0 as i64);
         vcpus.with_label_values(&labels).set(i64::from(spec.vcpus));
         memory.with_label_values(&labels).set(spec.memory_mib as i64);

@@ -227,7 +227,8 @@ impl Attendant {
                 }
             }
             Order::PowerOff | Order::Kill => machine.end(self.vm, ExitReason::PoweredOff, "powered off"),
-            Order::Reset { .. } => {}
+            // No client of the simulation asks for these.
+            Order::Reset { .. } | Order::Pause | Order::Resume { .. } => {}
         }
     }
 
@@ -241,11 +242,11 @@ impl Attendant {
         };
         let quiesced = vmm.state == VmmState::Lapsed;
         let deadline_ns = Some(vmm.deadline.as_ns());
-        let seen = Seen { status: vmm.status(), quiesced, deadline_ns, pid: None, overhead_bytes: None };
-        if self.seen == Some(seen) {
+        let seen = Seen { status: vmm.status(), quiesced, deadline_ns, pid: None, overhead_bytes: None, fault: None };
+        if self.seen.as_ref() == Some(&seen) {
             return None;
         }
-        self.seen = Some(seen);
+        self.seen = Some(seen.clone());
         Some(Told::Seen(seen))
     }
 }

@@ -1,16 +1,21 @@
 //! The form of what people type: names, addresses, paths, sizes. Everything is bounded here, so nothing
 //! later in the log or on a host meets a length it did not expect.
 
+use std::ops::RangeInclusive;
+
 use crate::rejection::Rejection;
 use crate::state::Capacity;
+use crate::state::Disk;
+use crate::state::DiskFormat;
 use crate::state::Nic;
+use crate::state::RateLimit;
 use crate::state::ReleaseClass;
 use crate::state::VmSpec;
 
 const NAME_MAX: usize = 63;
 const PATH_MAX: usize = 1024;
 /// virtio-blk GET_ID returns 20 bytes.
-const DISK_ID_MAX: usize = 20;
+pub(super) const DISK_ID_MAX: usize = 20;
 pub(super) const NOTE_MAX: usize = 256;
 pub(super) const DETAIL_MAX: usize = 512;
 
@@ -81,21 +86,13 @@ pub(super) fn vm_spec(spec: &VmSpec) -> Result<(), Rejection> {
         path("initrd", initrd)?;
     }
     text("cmdline", &spec.cmdline, VmSpec::MAX_CMDLINE)?;
-    if spec.disks.len() > VmSpec::MAX_DISKS {
-        return Err(invalid("disks", format!("{} asked for, at most {}", spec.disks.len(), VmSpec::MAX_DISKS)));
-    }
-    for (index, disk) in spec.disks.iter().enumerate() {
-        if disk.id.len() > DISK_ID_MAX {
-            return Err(invalid("disk id", format!("{} is longer than {DISK_ID_MAX} bytes", disk.id)));
-        }
-        name("disk id", &disk.id)?;
-        path("disk path", &disk.path)?;
-        let twice = spec.disks[..index].iter().any(|other| other.id == disk.id || other.path == disk.path);
-        if twice {
-            return Err(invalid("disks", format!("{} is listed twice", disk.id)));
-        }
-    }
+    disks(&spec.disks)?;
     nics(&spec.nics)?;
+    let slots = spec.disks.len() + spec.nics.len();
+    if slots > VmSpec::MAX_DISKS_AND_NICS {
+        let most = VmSpec::MAX_DISKS_AND_NICS;
+        return Err(invalid("disks", format!("{slots} disks and network cards asked for, together at most {most}")));
+    }
     if spec.highly_available && spec.release == Some(ReleaseClass::Operator) {
         return Err(invalid(
             "release",
@@ -103,6 +100,77 @@ pub(super) fn vm_spec(spec: &VmSpec) -> Result<(), Rejection> {
         ));
     }
     Ok(())
+}
+
+fn disks(disks: &[Disk]) -> Result<(), Rejection> {
+    if disks.len() > VmSpec::MAX_DISKS {
+        return Err(invalid("disks", format!("{} asked for, at most {}", disks.len(), VmSpec::MAX_DISKS)));
+    }
+    for (index, disk) in disks.iter().enumerate() {
+        if disk.id.len() > DISK_ID_MAX {
+            return Err(invalid("disk id", format!("{} is longer than {DISK_ID_MAX} bytes", disk.id)));
+        }
+        name("disk id", &disk.id)?;
+        path("disk path", &disk.path)?;
+        image(disk)?;
+        disk.rate_limit.as_ref().map_or(Ok(()), rate_limit)?;
+        let clashes = |other: &Disk| disk.volumes().any(|volume| other.volumes().any(|held| held.clashes(&volume)));
+        let before = &disks[..index];
+        if before.iter().any(|other| other.id == disk.id || other.path == disk.path || clashes(other)) {
+            return Err(invalid("disks", format!("{} is listed twice, or writes what another reads", disk.id)));
+        }
+    }
+    Ok(())
+}
+
+/// The chain of images that a disk consists of.
+fn image(disk: &Disk) -> Result<(), Rejection> {
+    if disk.format == DiskFormat::Qcow2 && disk.shareable && !disk.read_only {
+        return Err(invalid("disk format", format!("{}: two VMs cannot write one qcow2 image; use raw", disk.id)));
+    }
+    if disk.backing.len() > Disk::MAX_BACKING {
+        let (count, most) = (disk.backing.len(), Disk::MAX_BACKING);
+        return Err(invalid("disk backing", format!("{}: {count} images, at most {most}", disk.id)));
+    }
+    let mut above = disk.format;
+    for (index, backing) in disk.backing.iter().enumerate() {
+        path("disk backing", &backing.path)?;
+        if above == DiskFormat::Raw {
+            return Err(invalid("disk backing", format!("{}: nothing is ever under a raw image", disk.id)));
+        }
+        above = backing.format;
+        if backing.path == disk.path || disk.backing[..index].iter().any(|other| other.path == backing.path) {
+            return Err(invalid("disk backing", format!("{} is in the chain of {} twice", backing.path, disk.id)));
+        }
+    }
+    Ok(())
+}
+
+fn rate_limit(limit: &RateLimit) -> Result<(), Rejection> {
+    let RateLimit { iops, bytes_per_second, burst_iops, burst_bytes } = *limit;
+    rate("iops", iops, 1..=RateLimit::MAX_IOPS, burst_iops)?;
+    let bounds = RateLimit::MIN_BYTES_PER_SECOND..=RateLimit::MAX_BYTES_PER_SECOND;
+    rate("bytes_per_second", bytes_per_second, bounds, burst_bytes)
+}
+
+fn rate(name: &str, rate: Option<u64>, bounds: RangeInclusive<u64>, burst: Option<u64>) -> Result<(), Rejection> {
+    let refused = |why: String| Err(invalid("disk rate_limit", why));
+    let Some(rate) = rate else {
+        return match burst {
+            Some(_) => refused(format!("a burst is nothing without {name}")),
+            None => Ok(()),
+        };
+    };
+    if !bounds.contains(&rate) {
+        return refused(format!("{name} is {rate}, {} to {} are possible", bounds.start(), bounds.end()));
+    }
+    let least = (rate / RateLimit::MIN_BURST_OF_RATE).max(1);
+    match burst {
+        Some(burst) if !(least..=*bounds.end()).contains(&burst) => {
+            refused(format!("a burst of {burst} for {name} {rate}, {least} to {} are possible", bounds.end()))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn nics(nics: &[Nic]) -> Result<(), Rejection> {

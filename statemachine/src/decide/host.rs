@@ -3,6 +3,7 @@
 use super::Context;
 use super::Decided;
 use super::form;
+use super::migration;
 use crate::command::HostCandidate;
 use crate::command::HostChange;
 use crate::command::HostFacts;
@@ -31,6 +32,7 @@ use crate::mutant::Mutant;
 use crate::rejection::Noun;
 use crate::rejection::Rejection;
 use crate::rejection::TokenFault;
+use crate::state::AbortReason;
 use crate::state::Administrative;
 use crate::state::Created;
 use crate::state::Desired;
@@ -218,7 +220,9 @@ pub(super) fn report(context: &Context<'_>, report: &ReportId, facts: &HostFacts
     let mut events: Vec<Event> = Vec::new();
     events.push(HostRebooted { host: report.host, from: host.facts.boot, to: report.boot }.into());
     events.push(reported.into());
+    events.extend(migration::abort_into(context.state, report.host));
     for (vm, known, permit) in context.state.permits_on(report.host) {
+        events.extend(migration::abort(context.state, vm, AbortReason::SourceLost));
         let exit = VmObservedExit {
             vm,
             epoch: permit.epoch,
@@ -245,7 +249,11 @@ pub(super) fn suspect(context: &Context<'_>, host: HostId) -> Result<Decided, Re
 
 pub(super) fn lost(context: &Context<'_>, host: HostId) -> Result<Decided, Rejection> {
     match find(context, host)?.liveness {
-        Liveness::Alive | Liveness::Suspected => Ok(Decided::one(HostUnreachable { host })),
+        Liveness::Alive | Liveness::Suspected => {
+            let mut events: Vec<Event> = vec![HostUnreachable { host }.into()];
+            events.extend(migration::abort_into(context.state, host));
+            Ok(Decided::many(events))
+        }
         Liveness::New | Liveness::Unreachable => Ok(Decided::nothing()),
     }
 }

@@ -6,6 +6,7 @@
 
 mod form;
 mod host;
+mod migration;
 mod permission;
 mod recover;
 mod site;
@@ -112,6 +113,7 @@ fn judge(context: &Context<'_>) -> Result<Decided, Rejection> {
         Command::VmStart { vm, host } => vm::start(context, *vm, *host),
         Command::VmStop { vm, mode } => vm::stop(context, *vm, *mode),
         Command::VmReset { vm } => vm::reset(context, *vm),
+        Command::VmPause { vm, paused } => vm::pause(context, *vm, *paused),
         Command::VmPlace { vm } => vm::place(context, *vm),
         Command::ReportVmStatus { report, vm, epoch, status } => {
             vm::report_status(context, report, *vm, *epoch, *status)
@@ -120,6 +122,19 @@ fn judge(context: &Context<'_>) -> Result<Decided, Rejection> {
             vm::report_exited(context, report, *vm, *epoch, *reason, detail)
         }
         Command::ReportVmGuest { report, vm, epoch, facts } => vm::report_guest(context, report, *vm, *epoch, facts),
+        Command::ReportVmDiskFault { report, vm, epoch, fault } => {
+            vm::report_disk_fault(context, report, *vm, *epoch, fault.as_ref())
+        }
+
+        Command::VmMigrate { vm, host } => migration::start(context, *vm, *host),
+        Command::VmCancelMigration { vm } => migration::cancel(context, *vm),
+        Command::ReportMigrationProgress { report, vm, migration, progress } => {
+            migration::progressed(context, report, *vm, *migration, *progress)
+        }
+        Command::ReportMigrationLoaded { report, vm, migration } => migration::loaded(context, report, *vm, *migration),
+        Command::ReportMigrationFailed { report, vm, migration, detail } => {
+            migration::failed(context, report, *vm, *migration, detail)
+        }
 
         Command::VoterCount { voters } => site::voter_count(context, *voters),
         Command::SiteRecover { generation, ca } => recover::site(context, *generation, *ca),

@@ -24,7 +24,11 @@ fn needs(command: &Command) -> Needs {
         Command::ReportHost { report, .. }
         | Command::ReportVmStatus { report, .. }
         | Command::ReportVmExited { report, .. }
-        | Command::ReportVmGuest { report, .. } => Needs::Itself(report.host),
+        | Command::ReportVmGuest { report, .. }
+        | Command::ReportVmDiskFault { report, .. }
+        | Command::ReportMigrationProgress { report, .. }
+        | Command::ReportMigrationLoaded { report, .. }
+        | Command::ReportMigrationFailed { report, .. } => Needs::Itself(report.host),
         Command::CertificateIssue { .. }
         | Command::HostSuspect { .. }
         | Command::HostLost { .. }
@@ -49,7 +53,10 @@ fn needs(command: &Command) -> Needs {
         | Command::VmDelete { .. }
         | Command::VmStart { .. }
         | Command::VmStop { .. }
-        | Command::VmReset { .. } => Needs::Administrator,
+        | Command::VmReset { .. }
+        | Command::VmPause { .. }
+        | Command::VmMigrate { .. }
+        | Command::VmCancelMigration { .. } => Needs::Administrator,
     }
 }
 

@@ -3,6 +3,7 @@
 use super::Context;
 use super::Decided;
 use super::form;
+use super::migration;
 use super::site::FEATURE_LEVEL;
 use crate::event::Event;
 use crate::event::FeatureLevelActivated;
@@ -15,6 +16,7 @@ use crate::event::VmObservedExit;
 use crate::event::VmPermitReleased;
 use crate::ids::VmId;
 use crate::rejection::Rejection;
+use crate::state::AbortReason;
 use crate::state::Desired;
 use crate::state::ExitReason;
 use crate::state::Fingerprint;
@@ -48,13 +50,17 @@ pub(super) fn site(context: &Context<'_>, generation: u32, ca: Fingerprint) -> R
     let hosts = context.state.hosts.iter().map(|(id, _)| *id);
     for gone in hosts.filter(|id| *id != context.request.origin && id.0 < before.0) {
         for (vm, known, permit) in context.state.permits_on(gone) {
-            if events.len() + 3 > EVENTS_MAX {
+            if events.len() + 4 > EVENTS_MAX {
                 return Ok(Decided::many(events));
             }
+            events.extend(migration::abort(context.state, vm, AbortReason::SourceLost));
             events.extend(released(vm, known, permit));
         }
         let managed = context.state.data_centers.iter().filter(|(_, it)| it.spm.is_some_and(|spm| spm.host == gone));
         events.extend(managed.map(|(data_center, _)| SpmReleased { data_center: *data_center, host: gone }.into()));
+        let held = |event: &Event| events.contains(event);
+        let stranded: Vec<Event> = migration::abort_into(context.state, gone).filter(|event| !held(event)).collect();
+        events.extend(stranded);
         events.push(HostRemoved { host: gone }.into());
     }
     Ok(Decided::many(events))

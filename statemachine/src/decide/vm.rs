@@ -6,6 +6,7 @@ use super::Context;
 use super::Decided;
 use super::form;
 use super::host;
+use super::migration;
 use crate::command::ReportId;
 use crate::command::VmChange;
 use crate::event::Event;
@@ -13,7 +14,9 @@ use crate::event::ReleaseEvidence;
 use crate::event::VmDefined;
 use crate::event::VmDeleted;
 use crate::event::VmDesiredChanged;
+use crate::event::VmDesiredPause;
 use crate::event::VmDesiredReset;
+use crate::event::VmObservedDiskFault;
 use crate::event::VmObservedExit;
 use crate::event::VmObservedGuest;
 use crate::event::VmObservedStatus;
@@ -34,8 +37,11 @@ use crate::mutant::Mutant;
 use crate::rejection::Noun;
 use crate::rejection::Rejection;
 use crate::scheduler;
+use crate::state::AbortReason;
 use crate::state::Created;
 use crate::state::Desired;
+use crate::state::Disk;
+use crate::state::DiskFault;
 use crate::state::ExitReason;
 use crate::state::GuestFacts;
 use crate::state::GuestStatus;
@@ -48,11 +54,11 @@ use crate::state::VmSpec;
 /// Definitions in a site (DESIGN §14).
 const VMS_MAX: usize = 20_000;
 
-fn find<'a>(context: &Context<'a>, vm: VmId) -> Result<&'a Vm, Rejection> {
+pub(super) fn find<'a>(context: &Context<'a>, vm: VmId) -> Result<&'a Vm, Rejection> {
     context.state.vms.get(&vm).ok_or_else(|| Rejection::NotFound { noun: Noun::Vm, name: vm.to_string() })
 }
 
-fn wrong_state(vm: &Vm, why: impl Into<String>) -> Rejection {
+pub(super) fn wrong_state(vm: &Vm, why: impl Into<String>) -> Rejection {
     Rejection::VmState { name: vm.name.clone(), why: why.into() }
 }
 
@@ -107,6 +113,9 @@ pub(super) fn change(context: &Context<'_>, vm: VmId, change: &VmChange) -> Resu
             RunStrategy::Manual => None,
         };
         if let Some(desired) = desired.filter(|desired| is_news(known, *desired)) {
+            if matches!(desired, Desired::Stopped(_)) {
+                events.extend(migration::abort(context.state, vm, AbortReason::Cancelled));
+            }
             events.push(VmDesiredChanged { vm, desired }.into());
         }
     }
@@ -199,19 +208,15 @@ fn permit(context: &Context<'_>, vm: VmId, known: &Vm, pinned: Option<HostId>) -
     ])
 }
 
-/// S2: a volume has one writer, unless it is shareable. A path is taken as one volume wherever it is: two
-/// hosts may see the same device under it.
+/// Refuses a permit that would give a volume a second writer (S2).
 fn check_disks(context: &Context<'_>, vm: VmId, known: &Vm) -> Result<(), Rejection> {
     for (other_id, other) in context.state.vms.iter() {
         let Some(granted) = other.granted_spec.as_ref().filter(|_| *other_id != vm) else { continue };
-        for disk in &known.spec.disks {
-            let clash = granted.disks.iter().any(|held| {
-                held.path == disk.path && !(held.read_only && disk.read_only) && !(held.shareable && disk.shareable)
-            });
-            if clash {
+        for volume in known.spec.disks.iter().flat_map(Disk::volumes) {
+            if granted.disks.iter().flat_map(Disk::volumes).any(|held| held.clashes(&volume)) {
                 return Err(Rejection::DiskInUse {
                     name: known.name.clone(),
-                    path: disk.path.clone(),
+                    path: volume.path.to_owned(),
                     holder: other.name.clone(),
                 });
             }
@@ -230,6 +235,7 @@ pub(super) fn stop(context: &Context<'_>, vm: VmId, mode: StopMode) -> Result<De
     let desired = Desired::Stopped(mode);
     let down_already = known.permit.is_none() && matches!(known.desired, Desired::Stopped(_));
     if is_news(known, desired) && !down_already {
+        events.extend(migration::abort(context.state, vm, AbortReason::Cancelled));
         events.push(VmDesiredChanged { vm, desired }.into());
     }
     Ok(Decided::many(events))
@@ -240,7 +246,26 @@ pub(super) fn reset(context: &Context<'_>, vm: VmId) -> Result<Decided, Rejectio
     if known.permit.is_none() || known.desired != Desired::Running {
         return Err(wrong_state(known, format!("only a running VM can be reset; `quorate vm start {}`", known.name)));
     }
+    if context.state.moving(vm).is_some() {
+        let why = format!("it is on its way to another host; wait, or `quorate vm cancel-migration {}`", known.name);
+        return Err(wrong_state(known, why));
+    }
     Ok(Decided::one(VmDesiredReset { vm }))
+}
+
+/// Going on is news to a guest that its user paused, and to one that an error of a disk holds: that is tried again at once.
+pub(super) fn pause(context: &Context<'_>, vm: VmId, paused: bool) -> Result<Decided, Rejection> {
+    let known = find(context, vm)?;
+    if known.permit.is_none() || known.desired != Desired::Running {
+        let why = format!("only a running VM can be paused or resumed; `quorate vm start {}`", known.name);
+        return Err(wrong_state(known, why));
+    }
+    let wanted = context.state.pauses.get(&vm).is_some_and(|pause| pause.wanted);
+    let held = known.observed.is_some_and(|observed| observed.status == GuestStatus::PausedIo);
+    match wanted == paused && (paused || !held) {
+        true => Ok(Decided::nothing()),
+        false => Ok(Decided::one(VmDesiredPause { vm, paused })),
+    }
 }
 
 fn find_reported<'a>(context: &Context<'a>, report: &ReportId, vm: VmId, epoch: Epoch) -> Result<&'a Vm, Rejection> {
@@ -284,6 +309,25 @@ pub(super) fn report_guest(
     Ok(Decided::one(VmObservedGuest { vm, epoch, host, counter, facts: facts.clone() }))
 }
 
+pub(super) fn report_disk_fault(
+    context: &Context<'_>,
+    report: &ReportId,
+    vm: VmId,
+    epoch: Epoch,
+    fault: Option<&DiskFault>,
+) -> Result<Decided, Rejection> {
+    find_reported(context, report, vm, epoch)?;
+    if let Some(fault) = fault {
+        form::text("disk id", &fault.disk, form::DISK_ID_MAX)?;
+        form::text("disk fault", &fault.what, DiskFault::MAX_WORDS)?;
+    }
+    if context.state.disk_faults.get(&vm) == fault {
+        return Ok(Decided::nothing());
+    }
+    let (host, counter) = (report.host, report.counter);
+    Ok(Decided::one(VmObservedDiskFault { vm, epoch, host, counter, fault: fault.cloned() }))
+}
+
 pub(super) fn report_exited(
     context: &Context<'_>,
     report: &ReportId,
@@ -299,8 +343,10 @@ pub(super) fn report_exited(
     form::text("detail", detail, form::DETAIL_MAX)?;
     let exit =
         VmObservedExit { vm, epoch, host: report.host, counter: report.counter, reason, detail: detail.to_owned() };
-    let mut events: Vec<Event> =
-        vec![exit.into(), VmPermitReleased { vm, epoch, evidence: ReleaseEvidence::Host }.into()];
+    let mut events: Vec<Event> = Vec::new();
+    events.extend(migration::abort(context.state, vm, AbortReason::GuestEnded));
+    events.push(exit.into());
+    events.push(VmPermitReleased { vm, epoch, evidence: ReleaseEvidence::Host }.into());
     if known.desired == Desired::Running && !known.restarts_after(reason) {
         events.push(VmDesiredChanged { vm, desired: Desired::Stopped(StopMode::Shutdown) }.into());
     }

@@ -12,6 +12,7 @@ use crate::mutant::Mutant;
 use crate::state::Administrative;
 use crate::state::Host;
 use crate::state::Liveness;
+use crate::state::Migration;
 use crate::state::PolicyName;
 use crate::state::SchedulingPolicy;
 
@@ -25,6 +26,8 @@ pub enum FilterName {
     Cpu,
     CpuOverload,
     Memory,
+    /// Level 3: a running guest does not go to its own host, nor where enough are on their way to already.
+    Migration,
 }
 
 impl fmt::Display for FilterName {
@@ -36,6 +39,7 @@ impl fmt::Display for FilterName {
             FilterName::Cpu => "CPU",
             FilterName::CpuOverload => "CpuOverload",
             FilterName::Memory => "Memory",
+            FilterName::Migration => "Migration",
         })
     }
 }
@@ -45,6 +49,7 @@ type Filter = fn(&Question<'_>, &Candidate<'_>) -> Objection;
 
 const FILTERS: &[(FilterName, Filter)] = &[
     (FilterName::PinToHost, pin_to_host),
+    (FilterName::Migration, migration),
     (FilterName::HostStatus, host_status),
     (FilterName::ClusterInMaintenance, cluster_in_maintenance),
     (FilterName::Cpu, cpu),
@@ -61,6 +66,15 @@ fn pin_to_host(question: &Question<'_>, candidate: &Candidate<'_>) -> Objection 
     (pinned != candidate.id).then(|| "another host was asked for".to_owned())
 }
 
+fn migration(question: &Question<'_>, candidate: &Candidate<'_>) -> Objection {
+    let permit = question.vm.permit?;
+    if permit.host == candidate.id {
+        return Some("the guest is there".to_owned());
+    }
+    let into = question.state.all_moving().filter(|(_, other)| other.to == candidate.id).count();
+    (into >= Migration::MAX_INTO_HOST).then(|| format!("{into} guests are on their way to it"))
+}
+
 fn host_status(_: &Question<'_>, candidate: &Candidate<'_>) -> Objection {
     if candidate.host.administrative == Administrative::Maintenance {
         return Some("in maintenance".to_owned());
@@ -74,27 +88,27 @@ fn host_status(_: &Question<'_>, candidate: &Candidate<'_>) -> Objection {
 
 fn cluster_in_maintenance(question: &Question<'_>, _: &Candidate<'_>) -> Objection {
     let maintenance = question.cluster.scheduling.policy == PolicyName::ClusterMaintenance;
-    (maintenance && !question.vm.spec.highly_available)
+    (maintenance && question.vm.permit.is_none() && !question.vm.spec.highly_available)
         .then(|| "the cluster is in maintenance and starts highly available VMs only".to_owned())
 }
 
 /// A guest never has more vCPUs than its host has threads.
 fn cpu(question: &Question<'_>, candidate: &Candidate<'_>) -> Objection {
-    let (wanted, threads) = (question.vm.spec.vcpus, candidate.host.facts.capacity.cpu_threads);
+    let (wanted, threads) = (question.spec().vcpus, candidate.host.facts.capacity.cpu_threads);
     (wanted > threads).then(|| format!("{wanted} vCPUs wanted, {threads} CPU threads there"))
 }
 
 fn cpu_overload(question: &Question<'_>, candidate: &Candidate<'_>) -> Objection {
     let limit = vcpu_limit(candidate.host, &question.cluster.scheduling);
     let used = u64::from(candidate.host.usage.vcpus);
-    let wanted = u64::from(question.vm.spec.vcpus);
+    let wanted = u64::from(question.spec().vcpus);
     (used + wanted > limit).then(|| format!("{wanted} vCPUs wanted, {} of {limit} free", limit.saturating_sub(used)))
 }
 
 fn memory(question: &Question<'_>, candidate: &Candidate<'_>) -> Objection {
     let limit = memory_limit_mib(candidate.host, &question.cluster.scheduling);
     let used = if mutant::is_on(Mutant::CapacityIgnoresPending) { 0 } else { candidate.host.usage.memory_mib };
-    let wanted = question.vm.spec.memory_mib;
+    let wanted = question.spec().memory_mib;
     (used.saturating_add(wanted) > limit)
         .then(|| format!("{wanted} MiB wanted, {} of {limit} MiB free", limit.saturating_sub(used)))
 }

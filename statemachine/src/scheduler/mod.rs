@@ -25,6 +25,7 @@ use crate::state::Cluster;
 use crate::state::Host;
 use crate::state::State;
 use crate::state::Vm;
+use crate::state::VmSpec;
 
 /// Everything a unit may look at.
 pub(crate) struct Question<'a> {
@@ -35,12 +36,19 @@ pub(crate) struct Question<'a> {
     pub pinned: Option<HostId>,
 }
 
+impl Question<'_> {
+    /// What the guest takes on a host: of a guest that runs, what it runs with.
+    fn spec(&self) -> &VmSpec {
+        self.vm.granted_spec.as_ref().unwrap_or(&self.vm.spec)
+    }
+}
+
 pub(crate) struct Candidate<'a> {
     pub id: HostId,
     pub host: &'a Host,
 }
 
-/// Chooses a host for `vm`, or says why none fits. `decided_on` is the seq of `state`.
+/// Chooses a host for `vm`, another one if it holds a permit, or says why none fits. `decided_on` is the seq of `state`.
 pub fn place(state: &State, vm: &Vm, pinned: Option<HostId>, decided_on: Seq) -> Result<Explanation, Explanation> {
     let (explanation, _) = place_in_full(state, vm, pinned, decided_on);
     match explanation.chosen {

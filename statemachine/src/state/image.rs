@@ -9,8 +9,11 @@ use serde::Serialize;
 
 use super::Cluster;
 use super::DataCenter;
+use super::DiskFault;
 use super::GuestFacts;
 use super::Host;
+use super::Migration;
+use super::Pause;
 use super::Remembered;
 use super::RememberedKey;
 use super::Site;
@@ -30,11 +33,24 @@ use crate::ids::VmId;
 pub enum StateImage {
     WithoutSite(Box<Entries>),
     WithSite(Box<(Site, Entries)>),
-    /// Level 3: with what guests' agents said.
+    /// Level 3: with what is known of guests that run.
     WithGuests(Box<(Option<Site>, Entries, Guests)>),
 }
 
-type Guests = Vec<(VmId, Arc<GuestFacts>)>;
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Guests {
+    facts: Vec<(VmId, Arc<GuestFacts>)>,
+    migrations: Vec<(VmId, Migration)>,
+    pauses: Vec<(VmId, Pause)>,
+    disk_faults: Vec<(VmId, DiskFault)>,
+}
+
+impl Guests {
+    fn is_empty(&self) -> bool {
+        let Guests { facts, migrations, pauses, disk_faults } = self;
+        facts.is_empty() && migrations.is_empty() && pauses.is_empty() && disk_faults.is_empty()
+    }
+}
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Entries {
@@ -60,7 +76,12 @@ impl From<&State> for StateImage {
             vm_names: state.vm_names.to_entries(),
             remembered: state.remembered.to_entries(),
         };
-        let guests = state.guests.to_entries();
+        let guests = Guests {
+            facts: state.guests.to_entries(),
+            migrations: state.migrations.to_entries(),
+            pauses: state.pauses.to_entries(),
+            disk_faults: state.disk_faults.to_entries(),
+        };
         match (state.site.clone(), guests.is_empty()) {
             (None, true) => StateImage::WithoutSite(Box::new(entries)),
             (Some(site), true) => StateImage::WithSite(Box::new((site, entries))),
@@ -72,8 +93,8 @@ impl From<&State> for StateImage {
 impl From<StateImage> for State {
     fn from(image: StateImage) -> Self {
         let (site, entries, guests) = match image {
-            StateImage::WithoutSite(entries) => (None, *entries, Guests::new()),
-            StateImage::WithSite(both) => (Some(both.0), both.1, Guests::new()),
+            StateImage::WithoutSite(entries) => (None, *entries, Guests::default()),
+            StateImage::WithSite(both) => (Some(both.0), both.1, Guests::default()),
             StateImage::WithGuests(all) => *all,
         };
         State {
@@ -85,7 +106,10 @@ impl From<StateImage> for State {
             tokens: DigestMap::from_entries("token", entries.tokens),
             vms: DigestMap::from_entries("vm", entries.vms),
             vm_names: DigestMap::from_entries("vm_name", entries.vm_names),
-            guests: DigestMap::from_entries("guest", guests),
+            guests: DigestMap::from_entries("guest", guests.facts),
+            migrations: DigestMap::from_entries("migration", guests.migrations),
+            pauses: DigestMap::from_entries("pause", guests.pauses),
+            disk_faults: DigestMap::from_entries("disk_fault", guests.disk_faults),
             remembered_order: entries.remembered.iter().map(|(key, remembered)| (remembered.seq, *key)).collect(),
             remembered: DigestMap::from_entries("remembered", entries.remembered),
         }
@@ -96,8 +120,13 @@ impl From<StateImage> for State {
 mod tests {
     use super::*;
     use crate::codec;
+    use crate::ids::BootId;
+    use crate::ids::Epoch;
+    use crate::ids::MigrationId;
     use crate::ids::SiteId;
     use crate::state::Fingerprint;
+    use crate::state::MigrationPhase;
+    use crate::state::MigrationProgress;
 
     /// As the image was before it had layouts.
     #[derive(Serialize)]
@@ -137,11 +166,32 @@ mod tests {
     }
 
     #[test]
-    fn what_guests_said_is_kept() {
-        for site in [false, true] {
-            let mut state = state(site);
+    fn what_is_known_of_guests_that_run_is_kept() {
+        let said = |state: &mut State| {
             let facts = GuestFacts { hostname: Some("web1".to_owned()), ..GuestFacts::default() };
             state.guests.insert(VmId::default(), Arc::new(facts));
+        };
+        let moves = |state: &mut State| {
+            let migration = Migration {
+                id: MigrationId(9),
+                epoch: Epoch(7),
+                from: HostId(1),
+                to: HostId(2),
+                to_boot: BootId::default(),
+                phase: MigrationPhase::Committed { epoch: Epoch(11) },
+                progress: Some(MigrationProgress { round: 3, ..MigrationProgress::default() }),
+            };
+            state.migrations.insert(VmId::default(), migration);
+        };
+        let stands = |state: &mut State| state.pauses.insert(VmId::default(), Pause { wanted: true, at: Seq(8) });
+        let waits = |state: &mut State| {
+            let fault = DiskFault { disk: "root".to_owned(), what: "no space".to_owned(), no_space: true };
+            state.disk_faults.insert(VmId::default(), fault);
+        };
+        let known: [&dyn Fn(&mut State); 4] = [&said, &moves, &stands, &waits];
+        for (site, known) in [false, true].into_iter().flat_map(|site| known.map(|known| (site, known))) {
+            let mut state = state(site);
+            known(&mut state);
             let image: StateImage = codec::decode(&codec::encode(&StateImage::from(&state))).unwrap();
             let restored = State::from(image);
             assert_eq!(restored, state);

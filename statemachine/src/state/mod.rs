@@ -7,15 +7,19 @@
 mod guest_facts;
 mod host;
 mod image;
+mod migration;
 mod site;
 mod spec;
+mod standstill;
 mod vm;
 
 pub use guest_facts::*;
 pub use host::*;
 pub use image::*;
+pub use migration::*;
 pub use site::*;
 pub use spec::*;
+pub use standstill::*;
 pub use vm::*;
 
 use std::sync::Arc;
@@ -46,6 +50,12 @@ pub struct State {
     pub vm_names: DigestMap<String, VmId>,
     /// What the agents of guests that hold a permit said last. Level 3.
     pub guests: DigestMap<VmId, Arc<GuestFacts>>,
+    /// Guests on their way, and those that have not come up at their target yet. Level 3.
+    pub migrations: DigestMap<VmId, Migration>,
+    /// What users said last about standing still, of guests that hold a permit. Level 3.
+    pub pauses: DigestMap<VmId, Pause>,
+    /// Errors of disks that hold guests. Level 3.
+    pub disk_faults: DigestMap<VmId, DiskFault>,
     pub remembered: DigestMap<RememberedKey, Remembered>,
     /// Insertion order of `remembered`, so that it can be bounded. An index: neither digested nor written down.
     pub remembered_order: OrdMap<Seq, RememberedKey>,
@@ -63,6 +73,9 @@ impl Default for State {
             vms: DigestMap::new("vm"),
             vm_names: DigestMap::new("vm_name"),
             guests: DigestMap::new("guest"),
+            migrations: DigestMap::new("migration"),
+            pauses: DigestMap::new("pause"),
+            disk_faults: DigestMap::new("disk_fault"),
             remembered: DigestMap::new("remembered"),
             remembered_order: OrdMap::new(),
         }
@@ -88,7 +101,8 @@ impl State {
         }
         let mut total = Digest::of("site", &self.site);
         // Without entries a map adds nothing, so one of a later level is not seen before that level.
-        sum!(total, data_centers, clusters, hosts, removed_hosts, tokens, vms, vm_names, guests, remembered);
+        sum!(total, data_centers, clusters, hosts, removed_hosts, tokens, vms, vm_names, remembered);
+        sum!(total, guests, migrations, pauses, disk_faults);
         total
     }
 
@@ -107,6 +121,16 @@ impl State {
             Some(permit) if permit.host == host => Some((*id, vm, permit)),
             _ => None,
         })
+    }
+
+    /// The migration of a guest that its source still runs.
+    pub fn moving(&self, vm: VmId) -> Option<&Migration> {
+        self.migrations.get(&vm).filter(|migration| migration.is_moving())
+    }
+
+    /// All of those.
+    pub fn all_moving(&self) -> impl Iterator<Item = (VmId, &Migration)> {
+        self.migrations.iter().filter(|(_, migration)| migration.is_moving()).map(|(vm, migration)| (*vm, migration))
     }
 
     pub fn token_by_hash(&self, secret_hash: &[u8; 32]) -> Option<(TokenId, &Token)> {

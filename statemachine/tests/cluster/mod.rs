@@ -120,21 +120,30 @@ impl Cluster {
     }
 
     pub fn define_on_disk(name: &str, path: &str, shareable: bool) -> Command {
-        let disk = Disk { id: "root".to_owned(), path: path.to_owned(), read_only: false, shareable };
-        let spec = VmSpec { disks: vec![disk], ..Cluster::spec(1, 64) };
+        Cluster::define_with_disks(name, vec![Disk { shareable, ..Disk::raw("root", path) }])
+    }
+
+    pub fn define_with_disks(name: &str, disks: Vec<Disk>) -> Command {
+        Cluster::define_with(name, disks, 0)
+    }
+
+    /// With so many network cards.
+    pub fn define_with(name: &str, disks: Vec<Disk>, nics: usize) -> Command {
+        let nic = |number| Nic { id: format!("n{number}"), bridge: "br0".to_owned(), mac: None };
+        let spec = VmSpec { disks, nics: (0..nics).map(nic).collect(), ..Cluster::spec(1, 64) };
         Cluster::definition(name, spec, RunStrategy::Manual)
     }
 
     /// On one network, with the address that is given or made.
     pub fn define_with_nic(name: &str, mac: Option<MacAddr>) -> Command {
-        Cluster::define_with(name, Nic { id: "lan".to_owned(), bridge: "br0".to_owned(), mac })
+        Cluster::define_on_network(name, Nic { id: "lan".to_owned(), bridge: "br0".to_owned(), mac })
     }
 
     pub fn define_on_bridge(name: &str, bridge: &str) -> Command {
-        Cluster::define_with(name, Nic { id: "lan".to_owned(), bridge: bridge.to_owned(), mac: None })
+        Cluster::define_on_network(name, Nic { id: "lan".to_owned(), bridge: bridge.to_owned(), mac: None })
     }
 
-    fn define_with(name: &str, nic: Nic) -> Command {
+    fn define_on_network(name: &str, nic: Nic) -> Command {
         let spec = VmSpec { nics: vec![nic], ..Cluster::spec(1, 64) };
         Cluster::definition(name, spec, RunStrategy::Manual)
     }
@@ -245,8 +254,8 @@ impl Cluster {
     }
 
     pub fn status(&self, name: &str) -> VmStatus {
-        let (_, vm) = self.fold.state.vm_by_name(name).expect("defined");
-        view::vm_status(&self.fold.state, vm)
+        let (id, vm) = self.fold.state.vm_by_name(name).expect("defined");
+        view::vm_status(&self.fold.state, id, vm)
     }
 
     /// What the leader's planner owes, once.

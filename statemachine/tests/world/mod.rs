@@ -18,21 +18,28 @@ use statemachine::ids::BootId;
 use statemachine::ids::DataCenterId;
 use statemachine::ids::Epoch;
 use statemachine::ids::HostId;
+use statemachine::ids::MigrationId;
 use statemachine::ids::Seq;
 use statemachine::ids::SiteId;
 use statemachine::ids::TokenId;
 use statemachine::ids::VmId;
 use statemachine::planner;
+use statemachine::state::BackingImage;
 use statemachine::state::Capacity;
 use statemachine::state::Disk;
+use statemachine::state::DiskFault;
+use statemachine::state::DiskFormat;
 use statemachine::state::ExitReason;
 use statemachine::state::Fingerprint;
 use statemachine::state::GuestFacts;
 use statemachine::state::GuestInterface;
 use statemachine::state::GuestStatus;
 use statemachine::state::MachineType;
+use statemachine::state::Migration;
+use statemachine::state::MigrationProgress;
 use statemachine::state::Nic;
 use statemachine::state::RunStrategy;
+use statemachine::state::State;
 use statemachine::state::StopMode;
 use statemachine::state::TokenPurpose;
 use statemachine::state::VmSpec;
@@ -48,7 +55,7 @@ pub struct Step {
 }
 
 pub fn step() -> impl Strategy<Value = Step> {
-    (0..42u8, any::<u16>(), any::<u16>(), prop::bool::weighted(0.2)).prop_map(|(action, a, b, keyed)| Step {
+    (0..52u8, any::<u16>(), any::<u16>(), prop::bool::weighted(0.2)).prop_map(|(action, a, b, keyed)| Step {
         action,
         a,
         b,
@@ -84,10 +91,14 @@ pub fn candidate(number: u16) -> HostCandidate {
 }
 
 pub fn spec(a: u16) -> VmSpec {
-    let disk = |id: &str, path: String, shareable| Disk { id: id.to_owned(), path, read_only: false, shareable };
-    let mut disks = vec![disk("root", format!("/srv/disk{}", a % 12), false)];
+    let mut disks = vec![Disk::raw("root", &format!("/srv/disk{}", a % 12))];
     if a.is_multiple_of(5) {
-        disks.push(disk("common", "/srv/common".to_owned(), true));
+        disks.push(Disk { shareable: true, ..Disk::raw("common", "/srv/common") });
+    }
+    if a.is_multiple_of(6) {
+        // On what another may write as its own.
+        let backing = vec![BackingImage { path: format!("/srv/disk{}", a % 12 / 2), format: DiskFormat::Raw }];
+        disks.push(Disk { format: DiskFormat::Qcow2, backing, ..Disk::raw("data", &format!("/srv/top{a}")) });
     }
     // Few addresses, so that two VMs ask for the same; a card without one gets its own.
     let nic = |mac| Nic { id: "lan".to_owned(), bridge: "br0".to_owned(), mac };
@@ -261,6 +272,28 @@ impl World {
                 let spm = state.data_centers.get(&data_center).and_then(|dc| dc.spm).map_or(any_host, |spm| spm.host);
                 (Actor::Host(spm), spm, Command::SpmRelease { data_center })
             }
+            40 if b.is_multiple_of(3) => (Actor::Host(holder), holder, {
+                let what = ["no space", "I/O error"][usize::from(b % 2)].to_owned();
+                let fault = DiskFault { disk: "root".to_owned(), what, no_space: b.is_multiple_of(2) };
+                let fault = (!a.is_multiple_of(4)).then_some(fault);
+                Command::ReportVmDiskFault { report: holder_report, vm: about, epoch, fault }
+            }),
+            40 => {
+                let paused = b.is_multiple_of(2);
+                (root, leader, Command::VmPause { vm: about, paused })
+            }
+            41..=44 if !is_up(state, about) => {
+                let status = GuestStatus::Up;
+                let command = Command::ReportVmStatus { report: holder_report, vm: about, epoch, status };
+                (Actor::Host(holder), holder, command)
+            }
+            41..=44 => {
+                let host = b.is_multiple_of(4).then_some(any_host);
+                (root, leader, Command::VmMigrate { vm: about, host })
+            }
+            45..=48 => {
+                migration_step(state, step, self.counter).unwrap_or((root, leader, Command::VmCancelMigration { vm }))
+            }
             38 | 39 => (Actor::Host(holder), holder, {
                 let interface = GuestInterface {
                     name: "eth0".to_owned(),
@@ -287,6 +320,46 @@ impl World {
             step.keyed.then(|| IdempotencyKey { key: format!("k{}", a % 8), body_hash: [(b % 2) as u8; 32] });
         Request { actor, origin, idempotency, command }
     }
+}
+
+fn is_up(state: &State, vm: VmId) -> bool {
+    let observed = state.vms.get(&vm).and_then(|vm| vm.observed);
+    observed.is_some_and(|observed| observed.status == GuestStatus::Up)
+}
+
+/// What one of the two hosts, or a user, says of a migration that is under way.
+fn migration_step(state: &State, step: &Step, counter: u64) -> Option<(Actor, HostId, Command)> {
+    let Step { a, b, .. } = *step;
+    let moving: Vec<(VmId, Migration)> = state.migrations.iter().map(|(vm, moving)| (*vm, moving.clone())).collect();
+    let (vm, Migration { id, from, to, .. }) = moving.get(usize::from(a) % moving.len().max(1))?.clone();
+    // Sometimes an older one, and sometimes the wrong host.
+    let migration = if b.is_multiple_of(11) { MigrationId(id.0.saturating_sub(1)) } else { id };
+    let speaker = |right: HostId, wrong: HostId| if b.is_multiple_of(13) { wrong } else { right };
+    let report = |host: HostId| {
+        let boot = state.hosts.get(&host).map_or(BootId::default(), |host| host.facts.boot);
+        ReportId { host, boot, counter }
+    };
+    let (host, command) = match b % 8 {
+        0..=3 => {
+            let host = speaker(to, from);
+            (host, Command::ReportMigrationLoaded { report: report(host), vm, migration })
+        }
+        4 | 5 => {
+            let host = speaker(from, to);
+            let progress = MigrationProgress { round: u32::from(a % 4), ..MigrationProgress::default() };
+            (host, Command::ReportMigrationProgress { report: report(host), vm, migration, progress })
+        }
+        6 => {
+            let host = if a.is_multiple_of(2) { from } else { to };
+            let detail = "the stream broke".to_owned();
+            (host, Command::ReportMigrationFailed { report: report(host), vm, migration, detail })
+        }
+        _ => {
+            let host = *state.hosts.iter().next()?.0;
+            return Some((Actor::Root(host), host, Command::VmCancelMigration { vm }));
+        }
+    };
+    Some((Actor::Host(host), host, command))
 }
 
 /// Of some of what a guest is made of.

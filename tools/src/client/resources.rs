@@ -138,6 +138,14 @@ impl Client {
         self.post(&["v1", "vms", vm, "reset"], &NoBody {}).await
     }
 
+    pub async fn vm_pause(&self, vm: &str) -> Result<WriteAnswer, ClientError> {
+        self.post(&["v1", "vms", vm, "pause"], &NoBody {}).await
+    }
+
+    pub async fn vm_resume(&self, vm: &str) -> Result<WriteAnswer, ClientError> {
+        self.post(&["v1", "vms", vm, "resume"], &NoBody {}).await
+    }
+
     pub async fn guest_agent(&self, vm: &str) -> Result<AgentView, ClientError> {
         self.get(&["v1", "vms", vm, "agent"], &()).await
     }

@@ -20,6 +20,7 @@ pub mod probe;
 mod recover;
 mod restart;
 mod stage;
+mod storage;
 mod table;
 
 use anyhow::Result;
@@ -38,6 +39,8 @@ pub enum Story {
     Guest,
     /// A guest with QEMU's guest agent: its facts as events, programs, freezing.
     Agent,
+    /// A guest on a qcow2 image over a base, and one whose storage is full.
+    Storage,
     /// hostd dies or restarts under a guest, and during starts.
     Restart,
     /// The leader loses its power.
@@ -92,6 +95,7 @@ pub async fn tell(dir: &LabDir, story: Story, options: &StoryOptions) -> Result<
         Story::Join => join::tell(&mut stage).await,
         Story::Guest => first_guest::tell(&mut stage).await,
         Story::Agent => agent::tell(&mut stage).await,
+        Story::Storage => storage::tell(&mut stage).await,
         Story::Restart => restart::tell(&mut stage, options.runs.unwrap_or(50)).await,
         Story::Failover => failover::tell(&mut stage, options.runs.unwrap_or(20), options).await,
         Story::Lease => lease::tell(&mut stage, options.runs.unwrap_or(20)).await,

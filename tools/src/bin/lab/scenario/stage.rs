@@ -196,6 +196,13 @@ impl Stage {
         Ok(())
     }
 
+    /// Copies a file into a host.
+    pub async fn push(&self, host: HostId, from: &Path, to: &str) -> Result<()> {
+        let source = from.display().to_string();
+        self.ask(Request::Push { host, source, destination: to.to_owned() }).await?;
+        Ok(())
+    }
+
     /// Runs a program in a host.
     pub async fn run(&self, host: HostId, argv: &[&str]) -> Result<Finished> {
         let argv: Vec<String> = argv.iter().map(|word| (*word).to_owned()).collect();

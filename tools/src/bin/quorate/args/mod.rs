@@ -1,9 +1,11 @@
 //! The command line: noun, then verb (DESIGN §12). Every command's help ends with an example.
 
+mod devices;
 mod guest;
 mod values;
 mod vm;
 
+pub use devices::*;
 pub use guest::*;
 pub use values::*;
 pub use vm::*;

@@ -2,6 +2,8 @@ use std::time::Duration;
 
 use clap::CommandFactory;
 use hostd_api::vm::VmSpecBody;
+use statemachine::state::DiskFormat;
+use statemachine::state::OnError;
 
 use super::*;
 
@@ -69,6 +71,21 @@ fn options_go_over_the_definition_of_a_file() {
     assert_eq!(spec.kernel.as_deref(), Some("/b"));
     assert_eq!(spec.disks.map(|disks| disks.len()), Some(1));
     assert_eq!(spec.nics.map(|nics| nics.len()), Some(1));
+}
+
+#[test]
+fn a_disk_is_what_its_words_say() {
+    let disk = parse_disk("id=root,path=/a:b,format=qcow2,backing=/base:1.qcow2:qcow2,backing=/raw:raw,on-error=enospc,iops=500,mib-per-second=20").unwrap();
+    assert_eq!((disk.format, disk.on_error), (DiskFormat::Qcow2, OnError::Enospc));
+    let backing: Vec<_> = disk.backing.iter().map(|image| (image.path.as_str(), image.format)).collect();
+    assert_eq!(backing, [("/base:1.qcow2", DiskFormat::Qcow2), ("/raw", DiskFormat::Raw)]);
+    let limit = disk.rate_limit.unwrap();
+    assert_eq!((limit.iops, limit.bytes_per_second), (Some(500), Some(20 << 20)));
+    let plain = parse_disk("id=root,path=/a").unwrap();
+    assert_eq!((plain.format, plain.on_error, plain.rate_limit), (DiskFormat::Raw, OnError::Stop, None));
+    for option in ["format=vmdk", "on-error=panic", "backing=/base", "backing=/base:vmdk", "iops=fast", "iops=-1"] {
+        assert!(parse_disk(&format!("id=root,path=/a,{option}")).is_err(), "{option}");
+    }
 }
 
 #[test]

@@ -1,11 +1,9 @@
-//! Values as people type them: durations, sizes, disks, and the words of enums.
+//! Values as people type them: durations, sizes, and the words of enums.
 
 use std::time::Duration;
 
 use clap::ValueEnum;
 use hostd_api::event::StartFrom;
-use hostd_api::vm::DiskBody;
-use hostd_api::vm::NicBody;
 use jiff::Span;
 use jiff::SpanRelativeTo;
 use statemachine::state::ReleaseClass;
@@ -126,44 +124,4 @@ pub fn parse_memory_mib(text: &str) -> Result<u64, String> {
     };
     let count: u64 = digits.parse().map_err(|_| wrong())?;
     count.checked_mul(mib_in_unit).ok_or_else(wrong)
-}
-
-/// `id=root,path=/srv/vm/root.raw,ro,shareable`.
-pub fn parse_disk(text: &str) -> Result<DiskBody, String> {
-    let wrong = |why: String| format!("{why}; write id=NAME,path=PATH[,ro][,shareable]");
-    let mut id = None;
-    let mut path = None;
-    let mut disk = DiskBody { id: String::new(), path: String::new(), read_only: false, shareable: false };
-    for part in text.split(',') {
-        match part.split_once('=') {
-            Some(("id", value)) => id = Some(value),
-            Some(("path", value)) => path = Some(value),
-            None if part == "ro" => disk.read_only = true,
-            None if part == "shareable" => disk.shareable = true,
-            _ => return Err(wrong(format!("{part:?} is not understood"))),
-        }
-    }
-    disk.id = id.ok_or_else(|| wrong("the disk has no id".to_owned()))?.to_owned();
-    disk.path = path.ok_or_else(|| wrong("the disk has no path".to_owned()))?.to_owned();
-    Ok(disk)
-}
-
-/// `id=lan,bridge=br0,mac=52:54:00:12:34:56`.
-pub fn parse_nic(text: &str) -> Result<NicBody, String> {
-    let wrong = |why: String| format!("{why}; write id=NAME,bridge=BRIDGE[,mac=ADDRESS]");
-    let (mut id, mut bridge, mut mac) = (None, None, None);
-    for part in text.split(',') {
-        match part.split_once('=') {
-            Some(("id", value)) => id = Some(value.to_owned()),
-            Some(("bridge", value)) => bridge = Some(value.to_owned()),
-            Some(("mac", value)) => {
-                let address = value.parse().map_err(|_| wrong(format!("{value:?} is not a hardware address")))?;
-                mac = Some(address);
-            }
-            _ => return Err(wrong(format!("{part:?} is not understood"))),
-        }
-    }
-    let id = id.ok_or_else(|| wrong("the card has no id".to_owned()))?;
-    let bridge = bridge.ok_or_else(|| wrong("the card has no bridge".to_owned()))?;
-    Ok(NicBody { id, bridge, mac })
 }

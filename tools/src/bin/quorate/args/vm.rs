@@ -56,6 +56,12 @@ pub enum VmCommand {
     /// Reset a VM as its reset button does; it stays on its host
     #[command(after_help = "Example:\n  quorate vm reset web1")]
     Reset { vm: String },
+    /// Stop a VM's processors; it keeps its memory and its place
+    #[command(after_help = "Example:\n  quorate vm pause web1 && quorate vm resume web1")]
+    Pause { vm: String },
+    /// Let a paused VM go on; one that an error of a disk holds tries again at once
+    #[command(after_help = "Example:\n  quorate vm resume web1")]
+    Resume { vm: String },
     /// Talk to a VM on its serial console; Ctrl-] leaves
     #[command(after_help = "Examples:
   quorate vm console web1
@@ -135,7 +141,10 @@ pub struct MachineArgs {
     /// Memory: 512MiB, 2GiB
     #[arg(long, value_name = "SIZE", value_parser = parse_memory_mib)]
     pub memory: Option<u64>,
-    /// A disk: id=NAME,path=PATH[,ro][,shareable]; once for each, and all of them
+    /// A disk: id=NAME,path=PATH[,OPTION...]; once for each, and all of them
+    ///
+    /// Options: ro; shareable; format=raw|qcow2 [raw]; backing=PATH:FORMAT, once for each image under a qcow2 one, nearest
+    /// first; on-error=stop|report|ignore|enospc [stop]; iops=N and mib-per-second=N, what it may do at most.
     #[arg(long, value_name = "DISK", value_parser = parse_disk)]
     pub disk: Vec<DiskBody>,
     /// A network card: id=NAME,bridge=BRIDGE[,mac=ADDRESS]; once for each, and all of them

@@ -44,6 +44,14 @@ pub async fn run(context: &Context, command: VmCommand) -> Result<(), Failure> {
             let answer = client.vm_reset(&vm).await?;
             output::done(context.format, &answer, &format!("vm {vm} is being reset (seq {})", answer.seq))
         }
+        VmCommand::Pause { vm } => {
+            let answer = client.vm_pause(&vm).await?;
+            output::done(context.format, &answer, &format!("vm {vm} is to stand still (seq {})", answer.seq))
+        }
+        VmCommand::Resume { vm } => {
+            let answer = client.vm_resume(&vm).await?;
+            output::done(context.format, &answer, &format!("vm {vm} is to go on (seq {})", answer.seq))
+        }
         VmCommand::Console { vm, for_duration } => console::run(context, &vm, for_duration).await,
         VmCommand::Delete { vm } => {
             let answer = client.vm_delete(&vm).await?;

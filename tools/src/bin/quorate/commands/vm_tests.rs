@@ -27,6 +27,7 @@ fn vm(status: VmStatus, desired: DesiredView) -> VmView {
         release: ReleaseClass::Operator,
         observed: None,
         last_exit: None,
+        disk_fault: None,
         guest: None,
         spec: std::sync::Arc::new(VmSpecBody::default().into_spec()),
         spec_pending: false,

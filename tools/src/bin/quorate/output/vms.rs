@@ -69,6 +69,10 @@ impl Show for Item<VmView> {
         for nic in &spec.nics {
             table.field(&format!("nic {}", nic.id), format!("{} on {}", nic.mac_of(vm.id), nic.bridge));
         }
+        if let Some(fault) = &vm.disk_fault {
+            let cause = if fault.no_space { "no space left" } else { "an error" };
+            table.field("stands still", format!("{cause} on disk {}: {}", fault.disk, fault.what));
+        }
         if let Some(guest) = &vm.guest {
             show_guest(&mut table, guest);
         }
@@ -120,7 +124,21 @@ fn wanted(vm: &VmView) -> String {
 fn disk_line(disk: &Disk) -> String {
     let read_only = if disk.read_only { ", read only" } else { "" };
     let shareable = if disk.shareable { ", shareable" } else { "" };
-    format!("{}{read_only}{shareable}", disk.path)
+    let mut line =
+        format!("{} ({}){read_only}{shareable}, on error {}", disk.path, word(&disk.format), word(&disk.on_error));
+    for image in &disk.backing {
+        line.push_str(&format!(", over {} ({})", image.path, word(&image.format)));
+    }
+    if let Some(limit) = &disk.rate_limit {
+        let most = |text: &mut String, rate: Option<u64>, unit| {
+            if let Some(rate) = rate {
+                text.push_str(&format!(", at most {rate} {unit}/s"));
+            }
+        };
+        most(&mut line, limit.iops, "requests");
+        most(&mut line, limit.bytes_per_second, "bytes");
+    }
+    line
 }
 
 /// `guest_powered_off on host 3 at seq 41: detail`.
