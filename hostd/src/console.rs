@@ -63,7 +63,9 @@ pub async fn open(asked: Asked, UrlPath(name): UrlPath<String>, mut request: Req
         let words = format!("vm {name} does not run on this host any more");
         return Err(Problem::new(Code::Retry, words).action("ask again").into());
     } else {
-        let guest = member.peers().console(&fold, permit.host, &format!("/v1/vms/{vm}/console")).await?;
+        let peers = member.peers();
+        let path = format!("/v1/vms/{vm}/console");
+        let guest = peers.upgraded(&fold, permit.host, &path, CONSOLE_PROTOCOL).await?;
         tokio::spawn(join_ends(member, caller, right, upgrade, guest));
     }
     let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, CONSOLE_PROTOCOL)];

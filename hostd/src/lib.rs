@@ -34,6 +34,7 @@ pub mod guest_agent;
 pub mod lease;
 pub mod member;
 pub mod metrics;
+pub mod migration;
 pub mod network;
 pub mod notify;
 pub mod peer;

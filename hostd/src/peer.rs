@@ -14,7 +14,6 @@ use consensus::transport::PeerKind;
 use consensus::transport::Refusal;
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use hostd_api::CONSOLE_PROTOCOL;
 use hostd_api::Problem;
 use hostd_api::problem::Code;
 use serde::Serialize;
@@ -97,12 +96,17 @@ impl PeerClients {
         json_of(fold, host, response).await
     }
 
-    /// Opens a console on another host: raw bytes after its 101.
-    pub async fn console(&self, fold: &Fold, host: HostId, path: &str) -> Result<reqwest::Upgraded, Problem> {
+    /// Opens a stream on another host: raw bytes after its 101.
+    pub async fn upgraded(
+        &self,
+        fold: &Fold,
+        host: HostId,
+        path: &str,
+        protocol: &str,
+    ) -> Result<reqwest::Upgraded, Problem> {
         let (client, base) = self.client(fold, host)?;
         let failed = |error: reqwest::Error| unreachable_host(fold, host, &error);
-        let request =
-            client.get(format!("{base}{path}")).header("connection", "upgrade").header("upgrade", CONSOLE_PROTOCOL);
+        let request = client.get(format!("{base}{path}")).header("connection", "upgrade").header("upgrade", protocol);
         let response = request.send().await.map_err(failed)?;
         if response.status() != reqwest::StatusCode::SWITCHING_PROTOCOLS {
             return Err(problem_of(fold, host, response).await);

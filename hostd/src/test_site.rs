@@ -37,6 +37,7 @@ use statemachine::state::Capacity;
 use statemachine::state::Created;
 use statemachine::state::ExitReason;
 use statemachine::state::Fingerprint;
+use statemachine::state::GuestStatus;
 use statemachine::state::MachineType;
 use statemachine::state::ReleaseClass;
 use statemachine::state::RunStrategy;
@@ -168,7 +169,7 @@ impl Site {
         self.must(Actor::Duty(self.hosts[0]), command)
     }
 
-    fn report_id(&self, host: HostId, boot: BootId) -> ReportId {
+    pub fn report_id(&self, host: HostId, boot: BootId) -> ReportId {
         let mut counter = self.reports.lock().unwrap();
         *counter += 1;
         ReportId { host, boot, counter: *counter }
@@ -193,6 +194,13 @@ impl Site {
     /// Starts a VM on that host; answers with the epoch of its permit.
     pub fn start(&self, vm: VmId, host: HostId) -> Epoch {
         Epoch::from(self.root(Command::VmStart { vm, host: Some(host) }).seq)
+    }
+
+    /// A host's word about a guest that it runs.
+    pub fn status(&self, vm: VmId, host: HostId, status: GuestStatus) {
+        let epoch = self.now().state.vms.get(&vm).and_then(|vm| vm.permit).expect("it runs").epoch;
+        let report = self.report_id(host, self.boot_of(host));
+        self.must(Actor::Host(host), Command::ReportVmStatus { report, vm, epoch, status });
     }
 
     pub fn exited(&self, vm: VmId, epoch: Epoch, host: HostId) {

@@ -28,6 +28,7 @@ use crate::lease;
 use crate::lease::LeaseConfig;
 use crate::lease::LeaseHandle;
 use crate::member::Member;
+use crate::migration::MemberRoad;
 use crate::watchdog::Watchdog;
 use crate::watchdog::WatchdogError;
 
@@ -66,7 +67,8 @@ pub async fn start(config: &Config, member: &Arc<Member>) -> Result<Work, WorkEr
     let lease_config = LeaseConfig::new(config, facts.boot, watchdog.is_some());
     let lease = lease::spawn(lease_config, cluster.clone(), guests.clone());
     let (facts_sender, facts) = watch::channel(facts);
-    let agent = agent::spawn(AgentConfig::from(config), cluster.clone(), facts, lease.grant(), publish).await?;
+    let road = Arc::new(MemberRoad(member.clone()));
+    let agent = agent::spawn(AgentConfig::from(config), road, cluster.clone(), facts, lease.grant(), publish).await?;
     let watchdog = watchdog.map(|watchdog| watchdog.spawn(guests));
     Ok(Work {
         agent,

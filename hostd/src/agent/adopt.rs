@@ -2,6 +2,7 @@
 //! and the mark say how it ended. Blocking.
 
 use statemachine::ids::Epoch;
+use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
 use statemachine::state::ExitReason;
 use statemachine::state::ReleaseClass;
@@ -23,6 +24,8 @@ pub enum Found {
     Alive {
         epoch: Epoch,
         release: ReleaseClass,
+        /// It takes in the guest of this migration, or took it in and has not said so yet.
+        incoming: Option<MigrationId>,
     },
     Gone {
         epoch: Epoch,
@@ -48,7 +51,11 @@ pub fn inspect(launcher: &Launcher, vm: VmId) -> Found {
     let config = run_dir.config();
     if locked {
         return match config {
-            Some(config) => Found::Alive { epoch: Epoch(config.epoch), release: permit_class(config.release) },
+            Some(config) => Found::Alive {
+                epoch: Epoch(config.epoch),
+                release: permit_class(config.release),
+                incoming: run_dir.incoming(),
+            },
             None => Found::Unclear("a process holds the VM's lock and its configuration cannot be read".to_owned()),
         };
     }
@@ -93,7 +100,7 @@ fn ended(report: &ExitReport) -> Ended {
         // The vmm found its epoch used: how that use ended is not known.
         vmm_control::ExitReason::AlreadyStarted => ExitReason::Lost,
         vmm_control::ExitReason::GuestFault | vmm_control::ExitReason::Internal => ExitReason::GuestFault,
-        vmm_control::ExitReason::StartFailed => ExitReason::StartFailed,
+        vmm_control::ExitReason::StartFailed | vmm_control::ExitReason::RestoreFailed => ExitReason::StartFailed,
     };
     Ended { reason, detail: bounded(&report.detail) }
 }

@@ -15,15 +15,18 @@ use rustix::process::Signal;
 use rustix::process::pidfd_open;
 use rustix::process::pidfd_send_signal;
 use statemachine::ids::Epoch;
+use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
 use statemachine::state::DiskFault;
 use statemachine::state::GuestFacts;
 use statemachine::state::GuestStatus;
+use statemachine::state::ReleaseClass;
 use tokio::sync::mpsc;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio::time::MissedTickBehavior;
 use vmm_control::Call;
+use vmm_control::IncomingState;
 use vmm_control::PauseReason;
 use vmm_control::RunState;
 use vmm_control::Status;
@@ -34,6 +37,7 @@ use super::launcher::Launcher;
 use super::plan::Ended;
 use super::plan::Order;
 use super::run_dir::RunDir;
+use super::work::Attended;
 use super::vmm_client::ClientError;
 use super::vmm_client::VmmClient;
 use super::vmm_client::raw_stream;
@@ -41,6 +45,7 @@ use crate::guest_agent::agents::Agents;
 use crate::guest_agent::agents::Entry;
 use crate::guest_agent::task::AgentOrders;
 use crate::guest_agent::task::Attendant;
+use crate::lease::clock::Boottime;
 
 /// Orders under way to one guest.
 pub const ORDERS_MAX: usize = 16;
@@ -53,6 +58,10 @@ pub enum Told {
     Seen(Seen),
     /// What its agent says of the guest, when that is worth an event.
     Facts(Arc<GuestFacts>),
+    /// The guest that this process took in runs, under this permit; from here on it goes by that.
+    RunsAs(Epoch),
+    /// It did not get away by this migration; the words say why.
+    NotCarried(MigrationId, String),
     /// An order did not take effect; it may be planned again.
     Undone(Order),
     Gone(Ended),
@@ -68,6 +77,10 @@ pub struct Seen {
     pub overhead_bytes: Option<u64>,
     /// The error of a disk that holds it.
     pub fault: Option<DiskFault>,
+    /// Of a process that takes in a guest: whether it has all of it.
+    pub loaded: Option<bool>,
+    /// The migration for which it stands still.
+    pub stands_for: Option<MigrationId>,
 }
 
 impl Seen {
@@ -77,11 +90,16 @@ impl Seen {
             RunState::Paused { reason: PauseReason::LeaseExpired } => GuestStatus::PausedLease,
             RunState::Paused { reason: PauseReason::Requested } => GuestStatus::PausedUser,
             RunState::Paused { reason: PauseReason::IoError } => GuestStatus::PausedIo,
+            // For the moment in which it goes over; the log says that it moves.
+            RunState::Paused { reason: PauseReason::Saved } => GuestStatus::Up,
+            RunState::Paused { reason: PauseReason::Incoming } => GuestStatus::PoweringUp,
             RunState::ShuttingDown => GuestStatus::PoweringDown,
         };
         let Status { quiesced, deadline_ns, overhead_bytes, .. } = *status;
         let fault = status.io_error.as_ref().filter(|_| seen == GuestStatus::PausedIo).map(disk_fault);
-        Seen { status: seen, quiesced, deadline_ns, pid, overhead_bytes, fault }
+        let loaded = status.incoming.map(|incoming| incoming.state == IncomingState::Loaded);
+        let stands_for = status.saving.as_ref().and_then(|saving| saving.migration).map(MigrationId);
+        Seen { status: seen, quiesced, deadline_ns, pid, overhead_bytes, fault, loaded, stands_for }
     }
 }
 
@@ -99,11 +117,16 @@ fn disk_fault(fault: &vmm_control::DiskFault) -> DiskFault {
 }
 
 pub struct GuestTask {
-    pub vm: VmId,
-    pub epoch: Epoch,
-    pub launcher: Launcher,
-    pub orders: mpsc::Receiver<Order>,
-    pub told: mpsc::Sender<(VmId, Epoch, Told)>,
+    vm: VmId,
+    epoch: Epoch,
+    release: ReleaseClass,
+    /// It comes by this migration; then `epoch` is that number until it runs.
+    incoming: Option<MigrationId>,
+    /// Its files name another permit than the one that it runs under.
+    unsettled: bool,
+    launcher: Launcher,
+    orders: mpsc::Receiver<Order>,
+    told: mpsc::Sender<(VmId, Epoch, Told)>,
 }
 
 /// The agent is gone; the guest stays.
@@ -159,6 +182,16 @@ fn has_exited(process: &OwnedFd) -> bool {
 }
 
 impl GuestTask {
+    pub fn new(
+        who: Attended,
+        launcher: Launcher,
+        orders: mpsc::Receiver<Order>,
+        told: mpsc::Sender<(VmId, Epoch, Told)>,
+    ) -> GuestTask {
+        let Attended { vm, epoch, release, incoming } = who;
+        GuestTask { vm, epoch, release, incoming, unsettled: incoming.is_some(), launcher, orders, told }
+    }
+
     pub async fn run(mut self) {
         let _ = self.attend().await;
     }
@@ -197,13 +230,8 @@ impl GuestTask {
         process: Option<&OwnedFd>,
         line: &mut GuestAgentLine,
     ) -> Result<ClientError, AgentGone> {
-        let hello = match client.hello().await {
-            Ok(hello) => hello,
-            Err(error) => return Ok(error),
-        };
-        if hello.vm != self.vm.0 || hello.epoch != self.epoch.0 {
-            let who = format!("it is vm {} epoch {}", hello.vm, hello.epoch);
-            return Ok(ClientError::Nonsense(who));
+        if let Err(error) = self.recognise(client).await? {
+            return Ok(error);
         }
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -231,6 +259,26 @@ impl GuestTask {
         }
     }
 
+    /// Whether this is the process that was started for this guest; one that took the guest in may run it by now.
+    async fn recognise(&mut self, client: &mut VmmClient) -> Result<Result<(), ClientError>, AgentGone> {
+        let hello = match client.hello().await {
+            Ok(hello) => hello,
+            Err(error) => return Ok(Err(error)),
+        };
+        let same = hello.epoch == self.epoch.0;
+        if hello.vm != self.vm.0 || !same && self.incoming.is_none() {
+            let who = format!("it is vm {} epoch {}", hello.vm, hello.epoch);
+            return Ok(Err(ClientError::Nonsense(who)));
+        }
+        if !same {
+            let runs = Epoch(hello.epoch);
+            self.tell(Told::RunsAs(runs)).await?;
+            self.epoch = runs;
+            self.incoming = None;
+        }
+        Ok(Ok(()))
+    }
+
     async fn look(
         &mut self,
         client: &mut VmmClient,
@@ -238,6 +286,13 @@ impl GuestTask {
     ) -> Result<Result<(), ClientError>, AgentGone> {
         match client.status().await {
             Ok(status) => {
+                if self.incoming.is_some()
+                    && status.incoming.is_none()
+                    && let Err(error) = self.recognise(client).await?
+                {
+                    return Ok(Err(error));
+                }
+                self.settle(&status).await;
                 line.see(&status);
                 self.tell(Told::Seen(Seen::of(&status, client.pid()))).await?;
                 Ok(Ok(()))
@@ -259,7 +314,12 @@ impl GuestTask {
             Order::PowerOff => Call::PowerOff,
             Order::Reset { id } => Call::Reset { id: id.0 },
             Order::Pause => Call::Pause,
-            Order::Resume { .. } => Call::Resume,
+            Order::Resume { .. } | Order::GoOn { .. } => Call::Resume,
+            Order::Run { epoch, deadline } => Call::Run {
+                epoch: epoch.0,
+                deadline_ns: (self.release == ReleaseClass::Lease).then(|| deadline.as_ns()),
+                started_marker: self.launcher.marks.path(self.vm, epoch),
+            },
             Order::Kill => {
                 self.kill(process);
                 return Ok(Ok(()));
@@ -273,11 +333,26 @@ impl GuestTask {
                 self.tell(Told::Undone(order)).await?;
             }
         }
-        if done.is_ok() && matches!(order, Order::Confirm { .. } | Order::Pause | Order::Resume { .. }) {
+        if done.is_ok() && matches!(order, Order::Confirm { .. } | Order::Pause | Order::Resume { .. } | Order::GoOn { .. }) {
             // It may run now, or no longer.
             return self.look(client, line).await;
         }
         Ok(done)
+    }
+
+    /// Has the files of a guest that was taken in name the permit that it runs under, once it does.
+    async fn settle(&mut self, status: &Status) {
+        if !self.unsettled || self.incoming.is_some() {
+            return;
+        }
+        let (launcher, vm, epoch) = (self.launcher.clone(), self.vm, self.epoch);
+        let deadline = status.deadline_ns.map(Boottime::from_ns);
+        let settled = tokio::task::spawn_blocking(move || launcher.settle(vm, epoch, deadline)).await;
+        match settled {
+            Ok(Ok(())) => self.unsettled = false,
+            Ok(Err(error)) => tracing::warn!(vm = %self.vm, "the files of a guest that came here are not in order: {error}"),
+            Err(error) => tracing::warn!(vm = %self.vm, "the files of a guest that came here were not put in order: {error}"),
+        }
     }
 
     /// Pulls the plug from outside. Its end is seen like any other.

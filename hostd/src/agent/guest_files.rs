@@ -7,6 +7,7 @@ use std::path::Path;
 use std::path::PathBuf;
 
 use statemachine::ids::Epoch;
+use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
 use statemachine::state;
 use statemachine::state::Disk;
@@ -54,8 +55,10 @@ pub struct GuestIdentity {
     pub name: String,
     pub epoch: Epoch,
     pub release: ReleaseClass,
-    /// First deadline of a `lease` guest.
+    /// First deadline of a `lease` guest that starts here.
     pub deadline: Boottime,
+    /// It comes by this migration, whose number is in the place of its epoch; its permit and deadline come when it may run.
+    pub incoming: Option<MigrationId>,
 }
 
 /// Where the vmm of a guest writes.
@@ -98,12 +101,21 @@ pub fn vmm_config(
         release,
         started_marker: places.mark,
         run_dir: places.run_dir,
-        lease: (release == vmm_control::ReleaseClass::Lease)
+        lease: (release == vmm_control::ReleaseClass::Lease && identity.incoming.is_none())
             .then(|| LeaseConfig { deadline_boottime_ns: identity.deadline.as_ns() }),
         log_level: vmm_control::LogLevel::Info,
     };
-    config.check()?;
+    check(&config, identity.incoming)?;
     Ok(config)
+}
+
+/// Every bound that the vmm checks again.
+pub fn check(config: &VmmConfig, incoming: Option<MigrationId>) -> Result<(), GuestFilesError> {
+    match incoming {
+        Some(_) => config.check_incoming()?,
+        None => config.check()?,
+    }
+    Ok(())
 }
 
 fn disk_config(disk: &Disk, allowed: &[PathBuf]) -> Result<DiskConfig, GuestFilesError> {
@@ -226,7 +238,7 @@ mod tests {
         spec.disks.push(disk);
         let vm = VmId(Uuid::from_u128(7));
         let deadline = Boottime::from_ms(5);
-        let identity = GuestIdentity { vm, name: "web".to_owned(), epoch: Epoch(41), release, deadline };
+        let identity = GuestIdentity { vm, name: "web".to_owned(), epoch: Epoch(41), release, deadline, incoming: None };
         let places = GuestPlaces { run_dir: "/run/quorate/vm/7".into(), mark: "/var/lib/quorate/marks/7/41".into() };
         vmm_config(&identity, &spec, std::slice::from_ref(&images.allowed), places)
     }

@@ -10,9 +10,14 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::process::Stdio;
+use std::sync::Arc;
 
+use statemachine::ids::Epoch;
+use statemachine::ids::MigrationId;
+use statemachine::ids::VmId;
 use statemachine::state::VmSpec;
 use thiserror::Error;
+use vmm_control::LeaseConfig;
 use vmm_control::VmmConfig;
 use vmm_control::config::MAX_MTU;
 
@@ -28,6 +33,8 @@ use super::run_dir::Lock;
 use super::run_dir::RunDir;
 use super::run_dir::RunDirError;
 use crate::guest_agent::agents::Agents;
+use crate::lease::clock::Boottime;
+use crate::migration::Road;
 use crate::network::NetworkError;
 use crate::network::tap::Tap;
 
@@ -73,7 +80,11 @@ impl Cable {
 }
 
 /// A tap for each card, in the bridge that the spec names; each card is told its bridge's MTU.
-fn plug_in(config: &mut VmmConfig, spec: &VmSpec) -> Result<Vec<Cable>, LaunchError> {
+fn plug_in(
+    config: &mut VmmConfig,
+    spec: &VmSpec,
+    incoming: Option<MigrationId>,
+) -> Result<Vec<Cable>, LaunchError> {
     let mut cables = Vec::with_capacity(config.nics.len());
     for (card, nic) in config.nics.iter_mut().zip(&spec.nics) {
         let failed = |source| LaunchError::Nic { id: nic.id.clone(), source };
@@ -81,12 +92,12 @@ fn plug_in(config: &mut VmmConfig, spec: &VmSpec) -> Result<Vec<Cable>, LaunchEr
         card.mtu = u16::try_from(tap.mtu).unwrap_or(MAX_MTU).min(MAX_MTU);
         cables.push(Cable { nic: nic.id.clone(), tap });
     }
-    config.check().map_err(GuestFilesError::Definition)?;
+    guest_files::check(config, incoming)?;
     Ok(cables)
 }
 
 /// What every launch on this host needs.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Launcher {
     /// `<run_dir>/vm`.
     pub vms_dir: PathBuf,
@@ -96,6 +107,8 @@ pub struct Launcher {
     pub groups: Groups,
     /// Those of the guests that run.
     pub agents: Agents,
+    /// To other hosts, for guests that leave.
+    pub road: Arc<dyn Road>,
 }
 
 impl Launcher {
@@ -116,12 +129,29 @@ impl Launcher {
         let places = GuestPlaces { run_dir: run_dir.path().to_owned(), mark };
         let mut config = guest_files::vmm_config(identity, spec, &self.allowed_paths, places)?;
         // Last, so that a definition that makes no guest moves no cable.
-        let taps = plug_in(&mut config, spec)?;
-        run_dir.prepare(&lock, &config)?;
-        self.spawn(&run_dir, &group, &lock, &taps)
+        let taps = plug_in(&mut config, spec, identity.incoming)?;
+        run_dir.prepare(&lock, &config, identity.incoming)?;
+        self.spawn(&run_dir, &group, &lock, &taps, identity.incoming)
     }
 
-    fn spawn(&self, run_dir: &RunDir, group: &Group, lock: &Lock, taps: &[Cable]) -> Result<(), LaunchError> {
+    /// A guest that came from elsewhere runs under its permit now: its files say so, as those of one that was started here.
+    pub fn settle(&self, vm: VmId, epoch: Epoch, deadline: Option<Boottime>) -> Result<(), RunDirError> {
+        let run_dir = RunDir::of(&self.vms_dir, vm);
+        let Some(mut config) = run_dir.config() else { return Ok(()) };
+        config.epoch = epoch.0;
+        config.started_marker = self.marks.path(vm, epoch);
+        config.lease = deadline.map(|deadline| LeaseConfig { deadline_boottime_ns: deadline.as_ns() });
+        run_dir.settle(&config)
+    }
+
+    fn spawn(
+        &self,
+        run_dir: &RunDir,
+        group: &Group,
+        lock: &Lock,
+        taps: &[Cable],
+        incoming: Option<MigrationId>,
+    ) -> Result<(), LaunchError> {
         let mut words = group.launch_prefix();
         words.push(self.vmm.display().to_string());
         let program = words.remove(0);
@@ -139,6 +169,7 @@ impl Launcher {
             .arg("--lock-fd")
             .arg(lock.file.as_raw_fd().to_string())
             .args(taps.iter().flat_map(Cable::argument))
+            .args(incoming.map(|_| "--incoming"))
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(log.try_clone().map_err(failed)?)

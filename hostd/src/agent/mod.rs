@@ -32,6 +32,7 @@ use std::sync::Arc;
 
 use statemachine::command::HostFacts;
 use statemachine::ids::Epoch;
+use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
 use statemachine::state::ReleaseClass;
 use thiserror::Error;
@@ -55,6 +56,7 @@ use crate::guest_agent::agents::Agent;
 use crate::guest_agent::agents::Agents;
 use crate::lease::clock::Boottime;
 use crate::lease::record::ConfirmedGrant;
+use crate::migration::Road;
 
 #[derive(Debug, Clone)]
 pub struct AgentConfig {
@@ -101,12 +103,19 @@ pub struct GuestView {
     pub pid: Option<i32>,
     /// Resident memory of its process that is not guest RAM.
     pub overhead_bytes: Option<u64>,
+    /// It comes by this migration, and does not run here yet.
+    pub incoming: Option<MigrationId>,
 }
 
 impl GuestView {
     /// Its process lives, running or paused.
     pub fn is_alive(&self) -> bool {
         !matches!(self.phase, Phase::Gone(_))
+    }
+
+    /// It has a permit here that a process acts on.
+    pub fn is_under_permit(&self) -> bool {
+        self.is_alive() && self.incoming.is_none()
     }
 }
 
@@ -124,6 +133,7 @@ pub struct AgentHandle {
 /// caller makes ([`guest_channel`]), because the lease names running epochs in its heartbeats and the agent acts on its grants.
 pub async fn spawn(
     config: AgentConfig,
+    road: Arc<dyn Road>,
     cluster: Arc<dyn Cluster>,
     facts: watch::Receiver<HostFacts>,
     grant: watch::Receiver<Option<ConfirmedGrant>>,
@@ -136,6 +146,7 @@ pub async fn spawn(
         allowed_paths: config.allowed_paths,
         groups: Groups::detect(),
         agents: Agents::default(),
+        road,
     };
     let agents = launcher.agents.clone();
     let handle = spawn_on(Arc::new(launcher), config.vms_dir, config.stop, cluster, facts, grant, publish).await?;
@@ -173,6 +184,12 @@ impl AgentHandle {
     pub fn console_socket(&self, vm: VmId) -> Option<PathBuf> {
         let lives = self.guests.borrow().iter().any(|guest| guest.vm == vm && guest.is_alive());
         lives.then(|| RunDir::of(&self.vms_dir, vm).control_socket())
+    }
+
+    /// The control socket of the process that takes in the guest of this migration.
+    pub fn incoming_socket(&self, vm: VmId, migration: MigrationId) -> Option<PathBuf> {
+        let waits = |guest: &GuestView| guest.vm == vm && guest.incoming == Some(migration) && guest.is_alive();
+        self.guests.borrow().iter().any(waits).then(|| RunDir::of(&self.vms_dir, vm).control_socket())
     }
 
     /// The agent inside a guest that lives here.

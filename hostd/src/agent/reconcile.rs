@@ -9,6 +9,7 @@ use std::time::Duration;
 use statemachine::command::HostFacts;
 use statemachine::fold::Fold;
 use statemachine::ids::Epoch;
+use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
 use statemachine::state::GuestStatus;
 use statemachine::state::Permit;
@@ -28,6 +29,7 @@ use super::plan::Action;
 use super::plan::Ended;
 use super::plan::Guest;
 use super::plan::Order;
+use super::plan::Outgoing;
 use super::plan::Phase;
 use super::plan::StopTimers;
 use super::plan::View;
@@ -35,11 +37,13 @@ use super::reports;
 use super::reports::Owed;
 use super::reports::Reports;
 use super::reports::Subject;
+use super::work::Attended;
 use super::work::Looked;
 use super::work::Processes;
 use super::work::Worked;
 use crate::lease::clock::Boottime;
 use crate::lease::record::ConfirmedGrant;
+use crate::migration::carrier::Journey;
 
 const TICK: Duration = Duration::from_millis(500);
 /// News of guests and of work that wait for the loop.
@@ -68,7 +72,7 @@ impl Line {
     fn deadline(&self, guest: &Guest) -> Option<Boottime> {
         let told = self.seen.as_ref().and_then(|seen| seen.deadline_ns).map(Boottime::from_ns).max(guest.confirmed);
         let latest = Boottime::from_ns(self.since.as_ns().saturating_add(vmm_control::MAX_LEASE_NS));
-        told.or((guest.release == ReleaseClass::Lease).then_some(latest))
+        told.or((guest.release == ReleaseClass::Lease && guest.incoming.is_none()).then_some(latest))
     }
 }
 
@@ -157,6 +161,8 @@ impl Loop {
         for action in plan::plan(&view) {
             match action {
                 Action::Start { vm, permit, deadline } => self.start(fold, vm, permit, deadline),
+                Action::Receive { vm, migration } => self.receive(fold, vm, migration),
+                Action::Carry { vm, epoch, migration, to } => self.carry(vm, epoch, Journey { vm, migration, to }),
                 Action::LookInto { vm, permit } => self.look_into(vm, permit),
                 Action::Renounce { vm, permit } => self.renounce(vm, permit),
                 Action::Order { vm, order, desired_at, .. } => self.order(vm, order, desired_at, now),
@@ -189,8 +195,43 @@ impl Loop {
             epoch: permit.epoch,
             release: permit.release,
             deadline,
+            incoming: None,
         };
         self.work(vm, self.own.processes.start(identity, spec));
+    }
+
+    fn receive(&mut self, fold: &Fold, vm: VmId, migration: MigrationId) {
+        let Some((known, permit)) = fold.state.vms.get(&vm).and_then(|known| Some((known, known.permit?))) else { return };
+        if !self.busy.insert(vm) {
+            return;
+        }
+        tracing::info!(%vm, %migration, name = known.name, from = %permit.host, "a guest is on its way here");
+        let guest = Guest::coming(migration, permit.release);
+        let spec = known.granted_spec.clone().unwrap_or_else(|| known.spec.clone());
+        let identity = super::guest_files::GuestIdentity {
+            vm,
+            name: known.name.clone(),
+            epoch: guest.epoch,
+            release: permit.release,
+            deadline: self.now(),
+            incoming: Some(migration),
+        };
+        self.guests.insert(vm, guest);
+        self.work(vm, self.own.processes.receive(identity, spec));
+    }
+
+    fn carry(&mut self, vm: VmId, epoch: Epoch, journey: Journey) {
+        let Some(guest) = self.guests.get_mut(&vm) else { return };
+        let migration = journey.migration;
+        tracing::info!(%vm, %epoch, %migration, to = %journey.to, "the guest sets out for another host");
+        guest.outgoing = Some(Outgoing { migration, progress: None, failure: None });
+        let (carried, told) = (self.own.processes.carry(journey), self.told.clone());
+        tokio::spawn(async move {
+            if let Err(words) = carried.await {
+                tracing::warn!(%vm, %epoch, %migration, "the guest does not get away: {words}");
+                let _ = told.send((vm, epoch, guest::Told::NotCarried(migration, words))).await;
+            }
+        });
     }
 
     fn look_into(&mut self, vm: VmId, permit: Permit) {
@@ -225,6 +266,9 @@ impl Loop {
         // A full line is a vmm that does not answer: the order is planned again.
         if line.orders.try_send(order).is_ok() {
             guest.note(order, desired_at, now);
+            if let Order::Run { epoch, .. } = order {
+                self.marked.insert((vm, epoch));
+            }
         }
     }
 
@@ -254,7 +298,14 @@ impl Loop {
     /// Takes in what is on the host.
     fn take_in(&mut self, vm: VmId, found: Found) {
         match found {
-            Found::Alive { epoch, release } => {
+            Found::Alive { release, incoming: Some(migration), .. } => {
+                tracing::info!(%vm, %migration, "a guest on its way here is adopted");
+                let guest = Guest::coming(migration, release);
+                let epoch = guest.epoch;
+                self.guests.insert(vm, guest);
+                self.attend(vm, epoch);
+            }
+            Found::Alive { epoch, release, incoming: None } => {
                 tracing::info!(%vm, %epoch, "a guest of an earlier hostd is adopted");
                 self.marked.insert((vm, epoch));
                 self.guests.insert(vm, Guest::launching(epoch, release));
@@ -285,9 +336,11 @@ impl Loop {
     }
 
     fn attend(&mut self, vm: VmId, epoch: Epoch) {
+        let Some(guest) = self.guests.get(&vm) else { return };
+        let who = Attended { vm, epoch, release: guest.release, incoming: guest.incoming };
         let (sender, orders) = mpsc::channel(guest::ORDERS_MAX);
         self.lines.insert(vm, Line { orders: sender, since: self.now(), seen: None });
-        tokio::spawn(self.own.processes.attend(vm, epoch, orders, self.told.clone()));
+        tokio::spawn(self.own.processes.attend(who, orders, self.told.clone()));
     }
 
     fn hear(&mut self, vm: VmId, epoch: Epoch, news: guest::Told) {
@@ -295,8 +348,12 @@ impl Loop {
         let Some(guest) = self.guests.get_mut(&vm).filter(|guest| guest.epoch == epoch) else { return };
         match news {
             guest::Told::Seen(seen) => {
-                let before =
-                    std::mem::replace(&mut guest.phase, Phase::Alive { status: seen.status, quiesced: seen.quiesced });
+                let phase = match seen.loaded {
+                    Some(loaded) => Phase::Incoming { loaded },
+                    None => Phase::Alive { status: seen.status, quiesced: seen.quiesced },
+                };
+                let before = std::mem::replace(&mut guest.phase, phase);
+                guest.stands_for = seen.stands_for;
                 if seen.status == GuestStatus::Up {
                     guest.retry.forget(now);
                 }
@@ -311,6 +368,18 @@ impl Loop {
                 }
                 if let Some(line) = self.lines.get_mut(&vm) {
                     line.seen = Some(seen);
+                }
+            }
+            guest::Told::RunsAs(permitted) => {
+                tracing::info!(%vm, epoch = %permitted, migration = %epoch, "a guest from another host runs here");
+                self.marked.insert((vm, permitted));
+                guest.epoch = permitted;
+                guest.incoming = None;
+                guest.phase = Phase::Launching;
+            }
+            guest::Told::NotCarried(migration, words) => {
+                if let Some(outgoing) = guest.outgoing.as_mut().filter(|outgoing| outgoing.migration == migration) {
+                    outgoing.failure = Some(words);
                 }
             }
             guest::Told::Facts(facts) => guest.facts = Some(facts),
@@ -370,6 +439,7 @@ impl Loop {
                 deadline: line.map_or(guest.confirmed, |line| line.deadline(guest)),
                 pid: seen.and_then(|seen| seen.pid),
                 overhead_bytes: seen.and_then(|seen| seen.overhead_bytes),
+                incoming: guest.incoming,
             }
         };
         let views: Vec<GuestView> = self.guests.iter().map(view).collect();

@@ -1,5 +1,5 @@
 //! The run directory of one VM on this host, `<run_dir>/vm/<vm>`: `lock`, `config.json`, `control.sock`, `console.log`,
-//! `vmm.log`, `exit.json`.
+//! `vmm.log`, `exit.json`, and `migration` while a guest is taken in.
 //!
 //! The lock file is the truth about life: its `flock` is held by the vmm from before it exists until after it is gone, through a
 //! descriptor that it inherits (hazard H20). So the file itself is never removed while somebody may hold it.
@@ -15,6 +15,7 @@ use std::path::PathBuf;
 
 use rustix::fs::FlockOperation;
 use rustix::fs::flock;
+use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
 use thiserror::Error;
 use vmm_control::ExitReport;
@@ -109,16 +110,49 @@ impl RunDir {
         Ok(self.try_lock()?.is_none())
     }
 
+    /// Is there while the process here takes in a guest: it holds the migration's number.
+    fn migration_file(&self) -> PathBuf {
+        self.path.join("migration")
+    }
+
+    /// The migration by which the guest of the last vmm here comes, if it does not run yet as far as this directory knows.
+    pub fn incoming(&self) -> Option<MigrationId> {
+        fs::read_to_string(self.migration_file()).ok()?.trim().parse().ok()
+    }
+
     /// The configuration that the last vmm here was started with; `None` when there is none that can be read.
     pub fn config(&self) -> Option<VmmConfig> {
-        VmmConfig::load(&self.config_file()).ok()
+        let path = self.config_file();
+        match self.incoming() {
+            Some(_) => VmmConfig::load_incoming(&path).ok(),
+            None => VmmConfig::load(&path).ok(),
+        }
     }
 
     /// Writes the configuration, whole or not at all, over what an earlier epoch left. Under the lock.
-    pub fn prepare(&self, _lock: &Lock, config: &VmmConfig) -> Result<(), RunDirError> {
-        for stale in [self.control_socket(), ExitReport::path(&self.path)] {
+    pub fn prepare(
+        &self,
+        _lock: &Lock,
+        config: &VmmConfig,
+        incoming: Option<MigrationId>,
+    ) -> Result<(), RunDirError> {
+        for stale in [self.control_socket(), ExitReport::path(&self.path), self.migration_file()] {
             remove(&stale)?;
         }
+        if let Some(migration) = incoming {
+            let path = self.migration_file();
+            fs::write(&path, migration.to_string()).map_err(failed("write", &path))?;
+        }
+        self.write_config(config)
+    }
+
+    /// The guest that was taken in runs: the configuration names its permit.
+    pub fn settle(&self, config: &VmmConfig) -> Result<(), RunDirError> {
+        self.write_config(config)?;
+        remove(&self.migration_file())
+    }
+
+    fn write_config(&self, config: &VmmConfig) -> Result<(), RunDirError> {
         let path = self.config_file();
         let text =
             serde_json::to_vec_pretty(config).map_err(|error| failed("encode", &path)(io::Error::other(error)))?;
@@ -130,7 +164,7 @@ impl RunDir {
     /// Clears what an epoch left, so that the directory names no epoch any more. Logs stay for whoever wants to read them,
     /// unless the VM itself is gone.
     pub fn clear(&self, _lock: &Lock, vm_exists: bool) -> Result<(), RunDirError> {
-        for left in [self.control_socket(), self.config_file(), ExitReport::path(&self.path)] {
+        for left in [self.control_socket(), self.config_file(), ExitReport::path(&self.path), self.migration_file()] {
             remove(&left)?;
         }
         match vm_exists {

@@ -11,6 +11,7 @@ use futures::future::BoxFuture;
 use statemachine::command::Command;
 use statemachine::command::Request;
 use statemachine::ids::Epoch;
+use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
 use statemachine::state::ExitReason;
 use statemachine::state::Permit;
@@ -30,6 +31,8 @@ use super::marks::MarkError;
 use super::plan::Ended;
 use super::plan::Order;
 use super::run_dir::RunDir;
+use crate::migration::carrier::Journey;
+use crate::migration::carrier::carry;
 
 /// Before something that could not be told, or was in the way, is looked at again.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -67,6 +70,16 @@ pub struct Looked {
     pub found: Vec<(VmId, Found)>,
 }
 
+/// A guest whose process lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attended {
+    pub vm: VmId,
+    /// As [`super::plan::Guest::epoch`].
+    pub epoch: Epoch,
+    pub release: ReleaseClass,
+    pub incoming: Option<MigrationId>,
+}
+
 /// News of a guest on their way to the agent's loop.
 pub type News = mpsc::Sender<(VmId, Epoch, Told)>;
 
@@ -76,6 +89,12 @@ pub trait Processes: Send + Sync + 'static {
 
     /// Starts the process of a permit whose epoch was never used.
     fn start(&self, identity: GuestIdentity, spec: Arc<VmSpec>) -> BoxFuture<'static, Worked>;
+
+    /// Starts a process that takes in the guest of `identity.incoming`, and runs nothing.
+    fn receive(&self, identity: GuestIdentity, spec: Arc<VmSpec>) -> BoxFuture<'static, Worked>;
+
+    /// Brings a guest of this host to its new one. Returns when its stream has ended; the words say why not all of it went.
+    fn carry(&self, journey: Journey) -> BoxFuture<'static, Result<(), String>>;
 
     /// An epoch that is marked, of which this hostd knows no guest.
     fn look_into(&self, vm: VmId, permit: Permit) -> BoxFuture<'static, Worked>;
@@ -94,7 +113,7 @@ pub trait Processes: Send + Sync + 'static {
     fn burn_before(&self, request: &Request) -> BoxFuture<'static, Result<(), MarkError>>;
 
     /// Stays beside a guest: carries orders to it, and tells what becomes of it.
-    fn attend(&self, vm: VmId, epoch: Epoch, orders: mpsc::Receiver<Order>, told: News) -> BoxFuture<'static, ()>;
+    fn attend(&self, who: Attended, orders: mpsc::Receiver<Order>, told: News) -> BoxFuture<'static, ()>;
 }
 
 impl Processes for Launcher {
@@ -111,6 +130,16 @@ impl Processes for Launcher {
 
     fn start(&self, identity: GuestIdentity, spec: Arc<VmSpec>) -> BoxFuture<'static, Worked> {
         start(self.clone(), identity, spec).boxed()
+    }
+
+    fn receive(&self, identity: GuestIdentity, spec: Arc<VmSpec>) -> BoxFuture<'static, Worked> {
+        start(self.clone(), identity, spec).boxed()
+    }
+
+    fn carry(&self, journey: Journey) -> BoxFuture<'static, Result<(), String>> {
+        let socket = RunDir::of(&self.vms_dir, journey.vm).control_socket();
+        let road = self.road.clone();
+        async move { carry(road, &socket, journey).await.map_err(|error| error.to_string()) }.boxed()
     }
 
     fn look_into(&self, vm: VmId, permit: Permit) -> BoxFuture<'static, Worked> {
@@ -143,8 +172,8 @@ impl Processes for Launcher {
         .boxed()
     }
 
-    fn attend(&self, vm: VmId, epoch: Epoch, orders: mpsc::Receiver<Order>, told: News) -> BoxFuture<'static, ()> {
-        GuestTask { vm, epoch, launcher: self.clone(), orders, told }.run().boxed()
+    fn attend(&self, who: Attended, orders: mpsc::Receiver<Order>, told: News) -> BoxFuture<'static, ()> {
+        GuestTask::new(who, self.clone(), orders, told).run().boxed()
     }
 }
 
@@ -184,7 +213,7 @@ async fn start(launcher: Launcher, identity: GuestIdentity, spec: Arc<VmSpec>) -
 
 async fn look_into(launcher: Launcher, vm: VmId, permit: Permit) -> Worked {
     match inspect(&launcher, vm).await {
-        Found::Alive { epoch, release } => Worked::Found { instead_of: None, found: Found::Alive { epoch, release } },
+        found @ Found::Alive { .. } => Worked::Found { instead_of: None, found },
         Found::Gone { epoch, release, ended } if epoch == permit.epoch => Worked::Ended { epoch, release, ended },
         Found::Unclear(why) => {
             tracing::warn!(%vm, epoch = %permit.epoch, "what became of this guest is not clear yet: {why}");

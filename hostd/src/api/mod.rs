@@ -96,6 +96,7 @@ pub fn router(api: Api) -> Router {
         .route("/vms/{vm}/resume", post(vms::resume))
         .route("/vms/{vm}/why", get(vms::why))
         .route("/vms/{vm}/console", get(console::open))
+        .route("/vms/{vm}/migrations/{migration}", get(door::take_in))
         .route("/vms/{vm}/agent", get(guests::show))
         .route("/vms/{vm}/agent/exec", post(guests::exec))
         .route("/vms/{vm}/agent/freeze", post(guests::freeze))

@@ -50,7 +50,8 @@ async fn image(stage: &Stage, table: &mut Table) -> Result<()> {
     let guest = define(stage, "chain", &disk).await?;
     guest.start(stage, ASKER, RUNNER).await?;
     let said = guest.console(stage, HostId(3), &["disk-check"], "disk-check ").await?;
-    let check = said.lines().find(|line| line.contains("disk-check ok")).context("the disk was not written and read")?;
+    let check =
+        said.lines().find(|line| line.contains("disk-check ok")).context("the disk was not written and read")?;
     println!("  {check}");
     guest.stop(stage, ASKER).await?;
 
@@ -128,14 +129,19 @@ async fn define(stage: &Stage, name: &str, disk: &str) -> Result<Guest> {
 
 /// Typed in two words, so that only the answer is one.
 fn to_disk(mib: u32, at: u32) -> String {
-    format!("sh dd if=/dev/urandom of=/dev/vda bs=64k count={} seek={at} oflag=direct conv=notrunc,fsync 2>/dev/null; echo wro''te $?", mib * 16)
+    format!(
+        "sh dd if=/dev/urandom of=/dev/vda bs=64k count={} seek={at} oflag=direct conv=notrunc,fsync 2>/dev/null; echo wro''te $?",
+        mib * 16
+    )
 }
 
 /// Has the guest write random bytes behind its back: to a file in its memory, and from there to the disk. It answers when it can.
 async fn write(stage: &Stage, guest: &Guest, mib: u32, at: u32) -> Result<()> {
     let make = format!("sh dd if=/dev/urandom of=/run/blob.{at} bs=64k count={} 2>/dev/null; echo ma''de", mib * 16);
     guest.console(stage, ASKER, &[&make], "made").await?;
-    let write = format!("sh (dd if=/run/blob.{at} of=/dev/vda bs=64k seek={at} oflag=direct conv=notrunc,fsync) >/dev/null 2>&1 &");
+    let write = format!(
+        "sh (dd if=/run/blob.{at} of=/dev/vda bs=64k seek={at} oflag=direct conv=notrunc,fsync) >/dev/null 2>&1 &"
+    );
     guest.console(stage, ASKER, &[&write], "sh exit").await?;
     Ok(())
 }

@@ -6,7 +6,9 @@ use crate::test_site::Site;
 use crate::test_site::boot;
 use crate::test_site::spec;
 
-#[path = "plan_property_tests.rs"]
+#[path = "moving_tests.rs"]
+mod moving_stories;
+#[path = "property_tests.rs"]
 mod property;
 #[path = "standstill_tests.rs"]
 mod standstill;

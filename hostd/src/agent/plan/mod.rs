@@ -9,8 +9,12 @@
 //! - **End** what is superseded: a guest whose epoch is not the permit, once applied state has reached that epoch.
 //! - **An exit is reported** only of a guest that the shell found gone: lock free and control group empty. The shell marks the
 //!   epoch first, so no epoch is ever started after its exit was reported.
+//! - **Migrations** have rules of their own ([`moving`]).
 //! - **A marked epoch without a guest** is looked into, never guessed about; and, like a permit that is not wanted, only once
 //!   applied state has caught up with a grant: hostd begins with the state of its last snapshot.
+
+mod guest;
+mod moving;
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
@@ -20,19 +24,28 @@ use statemachine::fold::Fold;
 use statemachine::ids::BootId;
 use statemachine::ids::Epoch;
 use statemachine::ids::HostId;
+use statemachine::ids::MigrationId;
 use statemachine::ids::Seq;
 use statemachine::ids::VmId;
 use statemachine::mutant;
 use statemachine::mutant::Mutant;
 use statemachine::state::Desired;
 use statemachine::state::DiskFault;
-use statemachine::state::ExitReason;
 use statemachine::state::GuestFacts;
 use statemachine::state::GuestStatus;
+use statemachine::state::MigrationProgress;
 use statemachine::state::Permit;
 use statemachine::state::ReleaseClass;
 use statemachine::state::StopMode;
 use statemachine::state::Vm;
+
+pub use guest::Ended;
+pub use guest::Guest;
+pub use guest::Order;
+pub use guest::Outgoing;
+pub use guest::Phase;
+pub use guest::Retry;
+pub use guest::Stopping;
 
 use crate::lease::clock::Boottime;
 use crate::lease::record::ConfirmedGrant;
@@ -54,175 +67,15 @@ impl Default for StopTimers {
     }
 }
 
-/// How a guest ended, as it will be reported.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ended {
-    pub reason: ExitReason,
-    pub detail: String,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Phase {
-    /// Its process was started or found, and has not answered yet.
-    Launching,
-    Alive {
-        status: GuestStatus,
-        /// No vCPU runs and no I/O of a shared disk is under way.
-        quiesced: bool,
-    },
-    /// Its lock is free and its control group empty.
-    Gone(Ended),
-}
-
-/// The end of a guest, under way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stopping {
-    /// The desire that it obeys; another one begins anew.
-    pub desired_at: Seq,
-    pub first_press: Option<Boottime>,
-    pub presses: u8,
-    pub power_off: Option<Boottime>,
-    pub killed: Option<Boottime>,
-}
-
-impl Stopping {
-    fn new(desired_at: Seq) -> Stopping {
-        Stopping { desired_at, first_press: None, presses: 0, power_off: None, killed: None }
-    }
-}
-
-/// Its status tells within this time whether it obeyed.
-const NUDGE_EVERY_MS: u64 = 2_000;
-
-/// Storage that is back, or has space again, tells nobody. So a guest that waits for it tries again by itself, as oVirt's
-/// `auto_resume` does: at once, then at growing distances, and whenever a user says so.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Retry {
-    tries: u32,
-    last: Option<Boottime>,
-    wish: Option<Seq>,
-}
-
-impl Retry {
-    const FIRST_AFTER_MS: u64 = 2_000;
-    const AFTER_AT_MOST_MS: u64 = 60_000;
-
-    fn note(&mut self, wish: Seq, now: Boottime) {
-        self.tries += 1;
-        self.last = Some(now);
-        self.wish = Some(wish);
-    }
-
-    fn is_due(&self, wish: Seq, now: Boottime) -> bool {
-        let after_ms = Retry::FIRST_AFTER_MS << self.tries.saturating_sub(1).min(16);
-        let waited = self.last.is_none_or(|last| now.ms_since(last) >= after_ms.min(Retry::AFTER_AT_MOST_MS));
-        waited || self.wish.is_some_and(|known| known < wish)
-    }
-
-    /// It runs: the next error is a new one.
-    pub fn forget(&mut self, now: Boottime) {
-        let long_ago = |last| now.ms_since(last) >= Retry::AFTER_AT_MOST_MS;
-        if self.last.is_some_and(long_ago) {
-            *self = Retry::default();
-        }
-    }
-}
-
-/// A guest that this host has, or had and not yet reported.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Guest {
-    pub epoch: Epoch,
-    pub release: ReleaseClass,
-    pub phase: Phase,
-    /// The newest deadline that was handed to its process.
-    pub confirmed: Option<Boottime>,
-    pub stopping: Option<Stopping>,
-    /// The newest reset that was handed to its process.
-    pub reset: Option<Seq>,
-    /// When it was last told to stand or to go.
-    pub nudged: Option<Boottime>,
-    /// Of a guest that an error of a disk holds: when that is tried again.
-    pub retry: Retry,
-    /// What its agent said last that is worth an event.
-    pub facts: Option<Arc<GuestFacts>>,
-    /// The error of a disk that holds it.
-    pub fault: Option<DiskFault>,
-}
-
-impl Guest {
-    pub fn launching(epoch: Epoch, release: ReleaseClass) -> Guest {
-        Guest {
-            epoch,
-            release,
-            phase: Phase::Launching,
-            confirmed: None,
-            stopping: None,
-            reset: None,
-            nudged: None,
-            retry: Retry::default(),
-            facts: None,
-            fault: None,
-        }
-    }
-
-    pub fn is_gone(&self) -> bool {
-        matches!(self.phase, Phase::Gone(_))
-    }
-
-    /// Notes an order that was handed to the guest's process, so that it is not planned again.
-    pub fn note(&mut self, order: Order, desired_at: Seq, now: Boottime) {
-        let stopping = || Stopping::new(desired_at);
-        match order {
-            Order::Confirm { deadline } => self.confirmed = Some(deadline),
-            Order::Reset { id } => self.reset = Some(id),
-            Order::Pause => self.nudged = Some(now),
-            Order::Resume { wish } => {
-                self.nudged = Some(now);
-                if matches!(self.phase, Phase::Alive { status: GuestStatus::PausedIo, .. }) {
-                    self.retry.note(wish, now);
-                }
-            }
-            Order::PowerButton => {
-                let current = self.stopping.get_or_insert_with(stopping);
-                if current.desired_at != desired_at {
-                    *current = Stopping::new(desired_at);
-                }
-                current.first_press.get_or_insert(now);
-                current.presses += 1;
-            }
-            Order::PowerOff => {
-                self.stopping.get_or_insert_with(stopping).power_off.get_or_insert(now);
-            }
-            Order::Kill => self.stopping.get_or_insert_with(stopping).killed = Some(now),
-        }
-    }
-}
-
-/// What a guest's process is told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Order {
-    Confirm {
-        deadline: Boottime,
-    },
-    PowerButton,
-    PowerOff,
-    Reset {
-        id: Seq,
-    },
-    Pause,
-    /// Ends a pause of its user's, and tries again what an error of a disk stopped. `wish`: the last command about either.
-    Resume {
-        wish: Seq,
-    },
-    Kill,
-}
-
 /// What is known of a guest here and not in the log yet. The order is that in which it is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum News {
     Exited(Ended),
+    MigrationFailed(MigrationId, String),
+    MigrationLoaded(MigrationId),
     Status(GuestStatus),
     DiskFault(Option<DiskFault>),
+    MigrationProgress(MigrationId, MigrationProgress),
     Facts(Arc<GuestFacts>),
 }
 
@@ -230,8 +83,11 @@ pub enum News {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum NewsKind {
     Exited,
+    MigrationFailed,
+    MigrationLoaded,
     Status,
     DiskFault,
+    MigrationProgress,
     Facts,
 }
 
@@ -239,6 +95,9 @@ impl News {
     pub fn kind(&self) -> NewsKind {
         match self {
             News::Exited(_) => NewsKind::Exited,
+            News::MigrationFailed(..) => NewsKind::MigrationFailed,
+            News::MigrationLoaded(_) => NewsKind::MigrationLoaded,
+            News::MigrationProgress(..) => NewsKind::MigrationProgress,
             News::Status(_) => NewsKind::Status,
             News::DiskFault(_) => NewsKind::DiskFault,
             News::Facts(_) => NewsKind::Facts,
@@ -273,6 +132,18 @@ pub enum Action {
         vm: VmId,
         epoch: Epoch,
         news: News,
+    },
+    /// A guest is on its way here: start a process that takes it in.
+    Receive {
+        vm: VmId,
+        migration: MigrationId,
+    },
+    /// It is to leave: bring it to its new host.
+    Carry {
+        vm: VmId,
+        epoch: Epoch,
+        migration: MigrationId,
+        to: HostId,
     },
     /// The log knows that this epoch is over and no process is left: clear its run directory.
     Forget {
@@ -312,6 +183,7 @@ pub fn plan(view: &View<'_>) -> Vec<Action> {
     for (vm, guest) in view.guests {
         plan_guest(view, *vm, guest, &mut actions);
     }
+    moving::receive(view, &mut actions);
     for (vm, known, permit) in view.fold.state.permits_on(view.host) {
         if permit.boot == view.boot && !view.guests.contains_key(&vm) {
             actions.extend(plan_permit(view, vm, known, permit));
@@ -343,6 +215,9 @@ fn plan_permit(view: &View<'_>, vm: VmId, known: &Vm, permit: Permit) -> Option<
 
 fn plan_guest(view: &View<'_>, vm: VmId, guest: &Guest, actions: &mut Vec<Action>) {
     let epoch = guest.epoch;
+    if guest.incoming.is_some_and(|migration| moving::take_in(view, vm, guest, migration, actions)) {
+        return;
+    }
     let known = view.fold.state.vms.get(&vm);
     let permitted =
         known.filter(|known| known.permit.is_some_and(|permit| permit.epoch == epoch && permit.host == view.host));
@@ -356,7 +231,9 @@ fn plan_guest(view: &View<'_>, vm: VmId, guest: &Guest, actions: &mut Vec<Action
         }
         // This host starts from an old state; what it has not read yet cannot be judged.
         (_, None) => {}
-        (Phase::Launching | Phase::Alive { .. }, Some(known)) => tend(view, vm, known, guest, actions),
+        (Phase::Launching | Phase::Incoming { .. } | Phase::Alive { .. }, Some(known)) => {
+            tend(view, vm, known, guest, actions);
+        }
     }
 }
 
@@ -379,9 +256,10 @@ fn tend(view: &View<'_>, vm: VmId, known: &Vm, guest: &Guest, actions: &mut Vec<
         Desired::Stopped(StopMode::Shutdown) => actions.extend(shut_down(view, known, guest).map(order)),
     }
     actions.extend(stand_or_go(view, vm, known, guest).map(order));
+    moving::leave(view, vm, known, guest, actions);
     let status = match guest.phase {
         Phase::Alive { status, .. } => status,
-        Phase::Launching | Phase::Gone(_) => GuestStatus::PoweringUp,
+        Phase::Launching | Phase::Incoming { .. } | Phase::Gone(_) => GuestStatus::PoweringUp,
     };
     let seen = known.observed.filter(|observed| observed.epoch == epoch).map(|observed| observed.status);
     let started_over = guest.phase == Phase::Launching && seen.is_some();
@@ -408,7 +286,7 @@ fn stand_or_go(view: &View<'_>, vm: VmId, known: &Vm, guest: &Guest) -> Option<O
     let said = view.fold.state.pauses.get(&vm);
     let wish = said.map_or(Seq::ZERO, |pause| pause.at);
     let stand = said.is_some_and(|pause| pause.wanted) && known.desired == Desired::Running;
-    let nudge = guest.nudged.is_none_or(|last| view.now.ms_since(last) >= NUDGE_EVERY_MS);
+    let nudge = guest.may_be_nudged(view.now);
     match status {
         GuestStatus::Up if stand && nudge => Some(Order::Pause),
         GuestStatus::PausedUser if !stand && nudge => Some(Order::Resume { wish }),
@@ -440,5 +318,4 @@ fn end_at_once(view: &View<'_>, stopping: Option<Stopping>) -> Option<Order> {
 }
 
 #[cfg(test)]
-#[path = "plan_tests.rs"]
 mod tests;

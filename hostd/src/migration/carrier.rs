@@ -1,0 +1,76 @@
+//! The source's side: carries one guest's stream.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::ConstantBuilder;
+use backon::Retryable;
+use statemachine::ids::HostId;
+use statemachine::ids::MigrationId;
+use statemachine::ids::VmId;
+use thiserror::Error;
+use tokio::io::copy_bidirectional_with_sizes;
+use vmm_control::Call;
+use vmm_control::SaveState;
+
+use super::Obstacle;
+use super::Road;
+use crate::agent::vmm_client::ClientError;
+use crate::agent::vmm_client::VmmClient;
+use crate::agent::vmm_client::raw_stream;
+
+/// The target hears of the migration from the log and starts a process first.
+const READY_EVERY: Duration = Duration::from_millis(100);
+const READY_TRIES: usize = 600;
+/// Guest memory comes in large frames; acknowledgements are small.
+const OUT_BYTES: usize = 1 << 20;
+const BACK_BYTES: usize = 16 << 10;
+
+#[derive(Debug, Error)]
+pub enum CarryError {
+    #[error("the target is not ready to take it in: {0}")]
+    NoRoad(String),
+    #[error("its vmm does not give it out: {0}")]
+    Vmm(#[from] ClientError),
+    #[error("the stream between the hosts broke: {0}")]
+    Stream(#[from] std::io::Error),
+    #[error("{0}")]
+    NotHandedOver(String),
+}
+
+/// One guest on its way out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Journey {
+    pub vm: VmId,
+    pub migration: MigrationId,
+    pub to: HostId,
+}
+
+/// Returns when the stream has ended, and says whether all of the guest went into it. From its end on it stands still, and only the
+/// log says whether it goes on here.
+pub async fn carry(road: Arc<dyn Road>, socket: &Path, journey: Journey) -> Result<(), CarryError> {
+    let Journey { vm, migration, to } = journey;
+    let open = || road.open(to, vm, migration);
+    let patience = ConstantBuilder::default().with_delay(READY_EVERY).with_max_times(READY_TRIES);
+    let opened = open.retry(patience).when(|obstacle| matches!(obstacle, Obstacle::NotYet(_))).await;
+    let mut far = opened.map_err(|(Obstacle::NotYet(words) | Obstacle::Never(words))| CarryError::NoRoad(words))?;
+    let mut near = raw_stream(socket, Call::SaveAttach { migration: Some(migration.0) }).await?;
+    let copied = copy_bidirectional_with_sizes(&mut near, &mut far, OUT_BYTES, BACK_BYTES).await;
+    handed_over(socket).await?;
+    copied?;
+    Ok(())
+}
+
+/// What the vmm says of it, which knows best.
+async fn handed_over(socket: &Path) -> Result<(), CarryError> {
+    let status = VmmClient::connect(socket).await?.status().await?;
+    match status.saving {
+        Some(saving) if saving.state == SaveState::Saved => Ok(()),
+        Some(saving) => {
+            let words = saving.error.unwrap_or_else(|| "its stream ended before all of it was sent".to_owned());
+            Err(CarryError::NotHandedOver(words))
+        }
+        None => Err(CarryError::NotHandedOver("it runs, and was not sent".to_owned())),
+    }
+}
