@@ -302,7 +302,7 @@ fn run_machines(prepared: &Prepared, mut first: Option<Machine>) -> Outcome {
         };
         control.machine_is(&machine);
         context.lease.guard_disks(machine.shared_disks());
-        let ending = match run_machine(&mut machine, context, endings, &mut ran) {
+        let ending = match run_machine(&mut machine, prepared, &mut ran) {
             Ok(ending) => ending,
             Err(detail) => {
                 machine.stop();
@@ -330,12 +330,8 @@ fn run_machines(prepared: &Prepared, mut first: Option<Machine>) -> Outcome {
     }
 }
 
-fn run_machine(
-    machine: &mut Machine,
-    context: &Context,
-    endings: &EndingsReceiver,
-    ran: &mut bool,
-) -> Result<Ending, String> {
+fn run_machine(machine: &mut Machine, prepared: &Prepared, ran: &mut bool) -> Result<Ending, String> {
+    let Prepared { context, endings, .. } = prepared;
     // An error of the last machine's disks went with it, and its end closed the gate.
     context.io_stop.forget();
     context.lease.open_disks_if_valid();
@@ -344,6 +340,7 @@ fn run_machine(
     }
     *ran = true;
     machine.start().map_err(|e| chain(&e))?;
+    arrival::let_go(prepared);
     endings.wait().map_err(|e| e.to_string())
 }
 

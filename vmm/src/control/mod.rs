@@ -45,6 +45,8 @@ const MAX_NOTICES: usize = 64;
 /// How old the figure of resident memory may be.
 const OVERHEAD_AGE: Duration = Duration::from_secs(30);
 
+const NOT_HERE_YET: &str = "the guest does not run here yet";
+
 /// What the control thread needs of the rest.
 pub struct Control {
     hello: Hello,
@@ -237,6 +239,9 @@ impl Control {
                 self.terminate();
                 Reply::ok(id, json!({}))
             }
+            Call::Reset { .. } if running.incoming.as_ref().is_some_and(|incoming| incoming.status().is_some()) => {
+                Reply::error(id, ErrorCode::NotNow, NOT_HERE_YET)
+            }
             Call::Reset { id: reset_id } => {
                 self.reset_once(reset_id);
                 Reply::ok(id, json!({}))
@@ -277,7 +282,7 @@ impl Control {
         let not_now = |words: &str| (ErrorCode::NotNow, words.to_owned());
         let running = self.running.get().ok_or_else(|| not_now("the process is starting"))?;
         if running.incoming.as_ref().is_some_and(|incoming| incoming.status().is_some()) {
-            return Err(not_now("the guest does not run here yet"));
+            return Err(not_now(NOT_HERE_YET));
         }
         let machine = self.machine().ok_or_else(|| not_now("the guest is restarting or ending"))?;
         let session = running.saves.begin().map_err(|refusal| (ErrorCode::Taken, refusal.to_string()))?;

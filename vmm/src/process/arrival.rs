@@ -10,7 +10,7 @@ use crate::lease;
 use crate::machine::{self, Beginning, Machine, MachineError};
 use crate::saved::incoming::{Incoming, RunOrder};
 
-/// Returns the machine with the guest in it: loaded, permitted, its disks open and its epoch used up. Its vCPUs have not run.
+/// Returns the machine with the guest in it: loaded, permitted, its disks open and its epoch used up. It stands until [`let_go`].
 pub(super) fn receive(prepared: &Prepared, incoming: &Arc<Incoming>) -> Result<Machine, Outcome> {
     let context = &prepared.context;
     let mut machine = machine::build(context, Beginning::Incoming).map_err(start_failed)?;
@@ -33,12 +33,20 @@ pub(super) fn receive(prepared: &Prepared, incoming: &Arc<Incoming>) -> Result<M
         return Err(not_wanted());
     };
     permit(prepared, &machine, &order)?;
-    incoming.is_running();
-    context.disk_gate.release();
-    context.gate.open(Stop::Incoming);
-    tracing::info!(epoch = order.epoch, "the guest goes on here");
-    prepared.control.notify(Notice::Resumed);
     Ok(machine)
+}
+
+/// The guest's vCPUs stand at the gate: nothing keeps them any more.
+pub(super) fn let_go(prepared: &Prepared) {
+    let (context, Some(incoming)) = (&prepared.context, &prepared.incoming) else {
+        return;
+    };
+    if incoming.is_running() {
+        context.disk_gate.release();
+        context.gate.open(Stop::Incoming);
+        tracing::info!(epoch = context.lease.epoch(), "the guest goes on here");
+        prepared.control.notify(Notice::Resumed);
+    }
 }
 
 /// Everything that can fail, and last what cannot be undone: the epoch is used up.

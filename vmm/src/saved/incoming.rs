@@ -160,9 +160,10 @@ impl Incoming {
         self.changed.notify_all();
     }
 
-    /// It runs: this is over.
-    pub fn is_running(&self) {
-        self.change(State::Running);
+    /// It runs: this is over. True the first time.
+    pub fn is_running(&self) -> bool {
+        let before = std::mem::replace(&mut *self.state(), State::Running);
+        !matches!(before, State::Running)
     }
 
     pub fn is_loaded(&self) {
@@ -261,6 +262,7 @@ impl Incoming {
             }
             self.bytes.store(reader.bytes(), Ordering::Relaxed);
         }
+        self.bytes.store(reader.bytes(), Ordering::Relaxed);
         socket.set_nonblocking(true).map_err(LoadError::Connection)?;
         reader.nothing_follows()?;
         socket.set_nonblocking(false).map_err(LoadError::Connection)?;
@@ -304,7 +306,7 @@ mod tests {
         incoming.order(order(42)).unwrap();
         assert_eq!(incoming.order(order(43)), Err(IncomingRefusal::NotIncoming));
         assert_eq!(incoming.wait_order(), Some(order(42)));
-        incoming.is_running();
+        assert!(incoming.is_running() && !incoming.is_running());
         assert_eq!(incoming.status(), None);
         assert_eq!(incoming.reserve(), Err(IncomingRefusal::NotIncoming));
     }
