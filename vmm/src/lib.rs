@@ -33,6 +33,7 @@ pub mod memory;
 pub mod metrics;
 pub mod pci;
 pub mod process;
+pub mod saved;
 pub mod smbios;
 pub mod start_once;
 pub mod sys;

@@ -34,6 +34,9 @@ enum Command {
         /// An open descriptor of the tap of a network card; each card of the configuration needs one
         #[arg(long = "tap-fd", value_name = "ID=FD")]
         tap_fds: Vec<TapFd>,
+        /// Wait for the guest to come from elsewhere, over the control socket, instead of starting it
+        #[arg(long)]
+        incoming: bool,
     },
     /// Run tiny test guests and tell what this host's KVM can do
     Check,
@@ -42,13 +45,13 @@ enum Command {
 fn main() -> ExitCode {
     let process_start = Instant::now();
     match Arguments::parse().command {
-        Command::Run { config, control, lock_fd, tap_fds } => {
+        Command::Run { config, control, lock_fd, tap_fds, incoming } => {
             // Before the first thread: all inherit the mask.
             if let Err(error) = vmm::control::server::block_signals() {
                 eprintln!("vmm: cannot prepare for signals: {error}");
                 return ExitCode::FAILURE;
             }
-            let options = RunOptions { config, control, lock_fd, tap_fds };
+            let options = RunOptions { config, control, lock_fd, tap_fds, incoming };
             ExitCode::from(process::run(&options, process_start))
         }
         Command::Check => {

@@ -1,12 +1,16 @@
 //! The life of one vmm process: configuration, lock, marker, then one machine after the other until the guest has ended, then the
 //! exit report.
 //!
+//! A guest may also come from another process ([`arrival`]): then the machine is built first, and the marker written last.
+//!
 //! The main thread owns the machine and sleeps until somebody says how it ends. The control thread answers hostd meanwhile.
+
+mod arrival;
 
 use std::fs;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use vmm_control::{ExitReason, ExitReport, Notice, PauseReason, VmmConfig};
@@ -15,15 +19,17 @@ use crate::agent_channel::AgentChannel;
 use crate::boot::BootFiles;
 use crate::console_hub::ConsoleHub;
 use crate::control::{Control, ControlServer, Running};
-use crate::cpu::gate::RunGate;
+use crate::cpu::gate::{RunGate, Stop};
 use crate::devices::legacy::boot_timer::BootTime;
 use crate::devices::net::{TapFd, tap};
 use crate::io_stop::IoStop;
 use crate::lease::quiesce::DiskGate;
 use crate::lease::{self, Lease, LeaseChange};
 use crate::log;
-use crate::machine::{self, Context, Ending, Endings, EndingsReceiver, Machine, kvm};
+use crate::machine::{self, Beginning, Context, Ending, Endings, EndingsReceiver, Machine, kvm};
 use crate::metrics::ExitCounters;
+use crate::saved::incoming::Incoming;
+use crate::saved::session::Saves;
 use crate::start_once::{StartError, VmLock, mark_started};
 
 /// What the command line says.
@@ -35,6 +41,8 @@ pub struct RunOptions {
     pub lock_fd: Option<RawFd>,
     /// The tap of each network card.
     pub tap_fds: Vec<TapFd>,
+    /// The guest comes from elsewhere, over the control socket.
+    pub incoming: bool,
 }
 
 /// How a process ended, before it is a report.
@@ -52,7 +60,7 @@ impl Outcome {
 }
 
 /// An error with its causes, in one line.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
@@ -68,7 +76,8 @@ fn chain(error: &(dyn std::error::Error + 'static)) -> String {
 
 /// Runs a guest to its end and returns the process's exit code.
 pub fn run(options: &RunOptions, process_start: Instant) -> u8 {
-    let config = match VmmConfig::load(&options.config) {
+    let load = if options.incoming { VmmConfig::load_incoming } else { VmmConfig::load };
+    let config = match load(&options.config) {
         Ok(config) => config,
         Err(error) => {
             eprintln!("vmm: {}", chain(&error));
@@ -90,9 +99,9 @@ pub fn run(options: &RunOptions, process_start: Instant) -> u8 {
             return ExitReason::StartFailed.exit_code();
         }
     };
-    let (outcome, server) = run_locked(options, &config, process_start);
+    let End { outcome, epoch, server } = run_locked(options, &config, process_start);
     let code = outcome.reason.exit_code();
-    report(&config, outcome);
+    report(&config, epoch, outcome);
     // Only now may hostd see the end of the connection: it finds the report.
     if let Some(server) = server {
         server.finish();
@@ -109,7 +118,7 @@ fn take_lock(options: &RunOptions, config: &VmmConfig) -> Result<VmLock, StartEr
     }
 }
 
-fn report(config: &VmmConfig, outcome: Outcome) {
+fn report(config: &VmmConfig, epoch: u64, outcome: Outcome) {
     let mut detail = outcome.detail;
     if detail.len() > vmm_control::exit::MAX_DETAIL_BYTES {
         let mut end = vmm_control::exit::MAX_DETAIL_BYTES;
@@ -123,19 +132,13 @@ fn report(config: &VmmConfig, outcome: Outcome) {
             tracing::info!(reason = ?outcome.reason, "the guest has ended");
         }
         ExitReason::AlreadyStarted => tracing::warn!("{detail}"),
-        ExitReason::GuestFault | ExitReason::StartFailed | ExitReason::Internal => {
+        ExitReason::GuestFault | ExitReason::StartFailed | ExitReason::Internal | ExitReason::RestoreFailed => {
             tracing::error!(reason = ?outcome.reason, "{detail}");
             eprintln!("vmm: {detail}");
         }
     }
-    let report = ExitReport {
-        vm: config.vm,
-        epoch: config.epoch,
-        reason: outcome.reason,
-        detail,
-        ran: outcome.ran,
-        drained: outcome.drained,
-    };
+    let report =
+        ExitReport { vm: config.vm, epoch, reason: outcome.reason, detail, ran: outcome.ran, drained: outcome.drained };
     // A second start of a used epoch must not hide how the first one ended.
     let earlier = ExitReport::read(&config.run_dir).ok().flatten();
     if report.reason == ExitReason::AlreadyStarted && earlier.is_some_and(|e| e.epoch == report.epoch) {
@@ -151,6 +154,8 @@ struct Prepared {
     context: Context,
     control: Arc<Control>,
     endings: EndingsReceiver,
+    /// For a guest that comes from elsewhere.
+    incoming: Option<Arc<Incoming>>,
 }
 
 type PrepareError = Box<dyn std::error::Error>;
@@ -178,12 +183,20 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
     };
     let boot_time = BootTime::new(process_start);
     let exits = Arc::new(ExitCounters::default());
+    let saves = Saves::new(Arc::clone(&gate), Arc::clone(&disk_gate));
+    let incoming = options.incoming.then(Arc::<Incoming>::default);
+    if incoming.is_some() {
+        gate.shut(Stop::Incoming);
+        disk_gate.hold();
+    }
     control.connect(Running {
         lease: Arc::clone(&lease),
         gate: Arc::clone(&gate),
         io_stop: Arc::clone(&io_stop),
         boot_time: Arc::clone(&boot_time),
         exits: Arc::clone(&exits),
+        saves: Arc::clone(&saves),
+        incoming: incoming.clone(),
     });
     if deadline.is_some() {
         lease::thread::start(Arc::clone(&lease))?;
@@ -202,43 +215,67 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         endings,
         boot_time,
         exits,
+        saves,
+        given_cpuid: OnceLock::new(),
     };
-    Ok(Prepared { context, control, endings: receiver })
+    Ok(Prepared { context, control, endings: receiver, incoming })
 }
 
-fn run_locked(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> (Outcome, Option<ControlServer>) {
+/// What is left of a process.
+struct End {
+    outcome: Outcome,
+    /// The permit that it ran under: a guest from elsewhere brings none.
+    epoch: u64,
+    server: Option<ControlServer>,
+}
+
+fn run_locked(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> End {
+    let early = |outcome| End { outcome, epoch: config.epoch, server: None };
     // Cheap, and before anything else: a used epoch must not even open its disks. The marker itself decides below.
-    if config.started_marker.exists() {
+    if !options.incoming && config.started_marker.exists() {
         let error = StartError::AlreadyStarted { epoch: config.epoch, path: config.started_marker.clone() };
-        let outcome = Outcome::not_started(ExitReason::AlreadyStarted, &error);
-        return (outcome, None);
+        return early(Outcome::not_started(ExitReason::AlreadyStarted, &error));
     }
     remove_old_report(&config.run_dir);
     let prepared = match prepare(options, config, process_start) {
         Ok(prepared) => prepared,
         Err(error) => {
-            let outcome = Outcome::not_started(ExitReason::StartFailed, error.as_ref());
-            return (outcome, None);
+            return early(Outcome::not_started(ExitReason::StartFailed, error.as_ref()));
         }
     };
     let server = match ControlServer::start(&options.control, Arc::clone(&prepared.control)) {
         Ok(server) => server,
         Err(error) => {
-            let outcome = Outcome::not_started(ExitReason::StartFailed, &error);
-            return (outcome, None);
+            return early(Outcome::not_started(ExitReason::StartFailed, &error));
         }
     };
-    if let Err(error) = mark_started(&config.started_marker, config.epoch) {
+    let outcome = match begin(&prepared) {
+        Ok(first) => run_machines(&prepared, first),
+        Err(outcome) => outcome,
+    };
+    prepared.context.lease.end();
+    prepared.control.notify(Notice::ShuttingDown { reason: outcome.reason });
+    End { outcome, epoch: prepared.context.lease.epoch(), server: Some(server) }
+}
+
+/// Uses the epoch up, for a guest that starts here: its first machine is built after that. For one that comes from elsewhere the machine
+/// is built first, and the epoch used up when everything else that can fail has not.
+fn begin(prepared: &Prepared) -> Result<Option<Machine>, Outcome> {
+    let config = &prepared.context.config;
+    match &prepared.incoming {
+        Some(incoming) => arrival::receive(prepared, incoming).map(Some),
+        None => mark(&config.started_marker, config.epoch).map(|()| None),
+    }
+}
+
+fn mark(started_marker: &Path, epoch: u64) -> Result<(), Outcome> {
+    mark_started(started_marker, epoch).map_err(|error| {
         let reason = match error {
             StartError::AlreadyStarted { .. } => ExitReason::AlreadyStarted,
             _ => ExitReason::StartFailed,
         };
-        return (Outcome::not_started(reason, &error), Some(server));
-    }
-    let outcome = run_machines(&prepared);
-    prepared.context.lease.end();
-    prepared.control.notify(Notice::ShuttingDown { reason: outcome.reason });
-    (outcome, Some(server))
+        Outcome::not_started(reason, &error)
+    })
 }
 
 /// hostd must not take the report of an earlier epoch for this one's.
@@ -252,11 +289,12 @@ fn remove_old_report(run_dir: &Path) {
 }
 
 /// One machine after the other, until one ends for good.
-fn run_machines(prepared: &Prepared) -> Outcome {
-    let Prepared { context, control, endings } = prepared;
+fn run_machines(prepared: &Prepared, mut first: Option<Machine>) -> Outcome {
+    let Prepared { context, control, endings, .. } = prepared;
     let mut ran = false;
     loop {
-        let mut machine = match machine::build(context) {
+        let built = first.take().map_or_else(|| machine::build(context, Beginning::Boot), Ok);
+        let mut machine = match built {
             Ok(machine) => machine,
             Err(error) => {
                 return Outcome { reason: ExitReason::StartFailed, detail: chain(&error), ran, drained: true };
@@ -264,7 +302,7 @@ fn run_machines(prepared: &Prepared) -> Outcome {
         };
         control.machine_is(&machine);
         context.lease.guard_disks(machine.shared_disks());
-        let ending = match run_machine(&mut machine, context, endings, &mut ran) {
+        let ending = match run_machine(&mut machine, prepared, &mut ran) {
             Ok(ending) => ending,
             Err(detail) => {
                 machine.stop();
@@ -292,12 +330,8 @@ fn run_machines(prepared: &Prepared) -> Outcome {
     }
 }
 
-fn run_machine(
-    machine: &mut Machine,
-    context: &Context,
-    endings: &EndingsReceiver,
-    ran: &mut bool,
-) -> Result<Ending, String> {
+fn run_machine(machine: &mut Machine, prepared: &Prepared, ran: &mut bool) -> Result<Ending, String> {
+    let Prepared { context, endings, .. } = prepared;
     // An error of the last machine's disks went with it, and its end closed the gate.
     context.io_stop.forget();
     context.lease.open_disks_if_valid();
@@ -306,6 +340,7 @@ fn run_machine(
     }
     *ran = true;
     machine.start().map_err(|e| chain(&e))?;
+    arrival::let_go(prepared);
     endings.wait().map_err(|e| e.to_string())
 }
 

@@ -172,19 +172,42 @@ pub(crate) fn invalid(field: impl Into<String>, why: impl Into<String>) -> Confi
 impl VmmConfig {
     /// Reads and checks a configuration file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        Self::parse(&Self::read(path)?)
+    }
+
+    /// Reads and checks the configuration of a guest that comes from elsewhere.
+    pub fn load_incoming(path: &Path) -> Result<Self, ConfigError> {
+        Self::parse_incoming(&Self::read(path)?)
+    }
+
+    fn read(path: &Path) -> Result<Vec<u8>, ConfigError> {
         let read = |source| ConfigError::Read { path: path.to_owned(), source };
         let mut text = Vec::new();
         File::open(path).map_err(read)?.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut text).map_err(read)?;
         if text.len() as u64 > MAX_CONFIG_BYTES {
             return Err(ConfigError::TooLong { path: path.to_owned() });
         }
-        Self::parse(&text)
+        Ok(text)
     }
 
     /// Decodes and checks.
     pub fn parse(text: &[u8]) -> Result<Self, ConfigError> {
         let config: Self = serde_json::from_slice(text).map_err(ConfigError::Parse)?;
         config.check()?;
+        Ok(config)
+    }
+
+    /// Decodes and checks, for a guest that comes from elsewhere: its epoch, its marker and its first deadline come with
+    /// [`crate::Call::Run`]. Those of the file are not used; `epoch` is in the exit report of a process whose guest never ran.
+    pub fn parse_incoming(text: &[u8]) -> Result<Self, ConfigError> {
+        let config: Self = serde_json::from_slice(text).map_err(ConfigError::Parse)?;
+        config.check_guest()?;
+        if config.lease.is_some() {
+            return Err(invalid(
+                "lease",
+                "the first deadline of a guest that comes from elsewhere is given when it may run",
+            ));
+        }
         Ok(config)
     }
 
@@ -195,6 +218,18 @@ impl VmmConfig {
 
     /// Every bound of this module.
     pub fn check(&self) -> Result<(), ConfigError> {
+        self.check_guest()?;
+        match (self.release, self.lease) {
+            (ReleaseClass::Lease, None) => {
+                Err(invalid("lease", "a guest of release class lease needs its first deadline"))
+            }
+            (ReleaseClass::Lease, Some(_)) | (_, None) => Ok(()),
+            (_, Some(_)) => Err(invalid("lease", "only a guest of release class lease has a deadline")),
+        }
+    }
+
+    /// Everything but the lease.
+    fn check_guest(&self) -> Result<(), ConfigError> {
         check_text("name", &self.name, MAX_NAME_BYTES)?;
         if self.epoch == 0 {
             return Err(invalid("epoch", "no permit has the epoch 0"));
@@ -223,13 +258,7 @@ impl VmmConfig {
                 check_path(field, path)?;
             }
         }
-        match (self.release, self.lease) {
-            (ReleaseClass::Lease, None) => {
-                Err(invalid("lease", "a guest of release class lease needs its first deadline"))
-            }
-            (ReleaseClass::Lease, Some(_)) | (_, None) => Ok(()),
-            (_, Some(_)) => Err(invalid("lease", "only a guest of release class lease has a deadline")),
-        }
+        Ok(())
     }
 
     fn check_memory(&self) -> Result<(), ConfigError> {
@@ -392,6 +421,19 @@ mod tests {
         config["release"] = json!("lease");
         config["lease"] = json!({"deadline_boottime_ns": 1});
         VmmConfig::parse(config.to_string().as_bytes()).unwrap();
+    }
+
+    #[test]
+    fn a_guest_that_comes_gets_its_first_deadline_later() {
+        let incoming = |config: &Value| VmmConfig::parse_incoming(config.to_string().as_bytes());
+        let mut config = example();
+        config["release"] = json!("lease");
+        incoming(&config).unwrap();
+        config["lease"] = json!({"deadline_boottime_ns": 1});
+        assert!(incoming(&config).is_err());
+        let mut config = example();
+        config["vcpus"] = json!(0);
+        assert!(matches!(incoming(&config), Err(ConfigError::Invalid { .. })));
     }
 
     fn nic(id: &str, mac: &str) -> Value {

@@ -29,6 +29,8 @@ pub enum ExitReason {
     StartFailed,
     /// The vmm itself failed while the guest ran. `detail` says how.
     Internal,
+    /// A guest that came from elsewhere could not be taken over. It never ran here, and no epoch was used. `detail` says why.
+    RestoreFailed,
 }
 
 impl ExitReason {
@@ -40,6 +42,7 @@ impl ExitReason {
             Self::AlreadyStarted => 3,
             Self::GuestFault => 4,
             Self::Internal => 5,
+            Self::RestoreFailed => 6,
         }
     }
 }

@@ -3,6 +3,7 @@
 //! 1. hostd writes a [`VmmConfig`] to a file and runs `vmm run --config FILE --control SOCKET --lock-fd N --tap-fd ID=N`,
 //!    with a descriptor for the VM's lock and one for each network card.
 //! 2. They talk over the control socket in lines of JSON: [`Request`], [`Reply`], [`Notice`] ([`protocol`]).
+//!    With `--incoming` it runs a guest that comes from another process, and the permit comes with [`Call::Run`].
 //! 3. When the guest has ended, the vmm leaves an [`ExitReport`] and an exit code that says the same ([`exit`]).
 //!
 //! Start reading at [`config`]. Everything here is a value or a function between values; the socket is in the vmm.
@@ -16,8 +17,8 @@ pub use config::{ConfigError, Identity, LeaseConfig, LogLevel, MachineType, NicC
 pub use disk::{BackingImage, DiskConfig, DiskFormat, OnError, RateLimit};
 pub use exit::{ExitError, ExitReason, ExitReport};
 pub use protocol::{
-    Call, DiskFault, ErrorCode, Fault, Hello, Message, Notice, PauseReason, ProtocolError, Reply, Request, RunState,
-    Status,
+    Call, DiskFault, ErrorCode, Fault, Hello, IncomingState, IncomingStatus, Message, Notice, PauseReason,
+    ProtocolError, Reply, Request, RunState, SaveState, SaveStatus, Status,
 };
 
 /// The longest lease that exists: a lease lasts 12 s from the send time of the host's heartbeat (DESIGN §5), plus half a second

@@ -13,21 +13,41 @@
 //! `agent_attach` it carries the guest's port `org.qemu.guest_agent.0`: for one client at a time, and nothing is lost while both ends
 //! are there. It ends when the guest closes the port or resets; what a client sends waits until the guest opens it
 //! ([`Status::agent_open`]).
+//!
+//! A guest moves through two more streams. After the reply to `save_attach` the connection carries the saved guest to the client, and ends
+//! with it; the guest stands still from the request on, whatever becomes of the stream, until `resume` or `power_off`:
+//!
+//! ```text
+//!              save_attach            all is sent
+//!   (runs) -----------------> saving ------------> saved
+//!      ^                        |  client is gone, disk or KVM fails     | save_attach: once more
+//!      |                        v                                        v
+//!      +------- resume ------ failed                                   saving
+//! ```
+//!
+//! A process that was started with `--incoming` runs nothing. After the reply to `restore_attach` the connection carries a saved guest to it.
+//! When all of it is in its place (`loaded` in [`Status::incoming`], and a frame that says so on the connection), `run` names the
+//! permit and starts it. A guest that cannot be taken over ends the process with [`crate::ExitReason::RestoreFailed`].
+
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use crate::config::check_path;
+
 /// Grows when a method or field is added that an older vmm does not know. A vmm lives as long as its guest, so a newer
-/// hostd meets older ones after each upgrade. 2: `agent_attach`, `taken`, `agent_open`.
-pub const PROTOCOL_VERSION: u32 = 2;
+/// hostd meets older ones after each upgrade. 2: `agent_attach`, `taken`, `agent_open`. 3: `save_attach`,
+/// `restore_attach`, `run`, `saving`, `incoming`.
+pub const PROTOCOL_VERSION: u32 = 3;
 /// The longest line in either direction, with its end.
 pub const MAX_LINE_BYTES: usize = 64 << 10;
 /// Clients at one time, consoles and the agent's included.
 pub const MAX_CLIENTS: usize = 8;
 
 /// What a client asks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "method", content = "params", rename_all = "snake_case")]
 pub enum Call {
     /// Who is there: [`Hello`].
@@ -38,7 +58,8 @@ pub enum Call {
     Confirm { epoch: u64, deadline_ns: u64 },
     /// Stops the vCPUs. Independent of the lease: both must allow the guest to run.
     Pause,
-    /// Ends a pause that was asked for, and one that an I/O error caused: the failed requests are tried again.
+    /// Ends a pause that was asked for, one that an I/O error caused (the failed requests are tried again), and one that a save left, with
+    /// success or without. Refused as `not_now` while a save is under way: its connection must end first.
     Resume,
     /// Presses the ACPI power button.
     PowerButton,
@@ -50,8 +71,35 @@ pub enum Call {
     ConsoleAttach,
     /// Turns this connection into the guest agent's port. Refused as `taken` while another client has it.
     AgentAttach,
+    /// Stops the guest and turns this connection into the stream of it. Refused as `taken` while another client saves it.
+    SaveAttach,
+    /// Turns this connection into the stream of the guest that comes. Once, and only in a process that waits for one.
+    RestoreAttach,
+    /// Runs the guest that was loaded, under this permit. Refused as `not_now` before that. Answered at once; whether the guest runs is in
+    /// the status and in the notice `resumed`, and a permit that was used or disks that do not open end the process.
+    Run {
+        epoch: u64,
+        /// The first deadline, for a guest of release class lease, and for no other.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        deadline_ns: Option<u64>,
+        /// As [`crate::VmmConfig::started_marker`], for this epoch.
+        started_marker: PathBuf,
+    },
     /// Counters, as one object.
     Metrics,
+}
+
+impl Call {
+    /// What is wrong with the values of a call, each by itself.
+    fn check(&self) -> Result<(), String> {
+        match self {
+            Self::Run { epoch: 0, .. } => Err("no permit has the epoch 0".to_owned()),
+            Self::Run { started_marker, .. } => {
+                check_path("started_marker", started_marker).map_err(|error| error.to_string())
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// One line from a client.
@@ -106,8 +154,9 @@ impl Request {
         if !no_params {
             tagged["params"] = raw.params;
         }
-        let call = serde_json::from_value(tagged)
-            .map_err(|e| ProtocolError::NotARequest { id: Some(raw.id), what: e.to_string() })?;
+        let not_a_request = |what| ProtocolError::NotARequest { id: Some(raw.id), what };
+        let call: Call = serde_json::from_value(tagged).map_err(|e| not_a_request(e.to_string()))?;
+        call.check().map_err(not_a_request)?;
         Ok(Self { id: raw.id, call })
     }
 }
@@ -225,6 +274,51 @@ pub enum PauseReason {
     LeaseExpired,
     /// A disk whose policy is to stop met an error; [`Status::io_error`] has it. Goes before `requested`. `resume` tries again.
     IoError,
+    /// The guest is being saved, or was; [`Status::saving`] says which. Goes before `requested`.
+    Saved,
+    /// The guest has not been given to this process yet, or not been told to run; [`Status::incoming`] says which.
+    Incoming,
+}
+
+/// How far a save is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SaveState {
+    Saving,
+    /// All of it was handed over.
+    Saved,
+    /// [`SaveStatus::error`] says why.
+    Failed,
+}
+
+/// The save that the guest stands still for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaveStatus {
+    pub state: SaveState,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Pages of 4 KiB that the guest has, that were looked at, and that had anything in them.
+    pub pages_total: u64,
+    pub pages_done: u64,
+    pub pages_sent: u64,
+    pub bytes_sent: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IncomingState {
+    /// For `restore_attach`.
+    Waiting,
+    Loading,
+    /// For `run`.
+    Loaded,
+}
+
+/// The guest that comes. Gone once it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IncomingStatus {
+    pub state: IncomingState,
+    pub bytes_received: u64,
 }
 
 /// What a guest was paused for by a disk.
@@ -267,6 +361,12 @@ pub struct Status {
     /// Present while an I/O error holds the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_error: Option<DiskFault>,
+    /// Present from `save_attach` to `resume`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub saving: Option<SaveStatus>,
+    /// Present in a process that was started with `--incoming`, until its guest runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incoming: Option<IncomingStatus>,
 }
 
 #[cfg(test)]
@@ -282,6 +382,10 @@ mod tests {
             Call::Reset { id: 9 },
             Call::ConsoleAttach,
             Call::AgentAttach,
+            Call::SaveAttach,
+            Call::RestoreAttach,
+            Call::Run { epoch: 42, deadline_ns: None, started_marker: "/started/42".into() },
+            Call::Run { epoch: 42, deadline_ns: Some(7), started_marker: "/started/42".into() },
         ] {
             let request = Request { id: 3, call };
             let line = request.encode();
@@ -311,6 +415,9 @@ mod tests {
             br#"{"id":1,"method":"status","more":1}"#,
             br#"{"id":1,"method":"confirm"}"#,
             br#"{"id":1,"method":"confirm","params":{"epoch":"x","deadline_ns":1}}"#,
+            br#"{"id":1,"method":"run","params":{"epoch":0,"started_marker":"/started/0"}}"#,
+            br#"{"id":1,"method":"run","params":{"epoch":42,"started_marker":"started"}}"#,
+            br#"{"id":1,"method":"run","params":{"epoch":42}}"#,
         ] {
             assert!(Request::decode(line).is_err());
         }

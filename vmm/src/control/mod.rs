@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmm_control::{
-    Call, ErrorCode, Hello, Notice, PauseReason, Reply, Request, RunState, Status, VmmConfig,
+    Call, ErrorCode, Hello, Notice, PauseReason, ReleaseClass, Reply, Request, RunState, Status, VmmConfig,
     protocol::PROTOCOL_VERSION,
 };
 
@@ -31,9 +31,12 @@ use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
 use crate::devices::net::NetHandle;
 use crate::io_stop::IoStop;
-use crate::lease::{ConfirmError, Lease, LeaseChange, Phase};
+use crate::lease::{self, ConfirmError, Lease, LeaseChange, Phase};
 use crate::machine::{Ending, Endings, Machine};
 use crate::metrics::{self, ExitCounters};
+use crate::saved::incoming::{Incoming, IncomingRefusal, RunOrder};
+use crate::saved::parts::Parts;
+use crate::saved::session::{Saves, Session};
 
 pub use server::ControlServer;
 
@@ -42,10 +45,13 @@ const MAX_NOTICES: usize = 64;
 /// How old the figure of resident memory may be.
 const OVERHEAD_AGE: Duration = Duration::from_secs(30);
 
+const NOT_HERE_YET: &str = "the guest does not run here yet";
+
 /// What the control thread needs of the rest.
 pub struct Control {
     hello: Hello,
     vcpus: u16,
+    release: ReleaseClass,
     console: Arc<ConsoleHub>,
     agent: Arc<AgentChannel>,
     endings: Arc<Endings>,
@@ -66,11 +72,15 @@ pub struct Running {
     pub io_stop: Arc<IoStop>,
     pub boot_time: Arc<BootTime>,
     pub exits: Arc<ExitCounters>,
+    pub saves: Arc<Saves>,
+    /// In a process that waits for its guest to come from elsewhere.
+    pub incoming: Option<Arc<Incoming>>,
 }
 
 /// What belongs to the machine of now.
 #[derive(Clone)]
 struct MachineHandle {
+    parts: Arc<Parts>,
     pm: Arc<Mutex<PowerManagement>>,
     serial: Arc<Mutex<SerialPort>>,
     ram: Vec<(u64, u64)>,
@@ -90,6 +100,8 @@ pub(crate) enum Answer {
 pub(crate) enum Stream {
     Console,
     Agent,
+    Save,
+    Restore,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -112,6 +124,7 @@ impl Control {
                 pid: std::process::id(),
             },
             vcpus: config.vcpus,
+            release: config.release,
             console,
             agent,
             endings,
@@ -151,6 +164,7 @@ impl Control {
 
     pub fn machine_is(&self, machine: &Machine) {
         *lock(&self.machine) = Some(MachineHandle {
+            parts: machine.parts(),
             pm: machine.pm(),
             serial: machine.serial(),
             ram: machine.ram_in_host(),
@@ -177,6 +191,9 @@ impl Control {
     /// A signal asked for the end.
     pub(crate) fn terminate(&self) {
         self.endings.post(Ending::PoweredOff);
+        if let Some(incoming) = self.running.get().and_then(|running| running.incoming.as_ref()) {
+            incoming.end();
+        }
     }
 
     pub(crate) fn answer(&self, request: Request) -> Answer {
@@ -186,7 +203,7 @@ impl Control {
             return Answer::Reply(reply);
         };
         let reply = match request.call {
-            Call::Hello => Reply::ok(id, &self.hello),
+            Call::Hello => Reply::ok(id, Hello { epoch: running.lease.epoch(), ..self.hello.clone() }),
             Call::Status => Reply::ok(id, self.status(running)),
             Call::Confirm { epoch, deadline_ns } => match running.lease.confirm(epoch, deadline_ns) {
                 Ok(deadline_ns) => Reply::ok(id, json!({ "deadline_ns": deadline_ns })),
@@ -198,6 +215,9 @@ impl Control {
                 Reply::ok(id, json!({}))
             }
             Call::Resume => {
+                if let Err(refusal) = running.saves.resume() {
+                    return Answer::Reply(Reply::error(id, ErrorCode::NotNow, refusal.to_string()));
+                }
                 running.gate.open(Stop::Requested);
                 if running.gate.holds(Stop::IoError) {
                     let disks = self.machine().map(|machine| machine.disks).unwrap_or_default();
@@ -216,8 +236,11 @@ impl Control {
                 None => Reply::error(id, ErrorCode::NotNow, "the guest is restarting or ending"),
             },
             Call::PowerOff => {
-                self.endings.post(Ending::PoweredOff);
+                self.terminate();
                 Reply::ok(id, json!({}))
+            }
+            Call::Reset { .. } if running.incoming.as_ref().is_some_and(|incoming| incoming.status().is_some()) => {
+                Reply::error(id, ErrorCode::NotNow, NOT_HERE_YET)
             }
             Call::Reset { id: reset_id } => {
                 self.reset_once(reset_id);
@@ -225,9 +248,58 @@ impl Control {
             }
             Call::ConsoleAttach => return Answer::Stream(Stream::Console, Reply::ok(id, json!({}))),
             Call::AgentAttach => return Answer::Stream(Stream::Agent, Reply::ok(id, json!({}))),
+            Call::SaveAttach => return Answer::Stream(Stream::Save, Reply::ok(id, json!({}))),
+            Call::RestoreAttach => return Answer::Stream(Stream::Restore, Reply::ok(id, json!({}))),
+            Call::Run { epoch, deadline_ns, started_marker } => {
+                match self.order(running, RunOrder { epoch, deadline_ns, started_marker }) {
+                    Ok(()) => Reply::ok(id, json!({})),
+                    Err((code, words)) => Reply::error(id, code, words),
+                }
+            }
             Call::Metrics => Reply::ok(id, self.metrics(running)),
         };
         Answer::Reply(reply)
+    }
+
+    fn order(&self, running: &Running, order: RunOrder) -> Result<(), (ErrorCode, String)> {
+        match (self.release, order.deadline_ns) {
+            (ReleaseClass::Lease, Some(deadline_ns)) => {
+                lease::check_deadline(deadline_ns).map_err(|error| (code_of(error), error.to_string()))?;
+            }
+            (ReleaseClass::Lease, None) => {
+                let words = "a guest of release class lease needs its first deadline";
+                return Err((ErrorCode::BadDeadline, words.to_owned()));
+            }
+            (_, Some(_)) => return Err((ErrorCode::NoLease, ConfirmError::NoLease.to_string())),
+            (_, None) => {}
+        }
+        let incoming = running.incoming.as_ref().ok_or(IncomingRefusal::NotIncoming);
+        incoming.and_then(|incoming| incoming.order(order)).map_err(|refusal| (ErrorCode::NotNow, refusal.to_string()))
+    }
+
+    /// Stops the guest for a save over the connection that asks for it.
+    pub(crate) fn begin_save(&self) -> Result<(Session, Arc<Parts>), (ErrorCode, String)> {
+        let not_now = |words: &str| (ErrorCode::NotNow, words.to_owned());
+        let running = self.running.get().ok_or_else(|| not_now("the process is starting"))?;
+        if running.incoming.as_ref().is_some_and(|incoming| incoming.status().is_some()) {
+            return Err(not_now(NOT_HERE_YET));
+        }
+        let machine = self.machine().ok_or_else(|| not_now("the guest is restarting or ending"))?;
+        let session = running.saves.begin().map_err(|refusal| (ErrorCode::Taken, refusal.to_string()))?;
+        self.notify(Notice::Paused { reason: PauseReason::Saved, quiesced: false });
+        Ok((session, machine.parts))
+    }
+
+    /// Promises the guest's place to the connection that asks for it.
+    pub(crate) fn reserve_incoming(&self) -> Result<Arc<Incoming>, (ErrorCode, String)> {
+        let incoming = self.running.get().and_then(|running| running.incoming.clone());
+        let refused = |refusal: IncomingRefusal| {
+            let code = if refusal == IncomingRefusal::Taken { ErrorCode::Taken } else { ErrorCode::NotNow };
+            (code, refusal.to_string())
+        };
+        let incoming = incoming.ok_or_else(|| refused(IncomingRefusal::NotIncoming))?;
+        incoming.reserve().map_err(refused)?;
+        Ok(incoming)
     }
 
     fn reset_once(&self, reset_id: u64) {
@@ -241,12 +313,17 @@ impl Control {
     fn status(&self, running: &Running) -> Status {
         let phase = running.lease.phase();
         let paused = |reason| RunState::Paused { reason };
+        let incoming = running.incoming.as_ref().and_then(|incoming| incoming.status());
         let run = if self.ending.load(Ordering::SeqCst) {
             RunState::ShuttingDown
+        } else if incoming.is_some() {
+            paused(PauseReason::Incoming)
         } else if phase != Phase::Valid {
             paused(PauseReason::LeaseExpired)
         } else if running.gate.holds(Stop::IoError) {
             paused(PauseReason::IoError)
+        } else if running.gate.holds(Stop::Saved) {
+            paused(PauseReason::Saved)
         } else if running.gate.holds(Stop::Requested) {
             paused(PauseReason::Requested)
         } else {
@@ -262,6 +339,8 @@ impl Control {
             resets: self.resets.load(Ordering::Relaxed),
             agent_open: self.agent.guest_open(),
             io_error: running.io_stop.fault(),
+            saving: running.saves.status(),
+            incoming,
         }
     }
 

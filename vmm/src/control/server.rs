@@ -21,6 +21,9 @@ use super::client::{Client, ClientError};
 use super::{Answer, Control, Stream, lock};
 use crate::agent_channel::{self, AgentChannelError, AgentClient};
 use crate::console_hub::{self, ConsoleClient, ConsoleSource};
+use crate::saved::incoming::{Incoming, Source};
+use crate::saved::parts::Parts;
+use crate::saved::session::Session;
 
 /// What a stream may wait for its peer to take the last words of the line protocol.
 const HAND_OVER: Duration = Duration::from_secs(2);
@@ -119,6 +122,27 @@ struct Loop {
 enum GuestEnd {
     Console(ConsoleClient),
     Agent(AgentClient),
+    Save(Session, Arc<Parts>),
+    Restore(IncomingPlace),
+}
+
+/// The place that was promised to a connection. It is given back when the connection is lost before a byte.
+struct IncomingPlace(Option<Arc<Incoming>>);
+
+impl IncomingPlace {
+    fn deliver(mut self, socket: UnixStream, received: Vec<u8>) {
+        if let Some(incoming) = self.0.take() {
+            incoming.deliver(Some(Source { socket, received }));
+        }
+    }
+}
+
+impl Drop for IncomingPlace {
+    fn drop(&mut self) {
+        if let Some(incoming) = self.0.take() {
+            incoming.deliver(None);
+        }
+    }
 }
 
 /// What the poll found.
@@ -319,6 +343,10 @@ impl Loop {
                 };
                 (code, error.to_string())
             }),
+            Stream::Save => self.control.begin_save().map(|(session, parts)| GuestEnd::Save(session, parts)),
+            Stream::Restore => {
+                self.control.reserve_incoming().map(|incoming| GuestEnd::Restore(IncomingPlace(Some(incoming))))
+            }
         }
     }
 }
@@ -333,6 +361,15 @@ impl GuestEnd {
             }
             GuestEnd::Agent(agent) => {
                 agent_channel::serve_client(&agent, socket, received).map(|end| format!("{end:?}"))
+            }
+            // Only the guest travels this way.
+            GuestEnd::Save(session, parts) => match session.run(&parts, &socket) {
+                Ok(()) => Ok("the guest is saved".to_owned()),
+                Err(error) => Err(io::Error::other(error)),
+            },
+            GuestEnd::Restore(place) => {
+                place.deliver(socket, received);
+                Ok("the guest comes".to_owned())
             }
         }
     }

@@ -45,13 +45,15 @@ fn control() -> Stopped {
         io_stop: Arc::clone(&io_stop),
         boot_time: BootTime::new(Instant::now()),
         exits: Arc::default(),
+        saves: Saves::new(Arc::clone(&gate), DiskGate::new()),
+        incoming: None,
     });
     Stopped { control, gate, io_stop, _dir: dir }
 }
 
 impl Stopped {
     fn ask(&self, call: Call) -> Value {
-        match self.control.answer(Request { id: 1, call }) {
+        match self.control.answer(Request { id: 1, call: call.clone() }) {
             Answer::Reply(reply) => reply.result.unwrap(),
             _ => panic!("{call:?} is answered with a reply"),
         }

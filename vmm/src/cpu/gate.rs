@@ -6,6 +6,7 @@
 //! Open, it costs one atomic load. Shut, the vCPU parks on it. Who shuts it also kicks the vCPUs out of the guest; that a kick between
 //! the load and `KVM_RUN` is not lost is `sys::ImmediateExit`'s part.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
@@ -24,6 +25,10 @@ pub enum Stop {
     End,
     /// A disk met an error that stops the guest.
     IoError,
+    /// The guest is being saved, or was.
+    Saved,
+    /// The guest is one that comes from elsewhere, and nobody has said yet that it may run here.
+    Incoming,
 }
 
 impl Stop {
@@ -33,6 +38,8 @@ impl Stop {
             Self::Lease => 1 << 1,
             Self::End => 1 << 2,
             Self::IoError => 1 << 3,
+            Self::Saved => 1 << 4,
+            Self::Incoming => 1 << 5,
         }
     }
 }
@@ -42,6 +49,8 @@ impl Stop {
 pub enum Passage {
     Enter,
     End,
+    /// The gate is shut, and somebody has work for the threads that stand at it.
+    Errand,
 }
 
 #[derive(Debug, Default)]
@@ -57,6 +66,8 @@ pub struct RunGate {
 struct Threads {
     running: Vec<ThreadId>,
     parked: usize,
+    /// How often the threads were sent on errands.
+    errands: u64,
     /// Of device threads that wait for the gate.
     bells: Vec<Weak<Bell>>,
 }
@@ -66,6 +77,8 @@ struct Threads {
 pub struct Ticket<'a> {
     gate: &'a RunGate,
     thread: ThreadId,
+    /// Errands that this thread has been sent on.
+    errands: Cell<u64>,
 }
 
 /// Held by a device thread while it works in the guest's memory: for a bounded time, and never while it sleeps.
@@ -87,8 +100,15 @@ impl RunGate {
     /// Announces the calling thread as one that will run a vCPU.
     pub fn enlist(&self) -> Ticket<'_> {
         let thread = ThreadId::current();
-        self.threads().running.push(thread);
-        Ticket { gate: self, thread }
+        let mut threads = self.threads();
+        threads.running.push(thread);
+        Ticket { gate: self, thread, errands: Cell::new(threads.errands) }
+    }
+
+    /// Sends each thread that stands at the gate, or comes to it while it is shut, on one errand.
+    pub fn send_on_errands(&self) {
+        self.threads().errands += 1;
+        self.changed.notify_all();
     }
 
     /// Adds a reason to stop and interrupts the vCPUs. Does not wait.
@@ -161,6 +181,9 @@ impl Ticket<'_> {
             if self.gate.is_open() {
                 break Passage::Enter;
             }
+            if self.errands.replace(threads.errands) != threads.errands {
+                break Passage::Errand;
+            }
             threads = self.gate.changed.wait(threads).unwrap_or_else(PoisonError::into_inner);
         };
         threads.parked -= 1;
@@ -224,6 +247,38 @@ mod tests {
         gate.shut(Stop::End);
         vcpu.join().unwrap();
         assert!(gate.wait_parked(soon()), "nobody is left");
+    }
+
+    #[test]
+    fn who_stands_at_the_gate_goes_on_each_errand_once() {
+        let gate = RunGate::new();
+        gate.shut(Stop::Saved);
+        let (went, has_gone) = std::sync::mpsc::channel();
+        let vcpu = std::thread::spawn({
+            let gate = gate.clone();
+            move || {
+                let ticket = gate.enlist();
+                loop {
+                    let passage = ticket.pass();
+                    went.send(passage).unwrap();
+                    if passage == Passage::End {
+                        return;
+                    }
+                }
+            }
+        });
+        while gate.threads().running.is_empty() {
+            std::thread::yield_now();
+        }
+        for _ in 0..3 {
+            gate.send_on_errands();
+            assert_eq!(has_gone.recv().unwrap(), Passage::Errand);
+            assert!(gate.wait_parked(Instant::now() + Duration::from_secs(20)));
+            assert!(has_gone.try_recv().is_err());
+        }
+        gate.shut(Stop::End);
+        assert_eq!(has_gone.recv().unwrap(), Passage::End);
+        vcpu.join().unwrap();
     }
 
     #[test]

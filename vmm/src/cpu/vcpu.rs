@@ -7,9 +7,11 @@
 use std::fmt::Write as _;
 use std::sync::Arc;
 
+use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::gate::{Passage, RunGate};
+use super::errand::Errands;
+use super::gate::{Passage, RunGate, Ticket};
 use crate::bus::{MmioBus, PioBus};
 use crate::lease::Lease;
 use crate::metrics::ExitCounters;
@@ -38,23 +40,50 @@ pub struct Shared {
     pub lease: Arc<Lease>,
     pub events: Arc<dyn VcpuEvents>,
     pub exits: Arc<ExitCounters>,
+    pub errands: Errands,
 }
 
 pub struct Vcpu {
     index: u16,
     fd: VcpuFd,
+    /// As it was set.
+    cpuid: CpuId,
     shared: Arc<Shared>,
 }
 
 /// What to do after an exit.
 enum Next {
+    /// KVM has an access to finish.
     Enter,
+    /// The guest is between two instructions.
+    Stand,
     Report(VcpuEvent),
 }
 
+/// Accesses of one instruction: KVM hands a long one over in pieces of eight bytes.
+const MAX_PIECES: usize = 64;
+
 impl Vcpu {
-    pub fn new(index: u16, fd: VcpuFd, shared: Arc<Shared>) -> Self {
-        Self { index, fd, shared }
+    pub fn new(index: u16, fd: VcpuFd, cpuid: CpuId, shared: Arc<Shared>) -> Self {
+        Self { index, fd, cpuid, shared }
+    }
+
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// The vCPU, before its thread runs.
+    pub fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
+    pub fn cpuid(&self) -> &CpuId {
+        &self.cpuid
+    }
+
+    /// What is told later as the CPUID that it was made with.
+    pub fn set_cpuid(&mut self, cpuid: CpuId) {
+        self.cpuid = cpuid;
     }
 
     /// Runs until the gate says end. `ready` is called once the thread can be stopped.
@@ -78,23 +107,58 @@ impl Vcpu {
         loop {
             immediate.clear();
             // From here on a kick makes KVM_RUN return at once.
-            if ticket.pass() == Passage::End {
-                break;
+            match self.pass(&ticket) {
+                Passage::End => break,
+                Passage::Enter => {}
+                Passage::Errand => {
+                    self.run_errand(&immediate);
+                    continue;
+                }
             }
             if self.shared.lease.is_over() {
                 self.shared.lease.expire();
                 continue;
             }
-            match self.enter() {
-                Next::Enter => {}
-                Next::Report(event) => {
-                    self.shared.events.report(event);
-                    // The owner ends the machine; until then this vCPU stays out of the guest.
-                    gate.shut(super::gate::Stop::End);
-                }
-            }
+            let next = self.enter();
+            self.report(next);
         }
         drop(timer);
+    }
+
+    fn pass(&self, ticket: &Ticket<'_>) -> Passage {
+        let stood = !self.shared.gate.is_open();
+        let passage = ticket.pass();
+        if stood && passage == Passage::Enter {
+            // Tells the guest that it was stopped, or its watchdog takes the time that has passed for a lock-up. Refused where the guest does
+            // not use KVM's clock.
+            let _ = self.fd.kvmclock_ctrl();
+        }
+        passage
+    }
+
+    fn report(&self, next: Next) {
+        if let Next::Report(event) = next {
+            self.shared.events.report(event);
+            // The owner ends the machine; until then this vCPU stays out of the guest.
+            self.shared.gate.shut(super::gate::Stop::End);
+        }
+    }
+
+    /// Has KVM finish the access that it left the guest for, without running the guest, and does what is asked. A register that the guest
+    /// has read is in the guest only after that.
+    fn run_errand(&mut self, immediate: &ImmediateExit) {
+        let Some(errand) = self.shared.errands.take(self.index) else {
+            return;
+        };
+        for _ in 0..MAX_PIECES {
+            immediate.set();
+            match self.enter() {
+                Next::Enter => {}
+                Next::Stand => break,
+                event @ Next::Report(_) => return self.report(event),
+            }
+        }
+        errand(&self.fd, &self.cpuid);
     }
 
     fn enter(&mut self) -> Next {
@@ -132,7 +196,7 @@ impl Vcpu {
             }
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => {
                 exits.interrupted.add(1);
-                return Next::Enter;
+                return Next::Stand;
             }
             Ok(VcpuExit::Shutdown) => return Next::Report(VcpuEvent::Reset),
             Ok(VcpuExit::SystemEvent(kind, _)) => match kind {
@@ -159,7 +223,7 @@ impl Vcpu {
             Err(error) => match error.errno() {
                 libc::EINTR | libc::EAGAIN => {
                     exits.interrupted.add(1);
-                    return Next::Enter;
+                    return Next::Stand;
                 }
                 _ => format!("KVM cannot run the guest: {error}"),
             },

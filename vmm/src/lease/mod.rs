@@ -56,6 +56,27 @@ pub enum ConfirmError {
     Passed { late_ms: u64 },
 }
 
+/// Whether a deadline is one that a lease can have.
+pub fn check_deadline(deadline_ns: u64) -> Result<(), ConfirmError> {
+    let now = boottime_ns();
+    if deadline_ns <= now {
+        return Err(ConfirmError::Passed { late_ms: (now - deadline_ns) / 1_000_000 });
+    }
+    if deadline_ns - now > MAX_LEASE_NS {
+        return Err(ConfirmError::TooFar { ahead_ms: (deadline_ns - now) / 1_000_000 });
+    }
+    Ok(())
+}
+
+/// Why a guest from elsewhere cannot have its permit.
+#[derive(Debug, thiserror::Error)]
+pub enum GrantError {
+    #[error(transparent)]
+    Deadline(#[from] ConfirmError),
+    #[error("cannot arm the lease's timer")]
+    Timer(#[from] io::Error),
+}
+
 /// Where the lease stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
@@ -80,7 +101,8 @@ pub enum LeaseChange {
 pub type LeaseListener = Box<dyn Fn(LeaseChange) + Send + Sync>;
 
 pub struct Lease {
-    epoch: u64,
+    /// 0 until it is known, for a guest that comes from elsewhere.
+    epoch: AtomicU64,
     deadline_ns: AtomicU64,
     state: Mutex<State>,
     gate: Arc<RunGate>,
@@ -103,7 +125,7 @@ struct State {
 }
 
 impl Lease {
-    /// `deadline_ns` is `None` for a guest that never stops itself.
+    /// `deadline_ns` is `None` for a guest that never stops itself, and for one whose permit is not known yet ([`grant`](Self::grant)).
     pub fn new(
         epoch: u64,
         deadline_ns: Option<u64>,
@@ -113,7 +135,7 @@ impl Lease {
     ) -> io::Result<Arc<Self>> {
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         let lease = Self {
-            epoch,
+            epoch: AtomicU64::new(epoch),
             deadline_ns: AtomicU64::new(deadline_ns.unwrap_or(NEVER)),
             state: Mutex::new(State {
                 phase: Phase::Valid,
@@ -137,6 +159,21 @@ impl Lease {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::SeqCst)
+    }
+
+    /// Names the permit of a guest that came from elsewhere, with its first deadline if it has a lease. Before its first instruction here.
+    pub fn grant(&self, epoch: u64, deadline_ns: Option<u64>) -> Result<(), GrantError> {
+        if let Some(deadline_ns) = deadline_ns {
+            check_deadline(deadline_ns)?;
+            self.arm_timer(deadline_ns)?;
+            self.deadline_ns.store(deadline_ns, Ordering::SeqCst);
+        }
+        self.epoch.store(epoch, Ordering::SeqCst);
+        Ok(())
     }
 
     fn deadline(&self) -> u64 {
@@ -217,20 +254,15 @@ impl Lease {
     }
 
     fn try_confirm(&self, epoch: u64, deadline_ns: u64) -> Result<u64, ConfirmError> {
-        if epoch != self.epoch {
-            return Err(ConfirmError::WrongEpoch { mine: self.epoch, asked: epoch });
+        let mine = self.epoch();
+        if epoch != mine {
+            return Err(ConfirmError::WrongEpoch { mine, asked: epoch });
         }
         let mut state = self.state();
         if self.deadline() == NEVER {
             return Err(ConfirmError::NoLease);
         }
-        let now = boottime_ns();
-        if deadline_ns <= now {
-            return Err(ConfirmError::Passed { late_ms: (now - deadline_ns) / 1_000_000 });
-        }
-        if deadline_ns - now > MAX_LEASE_NS {
-            return Err(ConfirmError::TooFar { ahead_ms: (deadline_ns - now) / 1_000_000 });
-        }
+        check_deadline(deadline_ns)?;
         // Answers to heartbeats may arrive out of order; a lease never gets shorter.
         let deadline_ns = deadline_ns.max(self.deadline());
         self.deadline_ns.store(deadline_ns, Ordering::SeqCst);

@@ -54,8 +54,11 @@ pub trait Quiesce: Send + Sync {
     fn reopen(&self) -> Result<(), QuiesceError>;
 }
 
-/// The top bit says closed, the rest counts the threads that are inside a submission.
+/// The top bits say closed, each for a reason of its own; the rest counts the threads that are inside a submission.
 const CLOSED: u64 = 1 << 63;
+/// The guest is being saved: what is parked belongs to the saved state.
+const HELD: u64 = 1 << 62;
+const SHUT: u64 = CLOSED | HELD;
 
 /// The gate before each submission of I/O. All disks of a guest share one.
 ///
@@ -83,7 +86,7 @@ impl DiskGate {
     pub fn try_enter(&self) -> Option<Pass<'_>> {
         // One atomic operation decides: an increment after the gate was closed is undone and counts for nothing.
         let before = self.state.fetch_add(1, Ordering::SeqCst);
-        if before & CLOSED == 0 {
+        if before & SHUT == 0 {
             return Some(Pass { gate: self });
         }
         self.state.fetch_sub(1, Ordering::SeqCst);
@@ -100,13 +103,22 @@ impl DiskGate {
         self.state.fetch_and(!CLOSED, Ordering::SeqCst);
     }
 
+    /// Stops new submissions like [`close`](Self::close), and independently of it: a lease that is confirmed does not undo it.
+    pub fn hold(&self) {
+        self.state.fetch_or(HELD, Ordering::SeqCst);
+    }
+
+    pub fn release(&self) {
+        self.state.fetch_and(!HELD, Ordering::SeqCst);
+    }
+
     pub fn is_open(&self) -> bool {
-        self.state.load(Ordering::SeqCst) & CLOSED == 0
+        self.state.load(Ordering::SeqCst) & SHUT == 0
     }
 
     /// Threads that are inside a submission now.
     pub fn submitters(&self) -> u64 {
-        self.state.load(Ordering::SeqCst) & !CLOSED
+        self.state.load(Ordering::SeqCst) & !SHUT
     }
 }
 
@@ -131,5 +143,20 @@ mod tests {
         assert_eq!(gate.submitters(), 0);
         gate.open();
         assert!(gate.try_enter().is_some());
+    }
+
+    #[test]
+    fn the_lease_and_a_save_both_have_to_let_requests_through() {
+        let gate = DiskGate::new();
+        gate.hold();
+        gate.close();
+        gate.open();
+        assert!(gate.try_enter().is_none() && !gate.is_open());
+        gate.close();
+        gate.release();
+        assert!(gate.try_enter().is_none());
+        assert_eq!(gate.submitters(), 0);
+        gate.open();
+        assert!(gate.is_open() && gate.try_enter().is_some());
     }
 }

@@ -5,8 +5,9 @@
 //! one of the other kind comes or goes; `VmmConfig::check` keeps them from meeting.
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
+use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use vmm_control::config::MAX_DISKS_AND_NICS;
 use vmm_control::{MachineType, VmmConfig};
@@ -22,6 +23,7 @@ use crate::agent_channel::AgentChannel;
 use crate::boot::{self, BootError, BootFiles};
 use crate::bus::{BusError, MmioBus, PioBus, PioDevice};
 use crate::console_hub::{self, ConsoleError, ConsoleHub};
+use crate::cpu::errand::Errands;
 use crate::cpu::gate::RunGate;
 use crate::cpu::regs::{self, RegsError};
 use crate::cpu::vcpu::{Shared, Vcpu};
@@ -42,7 +44,12 @@ use crate::lease::quiesce::{DiskGate, Quiesce};
 use crate::memory::{self, GuestMemory, MemoryError};
 use crate::metrics::ExitCounters;
 use crate::pci::topology::MAX_SLOTS;
-use crate::pci::{PciError, PciMap, Topology};
+use crate::pci::{PciBus, PciError, PciMap, Topology};
+use crate::saved::header::{DiskShape, NicShape, Shape};
+use crate::saved::parts::{GivenProcessor, LegacyParts, Parts};
+use crate::saved::processor::Leaves;
+use crate::saved::session::Saves;
+use crate::saved::vcpu::VcpuAbilities;
 use crate::smbios::{self, Board, SmbiosError};
 use crate::virtio::VirtioDevice;
 use crate::virtio::pci::TransportError;
@@ -104,10 +111,22 @@ pub struct Context {
     pub endings: Arc<Endings>,
     pub boot_time: Arc<BootTime>,
     pub exits: Arc<ExitCounters>,
+    pub saves: Arc<Saves>,
+    /// The CPUID of each vCPU of a guest that began elsewhere. It keeps it over a reset too.
+    pub given_cpuid: OnceLock<Vec<CpuId>>,
+}
+
+/// How a machine begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beginning {
+    /// With a kernel in its memory.
+    Boot,
+    /// With empty memory, and disks that are not open: a guest from elsewhere moves in.
+    Incoming,
 }
 
 /// Builds a machine. Nothing of it runs yet.
-pub fn build(context: &Context) -> Result<Machine, MachineError> {
+pub fn build(context: &Context, beginning: Beginning) -> Result<Machine, MachineError> {
     let config = &context.config;
     let layout = Layout::new(config.memory_bytes, config.max_memory_bytes());
     let memory = memory::allocate(&layout)?;
@@ -117,8 +136,11 @@ pub fn build(context: &Context) -> Result<Machine, MachineError> {
     let mmio = MmioBus::new();
 
     let legacy = add_legacy_devices(context, &vm, &pio)?;
-    let handles = add_pci(context, &layout, &vm, &memory, msi, (&pio, &mmio))?;
-    let entry = load_guest(context, &memory, &layout)?;
+    let handles = add_pci(context, &layout, &vm, &memory, msi, (&pio, &mmio), beginning)?;
+    let entry = match beginning {
+        Beginning::Boot => Some(load_guest(context, &memory, &layout)?),
+        Beginning::Incoming => None,
+    };
 
     let shared = Arc::new(Shared {
         pio,
@@ -127,25 +149,61 @@ pub fn build(context: &Context) -> Result<Machine, MachineError> {
         lease: Arc::clone(&context.lease),
         events: Arc::clone(&context.endings) as _,
         exits: Arc::clone(&context.exits),
+        errands: Errands::default(),
     });
-    let vcpus = create_vcpus(context, &vm, &memory, entry, &shared)?;
-    Ok(Machine {
+    let supported = cpuid::supported(&context.kvm)?;
+    let vcpus = create_vcpus(context, &supported, &vm, &memory, entry, &shared)?;
+    let parts = Parts {
         memory,
+        pci: handles.bus,
+        legacy,
         shared,
+        shape: shape(config, &handles.disks),
+        disks: handles.disks,
+        disk_gate: Arc::clone(&context.disk_gate),
+        supported: Leaves::from(&supported),
+        abilities: VcpuAbilities::of(&context.kvm, vm.fd())?,
+        processor: Mutex::new(given_processor(&vcpus)?),
+        vm,
+    };
+    Ok(Machine {
+        parts: Arc::new(parts),
         vcpus,
         threads: Vec::new(),
-        pm: legacy.pm,
-        serial: legacy.serial,
-        disks: handles.disks,
         shared_disks: handles.shared_disks,
         nics: handles.nics,
-        disk_gate: Arc::clone(&context.disk_gate),
+        saves: Arc::clone(&context.saves),
     })
 }
 
-/// Disks and network cards of a machine, as those who stop and count them see them.
-#[derive(Default)]
+/// What the guest sees of its configuration.
+fn shape(config: &VmmConfig, disks: &[Arc<BlockHandle>]) -> Shape {
+    let disks = config.disks.iter().zip(disks).map(|(disk, handle)| DiskShape {
+        bytes: handle.facts().bytes,
+        serial: disk.serial.clone(),
+        read_only: disk.read_only,
+    });
+    Shape {
+        vm: config.vm,
+        machine: config.machine,
+        vcpus: config.vcpus,
+        memory_bytes: config.memory_bytes,
+        max_memory_bytes: config.max_memory_bytes(),
+        virtio_keyboard: console_hub::keyboard_is_virtio(&config.cmdline),
+        disks: disks.collect(),
+        nics: config.nics.iter().map(|nic| NicShape { mac: nic.mac, mtu: nic.mtu }).collect(),
+    }
+}
+
+fn given_processor(vcpus: &[Vcpu]) -> Result<GivenProcessor, KvmError> {
+    let first = vcpus.first().ok_or(KvmError::Missing("a vCPU"))?;
+    let tsc_khz = first.fd().get_tsc_khz().map_err(kvm::refused("read the frequency of the TSC"))?;
+    Ok(GivenProcessor { cpuid: Leaves::from(first.cpuid()), tsc_khz })
+}
+
+/// The bus, and disks and network cards as those who stop and count them see them.
 struct Handles {
+    bus: Arc<PciBus>,
     disks: Vec<Arc<BlockHandle>>,
     shared_disks: Vec<Arc<dyn Quiesce>>,
     nics: Vec<Arc<NetHandle>>,
@@ -180,6 +238,7 @@ fn add_pci(
     memory: &GuestMemory,
     msi: Arc<KvmMsi>,
     (pio, mmio): (&PioBus, &MmioBus),
+    beginning: Beginning,
 ) -> Result<Handles, MachineError> {
     let map = PciMap {
         ecam_base: ECAM_BASE,
@@ -189,41 +248,39 @@ fn add_pci(
     };
     let mut topology = Topology::new(map, msi.clone())?;
     let connect = |device: Arc<dyn VirtioDevice>| VirtioPci::new(device, memory.clone(), &*msi, vm.clone());
-    let mut handles = Handles::default();
+    let (mut disks, mut shared_disks, mut nics) = (Vec::new(), Vec::new(), Vec::new());
     let keyboard = Arc::new(context.console.device()?);
     if console_hub::keyboard_is_virtio(&context.config.cmdline) {
         context.console.focus(&keyboard);
     }
-    let console = Console::open(keyboard, Arc::clone(&context.agent))?;
+    let console = Console::open(keyboard, Arc::clone(&context.agent), Arc::clone(&context.gate))?;
     topology.add_root_port_device(CONSOLE_SLOT, connect(console)?)?;
     for (slot, disk) in disk_slots().zip(&context.config.disks) {
-        let faults = Arc::clone(&context.io_stop) as _;
-        let (device, handle) = Block::open(BlockConfig::from(disk), Arc::clone(&context.disk_gate), faults)?;
+        let (gate, faults) = (Arc::clone(&context.disk_gate), Arc::clone(&context.io_stop) as _);
+        let (device, handle) = match beginning {
+            Beginning::Boot => Block::open(BlockConfig::from(disk), gate, faults)?,
+            Beginning::Incoming => Block::closed(BlockConfig::from(disk), gate, faults)?,
+        };
         topology.add_root_port_device(slot, connect(device)?)?;
         if disk.shared {
-            handles.shared_disks.push(handle.clone());
+            shared_disks.push(handle.clone() as Arc<dyn Quiesce>);
         }
-        handles.disks.push(handle);
+        disks.push(handle);
     }
     for (slot, (nic, tap)) in nic_slots().zip(context.config.nics.iter().zip(&context.taps)) {
         let config = NetConfig { name: nic.id.clone(), mac: nic.mac, mtu: nic.mtu };
         tracing::info!(nic = %nic.id, mac = %nic.mac, mtu = nic.mtu, tap = tap.interface(), "network card connected");
         let (device, handle) = Net::open(config, Box::new(tap.try_clone()?), Arc::clone(&context.gate))?;
         topology.add_root_port_device(slot, connect(device)?)?;
-        handles.nics.push(handle);
+        nics.push(handle);
     }
     let bus = topology.build();
     bus.program()?;
     bus.insert_into(pio, mmio)?;
-    Ok(handles)
+    Ok(Handles { bus, disks, shared_disks, nics })
 }
 
-struct Legacy {
-    pm: Arc<Mutex<PowerManagement>>,
-    serial: Arc<Mutex<SerialPort>>,
-}
-
-fn add_legacy_devices(context: &Context, vm: &Arc<KvmVm>, pio: &PioBus) -> Result<Legacy, MachineError> {
+fn add_legacy_devices(context: &Context, vm: &Arc<KvmVm>, pio: &PioBus) -> Result<LegacyParts, MachineError> {
     let power = Arc::clone(&context.endings);
     let insert = |port: u16, count: u64, device: Arc<Mutex<dyn PioDevice>>| pio.insert(u64::from(port), count, device);
     let console = Arc::new(context.console.device()?);
@@ -235,9 +292,9 @@ fn add_legacy_devices(context: &Context, vm: &Arc<KvmVm>, pio: &PioBus) -> Resul
     insert(PORT_PM_BASE, pm::PORTS, pm.clone())?;
 
     let clock = Arc::new(Mutex::new(RealTimeClock::default()));
-    insert(rtc::PORT, rtc::PORTS, clock)?;
+    insert(rtc::PORT, rtc::PORTS, clock.clone())?;
     let reset = Arc::new(Mutex::new(ResetPort::new(power.clone())));
-    insert(PORT_RESET, 1, reset)?;
+    insert(PORT_RESET, 1, reset.clone())?;
     let keyboard = KeyboardController::command(power);
     insert(KEYBOARD_COMMAND_PORT, 1, Arc::new(Mutex::new(keyboard)))?;
     let keyboard = KeyboardController::data();
@@ -246,7 +303,7 @@ fn add_legacy_devices(context: &Context, vm: &Arc<KvmVm>, pio: &PioBus) -> Resul
     insert(PORT_BOOT_TIMER, 1, Arc::new(Mutex::new(timer)))?;
     let debug = Arc::new(Mutex::new(DebugPort::default()));
     insert(PORT_DEBUG, 1, debug)?;
-    Ok(Legacy { pm, serial })
+    Ok(LegacyParts { pm, clock, serial, reset })
 }
 
 fn machine_type_name(machine: MachineType) -> &'static str {
@@ -269,11 +326,13 @@ fn load_guest(context: &Context, memory: &GuestMemory, layout: &Layout) -> Resul
     Ok(boot::load(memory, layout, &context.files, rsdp)?)
 }
 
+/// Without an entry they have no state of their own to start with.
 fn create_vcpus(
     context: &Context,
+    supported: &CpuId,
     vm: &Arc<KvmVm>,
     memory: &GuestMemory,
-    entry: boot::Entry,
+    entry: Option<boot::Entry>,
     shared: &Arc<Shared>,
 ) -> Result<Vec<Vcpu>, MachineError> {
     let count = context.config.vcpus;
@@ -281,17 +340,18 @@ fn create_vcpus(
     if usize::from(count) > limit {
         return Err(MachineError::TooManyVcpus { asked: count, limit });
     }
-    let supported = cpuid::supported(&context.kvm)?;
     let mut vcpus = Vec::with_capacity(usize::from(count));
     for index in 0..count {
         let fd = vm.create_vcpu(index)?;
-        fd.set_cpuid2(&cpuid::for_vcpu(&supported, index, count)).map_err(kvm::refused("set CPUID"))?;
+        let given = context.given_cpuid.get().and_then(|all| all.get(usize::from(index))).cloned();
+        let cpuid = given.unwrap_or_else(|| cpuid::for_vcpu(supported, index, count));
+        fd.set_cpuid2(&cpuid).map_err(kvm::refused("set CPUID"))?;
         msr::set_boot_msrs(&fd)?;
         regs::set_local_pins(&fd)?;
-        if index == 0 {
+        if let (0, Some(entry)) = (index, entry) {
             regs::set_entry(&fd, memory, entry)?;
         }
-        vcpus.push(Vcpu::new(index, fd, Arc::clone(shared)));
+        vcpus.push(Vcpu::new(index, fd, cpuid, Arc::clone(shared)));
     }
     Ok(vcpus)
 }

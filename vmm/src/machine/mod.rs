@@ -13,19 +13,22 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use kvm_bindings::CpuId;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::cpu::gate::{RunGate, Stop};
-use crate::cpu::vcpu::{Shared, Vcpu, VcpuEvent, VcpuEvents};
+use crate::cpu::vcpu::{Vcpu, VcpuEvent, VcpuEvents};
 use crate::devices::block::BlockHandle;
 use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
 use crate::devices::legacy::{PowerControl, PowerRequest};
 use crate::devices::net::NetHandle;
-use crate::lease::quiesce::{DiskGate, Quiesce};
-use crate::memory::GuestMemory;
+use crate::lease::quiesce::{Quiesce, QuiesceError};
+use crate::saved::parts::{Parts, PartsError};
+use crate::saved::payload::Payloads;
+use crate::saved::session::Saves;
 
-pub use build::{Context, MachineError, build};
+pub use build::{Beginning, Context, MachineError, build};
 
 /// How long the disks may take to end their I/O when a machine is taken down.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -105,30 +108,27 @@ impl EndingsReceiver {
 
 /// A machine that was built. Its vCPUs run after [`start`](Self::start).
 pub struct Machine {
-    memory: GuestMemory,
-    shared: Arc<Shared>,
+    /// Memory, KVM's part and the devices. Who saves the guest has them too.
+    parts: Arc<Parts>,
     vcpus: Vec<Vcpu>,
     threads: Vec<JoinHandle<()>>,
-    pm: Arc<Mutex<PowerManagement>>,
-    serial: Arc<Mutex<SerialPort>>,
-    disks: Vec<Arc<BlockHandle>>,
     shared_disks: Vec<Arc<dyn Quiesce>>,
     nics: Vec<Arc<NetHandle>>,
-    disk_gate: Arc<DiskGate>,
+    saves: Arc<Saves>,
 }
 
 impl Machine {
     pub fn pm(&self) -> Arc<Mutex<PowerManagement>> {
-        Arc::clone(&self.pm)
+        Arc::clone(&self.parts.legacy.pm)
     }
 
     pub fn serial(&self) -> Arc<Mutex<SerialPort>> {
-        Arc::clone(&self.serial)
+        Arc::clone(&self.parts.legacy.serial)
     }
 
     /// All disks, for their counters.
     pub fn disks(&self) -> Vec<Arc<BlockHandle>> {
-        self.disks.clone()
+        self.parts.disks.clone()
     }
 
     /// All network cards, for their counters.
@@ -143,19 +143,35 @@ impl Machine {
 
     /// Host address ranges of guest RAM.
     pub fn ram_in_host(&self) -> Vec<(u64, u64)> {
-        self.memory
+        let memory = &self.parts.memory;
+        memory
             .iter()
             .filter_map(|region| {
-                let start = self.memory.get_host_address(region.start_addr()).ok()? as u64;
+                let start = memory.get_host_address(region.start_addr()).ok()? as u64;
                 Some((start, start + region.len()))
             })
             .collect()
     }
 
+    /// For who saves the guest.
+    pub fn parts(&self) -> Arc<Parts> {
+        Arc::clone(&self.parts)
+    }
+
+    /// Takes the states of a guest from elsewhere over. Its memory is in its place.
+    pub fn restore(&mut self, payloads: Payloads) -> Result<Vec<CpuId>, PartsError> {
+        self.parts.restore(&mut self.vcpus, payloads)
+    }
+
+    /// Opens the disks that were built closed.
+    pub fn open_disks(&self) -> Result<(), QuiesceError> {
+        self.parts.disks.iter().try_for_each(|disk| disk.reopen())
+    }
+
     /// Starts the vCPU threads, and returns when each of them can be stopped.
     pub fn start(&mut self) -> Result<(), MachineError> {
         let (ready, is_ready) = sync_channel(self.vcpus.len());
-        self.shared.gate.open(Stop::End);
+        self.parts.shared.gate.open(Stop::End);
         let count = self.vcpus.len();
         for (index, vcpu) in self.vcpus.drain(..).enumerate() {
             let ready = ready.clone();
@@ -183,13 +199,15 @@ impl Machine {
     /// Stops the vCPUs and ends all I/O. True when nothing of this machine is in the kernel any more; false when its storage does not
     /// answer. The guest's memory stays until the last request has ended.
     pub fn stop(&mut self) -> bool {
-        self.shared.gate.shut(Stop::End);
+        self.parts.shared.gate.shut(Stop::End);
+        // Who saves this machine lets go of it first: it asks the vCPUs and the disks.
+        self.saves.give_up();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 tracing::error!("a vCPU thread ended by a panic");
             }
         }
-        self.disk_gate.close();
+        self.parts.disk_gate.close();
         for nic in &self.nics {
             if let Err(error) = nic.stop() {
                 tracing::error!(nic = nic.name(), %error, "the guest has ended, its network card has not");
@@ -197,7 +215,7 @@ impl Machine {
         }
         let until = Instant::now() + DRAIN;
         let mut drained = true;
-        for disk in &self.disks {
+        for disk in &self.parts.disks {
             if let Err(error) = disk.cancel_and_drain(until) {
                 tracing::error!(%error, "the guest has ended, its I/O has not");
                 drained = false;

@@ -152,6 +152,11 @@ impl DeviceQueue {
         self.queue.disable_notification(&self.memory).map_err(|source| self.ring_error(source))
     }
 
+    /// Chains that were popped before the guest was saved are under way here.
+    pub fn adopt(&mut self, chains: u16) {
+        self.outstanding = self.outstanding.saturating_add(chains);
+    }
+
     pub fn position(&self) -> QueuePosition {
         QueuePosition { next_avail: self.queue.next_avail(), next_used: self.queue.next_used() }
     }

@@ -1,18 +1,21 @@
 //! The disk as the transport sees it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
+use virtio_queue::QueueT as _;
 
 use super::BlockError;
 use super::config::{BlockConfig, Geometry, MAX_SEGMENTS, QUEUE_SIZE};
-use super::disk::OpenDisk;
+use super::disk::{self, FileFacts, OpenDisk};
+use super::engine::Standing;
 use super::fault::DiskFaults;
+use super::request::Request;
 use super::state::SavedBlock;
 use super::thread::{self, BlockHandle, Command, Link};
 use crate::lease::quiesce::DiskGate;
 use crate::virtio::device::{DeviceError, QueuePosition};
-use crate::virtio::{Activation, DeviceKind, DeviceQueue, VirtioDevice};
+use crate::virtio::{Activation, DeviceKind, DeviceQueue, VirtioDevice, locked};
 
 const NAME: &str = "block";
 
@@ -20,6 +23,8 @@ const NAME: &str = "block";
 pub struct Block {
     geometry: Geometry,
     link: Arc<Link>,
+    /// Requests that came with a saved state, until the driver's queue is there.
+    pending: Mutex<Vec<Request>>,
 }
 
 impl Block {
@@ -44,24 +49,51 @@ impl Block {
             direct = direct.is_some(),
             "disk opened"
         );
-        let link = thread::start(&config, geometry.clone(), gate, backend, direct, faults)?;
+        let link = thread::start(&config, geometry.clone(), gate, Some((backend, direct)), faults)?;
+        Ok(Self::made(config, geometry, facts, link))
+    }
+
+    /// A disk whose file another process still writes. It is looked at once, and
+    /// [`reopen`](crate::lease::quiesce::Quiesce::reopen) opens it.
+    pub fn closed(
+        config: BlockConfig,
+        gate: Arc<DiskGate>,
+        faults: Arc<dyn DiskFaults>,
+    ) -> Result<(Arc<Self>, Arc<BlockHandle>), BlockError> {
+        let facts = disk::look(&config)?;
+        let geometry = Geometry::new(&config, facts.bytes);
+        let link = thread::start(&config, geometry.clone(), gate, None, faults)?;
+        Ok(Self::made(config, geometry, facts, link))
+    }
+
+    fn made(
+        config: BlockConfig,
+        geometry: Geometry,
+        facts: FileFacts,
+        link: Arc<Link>,
+    ) -> (Arc<Self>, Arc<BlockHandle>) {
         let handle = Arc::new(BlockHandle { config, facts, link: Arc::clone(&link) });
-        Ok((Arc::new(Self { geometry, link }), handle))
+        (Arc::new(Self { geometry, link, pending: Mutex::default() }), handle)
     }
 
     /// A disk on a backend of the test's own.
     #[cfg(test)]
     pub(super) fn on_backend(
         config: BlockConfig,
-        facts: super::disk::FileFacts,
+        facts: FileFacts,
         gate: Arc<DiskGate>,
         backend: Box<dyn super::backend::Backend>,
         faults: Arc<dyn DiskFaults>,
     ) -> (Arc<Self>, Arc<BlockHandle>) {
         let geometry = Geometry::new(&config, facts.bytes);
-        let link = thread::start(&config, geometry.clone(), gate, backend, None, faults).unwrap();
-        let handle = Arc::new(BlockHandle { config, facts, link: Arc::clone(&link) });
-        (Arc::new(Self { geometry, link }), handle)
+        let link = thread::start(&config, geometry.clone(), gate, Some((backend, None)), faults).unwrap();
+        Self::made(config, geometry, facts, link)
+    }
+}
+
+impl Block {
+    fn standing(&self) -> Result<Standing, DeviceError> {
+        self.link.standing()?.ok_or(DeviceError::Busy { device: NAME })
     }
 }
 
@@ -87,10 +119,17 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&self, activation: Activation) -> Result<(), DeviceError> {
+        let pending = std::mem::take(&mut *locked(&self.pending));
         let Some(active) = activation.queues.into_iter().next().flatten() else {
             // A driver that enables no queue asks for nothing.
             return Ok(());
         };
+        let fits =
+            |request: &Request| request.head < active.queue.size() && request.fits(&self.geometry, &activation.memory);
+        if pending.len() > usize::from(active.queue.size()) || !pending.iter().all(fits) {
+            let what = "it waits for requests that are none of this disk".to_owned();
+            return Err(DeviceError::Unfit { device: NAME, what });
+        }
         let queue = DeviceQueue::new(
             0,
             active.queue,
@@ -103,6 +142,7 @@ impl VirtioDevice for Block {
             kick: active.kick,
             interrupt: activation.interrupt,
             write_through: activation.features & 1 << VIRTIO_BLK_F_FLUSH == 0,
+            pending,
         })
     }
 
@@ -115,20 +155,19 @@ impl VirtioDevice for Block {
     }
 
     fn positions(&self) -> Result<Vec<QueuePosition>, DeviceError> {
-        match self.link.position()? {
-            Some(position) => Ok(vec![position]),
-            None => Err(DeviceError::Busy { device: NAME }),
-        }
+        Ok(self.standing()?.position.into_iter().collect())
     }
 
     fn save(&self) -> Result<serde_json::Value, DeviceError> {
-        serde_json::to_value(SavedBlock::of(&self.geometry))
-            .map_err(|source| DeviceError::Encoding { device: NAME, source })
+        let saved = SavedBlock::of(&self.geometry, &self.standing()?.pending);
+        serde_json::to_value(saved).map_err(|source| DeviceError::Encoding { device: NAME, source })
     }
 
     fn restore(&self, saved: serde_json::Value) -> Result<(), DeviceError> {
         let saved: SavedBlock =
             serde_json::from_value(saved).map_err(|source| DeviceError::Encoding { device: NAME, source })?;
-        saved.check(&self.geometry)
+        saved.check(&self.geometry)?;
+        *locked(&self.pending) = saved.requests();
+        Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! The file or block device under a disk: opened, measured, and tried out for O_DIRECT.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
@@ -13,6 +13,7 @@ use super::backend::Backend;
 use super::config::{BlockConfig, SECTOR_BYTES};
 use super::qcow2::Image;
 use super::qcow2::chain::{self, Layer};
+use super::qcow2::header::{self, HEADER_REGION_BYTES};
 use super::uring::Uring;
 use super::worker::Workers;
 
@@ -179,6 +180,27 @@ impl Drop for AlignedBuffer {
         // SAFETY: allocated in `new` with this layout.
         unsafe { std::alloc::dealloc(self.start.as_ptr(), self.layout) };
     }
+}
+
+/// What the disk is, without opening it for more than a look: another host still writes it.
+pub fn look(config: &BlockConfig) -> Result<FileFacts, BlockError> {
+    let path = &config.path;
+    let failed = |source| BlockError::Open { disk: config.name.clone(), path: path.clone(), source };
+    let mut file = File::open(path).map_err(failed)?;
+    let is_device = file.metadata().map_err(failed)?.file_type().is_block_device();
+    let file_bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
+    let bytes = match config.format {
+        DiskFormat::Raw => file_bytes,
+        DiskFormat::Qcow2 => {
+            file.seek(SeekFrom::Start(0)).map_err(failed)?;
+            let mut start = Vec::new();
+            file.take(HEADER_REGION_BYTES as u64).read_to_end(&mut start).map_err(failed)?;
+            header::parse(path, &start, file_bytes)
+                .map_err(|source| BlockError::Image { disk: config.name.clone(), source })?
+                .size
+        }
+    };
+    Ok(FileFacts { bytes, is_device })
 }
 
 /// Opens again what was closed, and refuses another disk in its place.

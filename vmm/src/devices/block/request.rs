@@ -3,13 +3,15 @@
 //! Two kinds of fault. A chain that has no room for header or status breaks the protocol: the device needs a reset.
 //! A request that asks for something impossible is answered with an error status.
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
+use vm_memory::{GuestMemory as _, Permissions};
 
-use super::config::{Geometry, MAX_DISCARD_SECTORS, MAX_REQUEST_BYTES, MAX_ZERO_SECTORS, SECTOR_BYTES};
+use super::config::{Geometry, MAX_DISCARD_SECTORS, MAX_REQUEST_BYTES, MAX_SEGMENTS, MAX_ZERO_SECTORS, SECTOR_BYTES};
 use crate::memory::GuestMemory;
 use crate::virtio::chain::ChainError;
 use crate::virtio::{Chain, Segments};
@@ -39,7 +41,8 @@ impl Status {
 }
 
 /// What to do on the disk. Offsets and lengths are bytes, inside the disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Operation {
     Read { offset: u64 },
     Write { offset: u64 },
@@ -163,6 +166,38 @@ fn range_operation(kind: u32, range: &[u8; RANGE_BYTES], disk: &Geometry) -> Res
     }
     let (offset, len) = (sector * SECTOR_BYTES, u64::from(count) * SECTOR_BYTES);
     Ok(if is_discard { Operation::Discard { offset, len } } else { Operation::Zero { offset, len, unmap } })
+}
+
+impl Request {
+    /// Whether the request is one that [`parse`] could have made for this disk.
+    pub fn fits(&self, disk: &Geometry, memory: &GuestMemory) -> bool {
+        let (data, status) = (&self.data, &self.status);
+        let operation = match self.operation {
+            Operation::Read { offset } => span(disk, offset / SECTOR_BYTES, data.len()).is_ok_and(|at| at == offset),
+            Operation::Write { offset } => {
+                !disk.read_only && span(disk, offset / SECTOR_BYTES, data.len()).is_ok_and(|at| at == offset)
+            }
+            Operation::Flush => data.is_empty(),
+            Operation::Discard { offset, len } => data.is_empty() && range_fits(disk, offset, len, MAX_DISCARD_SECTORS),
+            Operation::Zero { offset, len, .. } => data.is_empty() && range_fits(disk, offset, len, MAX_ZERO_SECTORS),
+        };
+        let access = match self.operation {
+            Operation::Read { .. } => Permissions::Write,
+            _ => Permissions::Read,
+        };
+        let in_memory = |segments: &Segments, access| {
+            segments.iter().all(|segment| memory.check_range(segment.address, segment.len as usize, access))
+        };
+        let buffers = data.count() <= MAX_SEGMENTS as usize && in_memory(data, access);
+        operation && buffers && status.len() == STATUS_BYTES && in_memory(status, Permissions::Write)
+    }
+}
+
+fn range_fits(disk: &Geometry, offset: u64, len: u64, limit: u32) -> bool {
+    let block = u64::from(disk.block_bytes);
+    let aligned = offset.is_multiple_of(block) && len.is_multiple_of(block);
+    let inside = offset.checked_add(len).is_some_and(|end| end <= disk.capacity_sectors * SECTOR_BYTES);
+    !disk.read_only && aligned && inside && len > 0 && len <= u64::from(limit) * SECTOR_BYTES
 }
 
 fn u64_at(bytes: &[u8; 16], at: usize) -> u64 {
@@ -297,6 +332,7 @@ mod tests {
             let Parsed::Disk(request) = parse(chain, &memory, &disk).unwrap() else {
                 return Ok(());
             };
+            prop_assert!(request.fits(&disk, &memory));
             let capacity = disk.capacity_sectors * 512;
             let (offset, len) = match request.operation {
                 Operation::Read { offset } | Operation::Write { offset } => (offset, request.data.len()),

@@ -16,11 +16,12 @@ use super::BlockError;
 use super::backend::Backend;
 use super::config::{BlockConfig, Geometry};
 use super::disk::{self, FileFacts, ReopenError};
-use super::engine::{Engine, Served};
+use super::engine::{Engine, Served, Standing};
 use super::fault::DiskFaults;
 use super::metrics::BlockMetrics;
+use super::request::Request;
 use crate::lease::quiesce::{DiskGate, Drained, Quiesce, QuiesceError};
-use crate::virtio::device::{DeviceError, QueuePosition};
+use crate::virtio::device::DeviceError;
 use crate::virtio::{DeviceQueue, QueueError, VirtioInterrupt, locked};
 
 /// How often requests that wait look at the gate. The gate has no bell of its own: vCPU threads close and open it.
@@ -36,6 +37,8 @@ pub(super) enum Command {
         kick: EventFd,
         interrupt: Arc<dyn VirtioInterrupt>,
         write_through: bool,
+        /// Of a guest that was saved.
+        pending: Vec<Request>,
     },
     /// The reset with this number.
     Reset(u64),
@@ -46,7 +49,7 @@ pub(super) enum Command {
         direct: Option<usize>,
         done: Sender<()>,
     },
-    Position(Sender<Option<QueuePosition>>),
+    Standing(Sender<Option<Standing>>),
     /// Requests that failed are tried again.
     Retry,
     Look,
@@ -83,10 +86,11 @@ impl Link {
         self.resets_done.load(Ordering::SeqCst) >= self.resets_asked.load(Ordering::SeqCst)
     }
 
-    pub(super) fn position(&self) -> Result<Option<QueuePosition>, DeviceError> {
-        let (answer, position) = channel();
-        self.send(Command::Position(answer))?;
-        position.recv_timeout(ANSWER).map_err(|_| DeviceError::NoAnswer { device: "block" })
+    /// `None` while the kernel has requests.
+    pub(super) fn standing(&self) -> Result<Option<Standing>, DeviceError> {
+        let (answer, standing) = channel();
+        self.send(Command::Standing(answer))?;
+        standing.recv_timeout(ANSWER).map_err(|_| DeviceError::NoAnswer { device: "block" })
     }
 
     pub(super) fn metrics(&self) -> &Arc<BlockMetrics> {
@@ -100,20 +104,21 @@ impl Drop for Link {
     }
 }
 
-/// Starts the thread of a disk.
+/// Starts the thread of a disk: on a file, with the alignment of its O_DIRECT, or on none before it is opened.
 pub(super) fn start(
     config: &BlockConfig,
     geometry: Geometry,
     gate: Arc<DiskGate>,
-    backend: Box<dyn Backend>,
-    direct: Option<usize>,
+    backend: Option<(Box<dyn Backend>, Option<usize>)>,
     faults: Arc<dyn DiskFaults>,
 ) -> Result<Arc<Link>, BlockError> {
     let name = config.name.as_str();
     let failed = |source| BlockError::Thread { disk: name.to_owned(), source };
     let metrics = Arc::new(BlockMetrics::default());
     let mut engine = Engine::new(config, geometry, gate, Arc::clone(&metrics));
-    engine.open(backend, direct);
+    if let Some((backend, direct)) = backend {
+        engine.open(backend, direct);
+    }
     let (commands, received) = channel();
     let wake = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
     let thread_wake = wake.try_clone().map_err(failed)?;
@@ -230,9 +235,10 @@ impl DiskThread {
 
     fn carry_out(&mut self, command: Command) {
         match command {
-            Command::Activate { queue, kick, interrupt, write_through } => {
+            Command::Activate { queue, kick, interrupt, write_through, pending } => {
                 self.engine.activate(queue, write_through);
                 self.active = Some(Active { kick, interrupt });
+                self.engine.adopt(pending);
             }
             Command::Reset(number) => {
                 self.active = None;
@@ -252,9 +258,8 @@ impl DiskThread {
                 self.engine.open(backend, direct);
                 let _ = done.send(());
             }
-            Command::Position(answer) => {
-                let position = self.engine.queue().filter(|_| self.engine.is_quiet());
-                let _ = answer.send(position.map(DeviceQueue::position));
+            Command::Standing(answer) => {
+                let _ = answer.send(self.engine.standing());
             }
             Command::Retry => self.engine.retry(),
             Command::Look | Command::Stop => {}
@@ -317,6 +322,10 @@ pub struct BlockHandle {
 impl BlockHandle {
     pub fn name(&self) -> &str {
         &self.config.name
+    }
+
+    pub fn facts(&self) -> FileFacts {
+        self.facts
     }
 
     pub fn metrics(&self) -> &BlockMetrics {

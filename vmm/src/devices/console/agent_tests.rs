@@ -8,6 +8,7 @@ use super::config::{
 };
 use crate::agent_channel::{AgentChannel, AgentClient, AgentRead, TO_CLIENT_BYTES};
 use crate::console_hub::ConsoleHub;
+use crate::cpu::gate::RunGate;
 use crate::interrupt::fake::{FakeIoEvents, FakeMsi};
 use crate::pci::PciFunction;
 use crate::virtio::VirtioPci;
@@ -39,7 +40,7 @@ impl Guest {
     fn new() -> Self {
         let hub = ConsoleHub::new();
         let channel = AgentChannel::new().unwrap();
-        let console = Console::open(Arc::new(hub.device().unwrap()), Arc::clone(&channel)).unwrap();
+        let console = Console::open(Arc::new(hub.device().unwrap()), Arc::clone(&channel), RunGate::new()).unwrap();
         let mut driver = attach(console.clone());
         driver.start();
         Self { driver, console, channel, hub }

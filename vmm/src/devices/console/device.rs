@@ -2,7 +2,7 @@
 //!
 //! Transport and thread share the ports behind a lock that is held for one bounded pass, so a reset is complete when it returns.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -18,7 +18,9 @@ use super::metrics::ConsoleMetrics;
 use super::port::{Pass, Port};
 use super::state::{SavedConsole, SavedPort};
 use crate::agent_channel::AgentChannel;
+use crate::bell::Bell;
 use crate::console_hub::{ConsoleSink, ConsoleSource};
+use crate::cpu::gate::RunGate;
 use crate::virtio::device::{DeviceError, QueuePosition};
 use crate::virtio::{Activation, DeviceKind, QueueError, VirtioDevice, locked};
 
@@ -37,6 +39,9 @@ struct Shared {
     sources: [Arc<dyn ConsoleSource>; PORTS],
     /// Rung when `state` has other queues, and at the end.
     wake: EventFd,
+    /// What is typed waits while the guest stands still: nothing of it changes then.
+    gate: Arc<RunGate>,
+    opened: Arc<Bell>,
     ending: AtomicBool,
 }
 
@@ -50,8 +55,12 @@ struct State {
 }
 
 impl Console {
-    /// A console on one device of the hub, with the agent's port beside it.
-    pub fn open<D>(hub_device: Arc<D>, agent: Arc<AgentChannel>) -> Result<Arc<Self>, ConsoleDeviceError>
+    /// A console on one device of the hub, with the agent's port beside it. Bytes pass `gate`, as the guest's vCPUs do.
+    pub fn open<D>(
+        hub_device: Arc<D>,
+        agent: Arc<AgentChannel>,
+        gate: Arc<RunGate>,
+    ) -> Result<Arc<Self>, ConsoleDeviceError>
     where
         D: ConsoleSink + ConsoleSource + 'static,
     {
@@ -60,11 +69,15 @@ impl Console {
             Port::new(hub_device, CONSOLE, Arc::clone(&metrics)),
             Port::new(Arc::clone(&agent), AGENT, Arc::clone(&metrics)),
         ];
+        let opened = Arc::new(Bell::new().map_err(ConsoleDeviceError::EventFd)?);
+        gate.ring_when_open(&opened);
         let shared = Arc::new(Shared {
             sources: ports.each_ref().map(|port| Arc::clone(port.source())),
             state: Mutex::new(State { ports, control: Control::default(), agent, active: None, restored: false }),
             metrics,
             wake: EventFd::new(EFD_NONBLOCK).map_err(ConsoleDeviceError::EventFd)?,
+            gate,
+            opened,
             ending: AtomicBool::new(false),
         });
         let thread = Arc::clone(&shared);
@@ -106,6 +119,7 @@ impl Shared {
             bells.extend(self.sources.iter().map(|source| source.ready()));
         }
         let mut fds: Vec<PollFd> = bells.iter().map(|bell| readable(bell)).collect();
+        fds.push(PollFd::new(self.opened.as_fd(), PollFlags::POLLIN));
         let timeout = match pass {
             Pass::Idle => PollTimeout::NONE,
             Pass::More => PollTimeout::ZERO,
@@ -120,9 +134,14 @@ impl Shared {
         for bell in bells {
             let _ = bell.read();
         }
+        self.opened.clear();
     }
 
     fn serve(&self) -> Pass {
+        let Some(_inside) = self.gate.try_enter() else {
+            // The gate's bell rings when it opens, and then all queues are looked at.
+            return Pass::Idle;
+        };
         let mut state = locked(&self.state);
         match state.serve(&self.metrics) {
             Ok(pass) => pass,

@@ -8,7 +8,7 @@
 //! A driver without MULTIPORT has `hvc0` and nothing else.
 //!
 //! ```ignore
-//! let console = Console::open(Arc::new(hub.device()?), agent)?;           // Arc<Console>
+//! let console = Console::open(Arc::new(hub.device()?), agent, gate)?;     // Arc<Console>
 //! let function = VirtioPci::new(console, memory, &*msi, io_events)?;      // Arc<VirtioPci>
 //! topology.add_root_port_device(slot, function)?;
 //! ```

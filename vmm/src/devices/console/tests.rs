@@ -1,13 +1,15 @@
 //! The console under a driver without MULTIPORT: both directions, bounds, and a driver that breaks the rules.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::Console;
 use super::config::{MULTIPORT, RECEIVE, TRANSMIT};
 use crate::agent_channel::AgentChannel;
 use crate::console_hub::{ClientRead, ConsoleClient, ConsoleHub};
+use crate::cpu::gate::{RunGate, Stop};
 use crate::pci::PciFunction;
-use crate::virtio::testing::{Buffer, Descriptor, FakeDriver, NEXT, attach};
+use crate::virtio::testing::{Buffer, Descriptor, FakeDriver, NEXT, PATIENCE, attach};
 
 const TX: usize = TRANSMIT as usize;
 const RX: usize = RECEIVE as usize;
@@ -20,7 +22,31 @@ struct Guest {
 }
 
 fn open(hub: &ConsoleHub) -> Arc<Console> {
-    Console::open(Arc::new(hub.device().unwrap()), AgentChannel::new().unwrap()).unwrap()
+    open_at(hub, RunGate::new())
+}
+
+fn open_at(hub: &ConsoleHub, gate: Arc<RunGate>) -> Arc<Console> {
+    Console::open(Arc::new(hub.device().unwrap()), AgentChannel::new().unwrap(), gate).unwrap()
+}
+
+#[test]
+fn a_guest_that_stands_still_is_told_nothing() {
+    let hub = ConsoleHub::new();
+    let gate = RunGate::new();
+    let console = open_at(&hub, gate.clone());
+    let client = hub.attach().unwrap();
+    let driver = attach(console.clone());
+    let mut guest = Guest { driver, console, hub, client };
+    guest.driver.start_with(!MULTIPORT);
+    gate.shut(Stop::Saved);
+    guest.offer_input(64);
+    guest.client.send_input(b"typed");
+    assert!(gate.wait_parked(Instant::now() + PATIENCE));
+    // Nothing is taken by a thread that has looked; and what was typed is there once the gate opens.
+    let before = guest.driver.function.save().unwrap();
+    gate.open(Stop::Saved);
+    assert_eq!(guest.driver.used(RX).1, 5);
+    assert_ne!(guest.driver.function.save().unwrap()["positions"], before["positions"]);
 }
 
 fn guest() -> Guest {

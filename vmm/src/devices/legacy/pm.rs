@@ -3,7 +3,9 @@
 //! The SCI is a level: it is held exactly while an enabled event waits, so a guest that was slow misses none.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
 
 use super::{PowerControl, PowerRequest};
 use crate::bus::PioDevice;
@@ -33,11 +35,24 @@ const SLEEP_TYPE_MASK: u16 = 0b111 << SLEEP_TYPE_SHIFT;
 const SLEEP_ENABLE: u16 = 1 << 13;
 const TIMER_HZ: u128 = 3_579_545;
 
+/// [`PowerManagement`] as it is saved. The timer stands while the guest is saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedPowerManagement {
+    status: u16,
+    enable: u16,
+    control: u16,
+    gpe0: [u8; GPE0_LEN as usize],
+    timer_ns: u64,
+}
+
 pub struct PowerManagement {
     status: u16,
     enable: u16,
     control: u16,
     gpe0: [u8; GPE0_LEN as usize],
+    /// What the timer had counted when it was `started`.
+    counted: Duration,
     started: Instant,
     sci: Arc<dyn LevelLine>,
     power: Arc<dyn PowerControl>,
@@ -51,6 +66,7 @@ impl PowerManagement {
             // There is no legacy mode to leave: ACPI is on from the start.
             control: SCI_ENABLED,
             gpe0: [0; GPE0_LEN as usize],
+            counted: Duration::ZERO,
             started: Instant::now(),
             sci,
             power,
@@ -70,8 +86,34 @@ impl PowerManagement {
         }
     }
 
+    fn elapsed(&self) -> Duration {
+        self.counted.saturating_add(self.started.elapsed())
+    }
+
     fn timer(&self) -> u32 {
-        (self.started.elapsed().as_nanos() * TIMER_HZ / 1_000_000_000) as u32
+        (self.elapsed().as_nanos() * TIMER_HZ / 1_000_000_000) as u32
+    }
+
+    pub fn save(&self) -> SavedPowerManagement {
+        SavedPowerManagement {
+            status: self.status,
+            enable: self.enable,
+            control: self.control,
+            gpe0: self.gpe0,
+            timer_ns: u64::try_from(self.elapsed().as_nanos()).unwrap_or(u64::MAX),
+        }
+    }
+
+    /// Takes over a saved state, and holds the SCI if it was held: KVM saves its interrupt controllers, not the lines into them.
+    pub fn restore(&mut self, saved: SavedPowerManagement) {
+        let SavedPowerManagement { status, enable, control, gpe0, timer_ns } = saved;
+        self.status = status;
+        self.enable = enable;
+        self.control = (control & !SLEEP_ENABLE) | SCI_ENABLED;
+        self.gpe0 = gpe0;
+        self.counted = Duration::from_nanos(timer_ns);
+        self.started = Instant::now();
+        self.update_sci();
     }
 
     fn read_byte(&self, offset: u16) -> u8 {
@@ -173,6 +215,29 @@ mod tests {
         pm.write(PM1_CONTROL, &SLEEP_ENABLE.to_le_bytes());
         assert_eq!(asked.take(), [PowerRequest::PowerOff]);
         assert_eq!(read_word(&mut pm, PM1_CONTROL), SCI_ENABLED);
+    }
+
+    #[test]
+    fn a_saved_state_goes_on_with_its_line_and_its_timer() {
+        let (mut old, _, _) = device();
+        old.write(0x02, &POWER_BUTTON.to_le_bytes());
+        old.write(GPE0 + 8, &[0x21]);
+        old.press_power_button();
+        old.counted = Duration::from_secs(1000);
+        let saved = old.save();
+        assert!(saved.timer_ns >= 1_000_000_000_000);
+        let (mut new, sci, asked) = device();
+        let text = serde_json::to_string(&saved).unwrap();
+        new.restore(serde_json::from_str(&text).unwrap());
+        assert!(sci.asserted(), "the button waits to be seen");
+        assert!(new.elapsed() >= Duration::from_secs(1000));
+        assert_eq!(read_word(&mut new, 0x00), POWER_BUTTON);
+        assert_eq!(SavedPowerManagement { timer_ns: 0, ..new.save() }, SavedPowerManagement { timer_ns: 0, ..saved });
+        // A state that a guest cannot have: nothing is powered off by it, and no time is too much.
+        new.restore(SavedPowerManagement { control: 0xffff, timer_ns: u64::MAX, ..new.save() });
+        assert_eq!(read_word(&mut new, PM1_CONTROL), !SLEEP_ENABLE);
+        new.save();
+        assert_eq!(asked.take(), []);
     }
 
     #[test]

@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::{PowerControl, PowerRequest};
 use crate::bus::PioDevice;
 
@@ -16,6 +18,13 @@ const KEYBOARD_RESET: u8 = 0xfe;
 pub const KEYBOARD_DATA_PORT: u16 = 0x60;
 pub const KEYBOARD_COMMAND_PORT: u16 = 0x64;
 
+/// [`ResetPort`] as it is saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedResetPort {
+    value: u8,
+}
+
 /// Port 0xCF9.
 pub struct ResetPort {
     power: Arc<dyn PowerControl>,
@@ -25,6 +34,14 @@ pub struct ResetPort {
 impl ResetPort {
     pub fn new(power: Arc<dyn PowerControl>) -> Self {
         Self { power, value: 0 }
+    }
+
+    pub fn save(&self) -> SavedResetPort {
+        SavedResetPort { value: self.value }
+    }
+
+    pub fn restore(&mut self, saved: SavedResetPort) {
+        self.value = saved.value & !RESET_CPU;
     }
 }
 
@@ -84,6 +101,9 @@ mod tests {
         let mut port = ResetPort::new(asked.clone());
         port.write(0, &[0x02]);
         assert_eq!(asked.take(), []);
+        let mut restored = ResetPort::new(asked.clone());
+        restored.restore(port.save());
+        assert_eq!(restored.save(), SavedResetPort { value: 0x02 });
         port.write(0, &[0x06]);
         port.write(0, &[RESET_VALUE]);
         assert_eq!(asked.take(), [PowerRequest::Reset; 2]);

@@ -3,6 +3,8 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::PioDevice;
 
 /// The register that holds the century, which the FADT repeats.
@@ -34,7 +36,8 @@ const PM: u8 = 1 << 7;
 const INDEX_MASK: u8 = 0x7f;
 
 /// A calendar date and time, UTC.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct DateTime {
     year: i64,
     month: u8,
@@ -85,12 +88,41 @@ impl DateTime {
             + i64::from(self.second)
     }
 
+    fn is_in_calendar(self) -> bool {
+        (-9999..=9999).contains(&self.year)
+            && (1..=12).contains(&self.month)
+            && (1..=31).contains(&self.day)
+            && self.hour < 24
+            && self.minute < 60
+            && self.second < 60
+    }
+
     /// 1 is Sunday.
     fn weekday(self) -> u8 {
         let days = days_from_date(self.year, self.month, self.day);
         ((days + 4).rem_euclid(7) + 1) as u8
     }
 }
+
+/// How far a guest's clock can be from its host's: the calendar has four digits for the year.
+const MAX_OFFSET_SECONDS: u64 = 10_000 * 366 * SECONDS_A_DAY as u64;
+
+/// [`RealTimeClock`] as it is saved: what it shows is the next host's time, with the same offset.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedRealTimeClock {
+    offset_seconds: i64,
+    held: Option<DateTime>,
+    index: u8,
+    status_a: u8,
+    status_b: u8,
+    memory: Vec<u8>,
+}
+
+/// A saved clock that no guest can have set.
+#[derive(Debug, thiserror::Error)]
+#[error("the saved CMOS clock is none: {0}")]
+pub struct NoClock(&'static str);
 
 /// Where the clock takes the host's time from, in seconds since 1970.
 type HostTime = Box<dyn Fn() -> i64 + Send>;
@@ -127,6 +159,34 @@ impl RealTimeClock {
             status_b: B_24_HOURS,
             memory: [0; 128],
         }
+    }
+
+    pub fn save(&self) -> SavedRealTimeClock {
+        SavedRealTimeClock {
+            offset_seconds: self.offset_seconds,
+            held: self.held,
+            index: self.index,
+            status_a: self.status_a,
+            status_b: self.status_b,
+            memory: self.memory.to_vec(),
+        }
+    }
+
+    pub fn restore(&mut self, saved: SavedRealTimeClock) -> Result<(), NoClock> {
+        let SavedRealTimeClock { offset_seconds, held, index, status_a, status_b, memory } = saved;
+        if offset_seconds.unsigned_abs() > MAX_OFFSET_SECONDS {
+            return Err(NoClock("its time is millennia from the host's"));
+        }
+        if held.is_some_and(|time| !time.is_in_calendar()) {
+            return Err(NoClock("it shows no date"));
+        }
+        self.memory = memory.try_into().map_err(|_| NoClock("its memory has another size"))?;
+        self.offset_seconds = offset_seconds;
+        self.held = held;
+        self.index = index & INDEX_MASK;
+        self.status_a = status_a;
+        self.status_b = status_b;
+        Ok(())
     }
 
     fn now(&self) -> DateTime {
@@ -308,6 +368,41 @@ mod tests {
         time.fetch_add(1, Ordering::Relaxed);
         let seen = [CENTURY, YEAR, MONTH, DAY, HOURS].map(|r| read(&mut clock, r));
         assert_eq!(seen, [0x20, 0x00, 0x01, 0x01, 0x00]);
+    }
+
+    #[test]
+    fn a_saved_clock_goes_on_with_the_next_hosts_time() {
+        let (mut old, _) = clock();
+        write(&mut old, YEAR, 0x30);
+        write(&mut old, 0x40, 0xa5);
+        let (mut new, time) = clock();
+        time.fetch_add(60, Ordering::Relaxed);
+        new.restore(old.save()).unwrap();
+        assert_eq!([YEAR, MINUTES, 0x40].map(|r| read(&mut new, r)), [0x30, 0x47, 0xa5]);
+        // While it is being set, it stands.
+        write(&mut old, STATUS_B, B_24_HOURS | B_SET);
+        new.restore(old.save()).unwrap();
+        time.fetch_add(3600, Ordering::Relaxed);
+        assert_eq!(read(&mut new, HOURS), 0x09);
+        let text = serde_json::to_string(&new.save()).unwrap();
+        assert_eq!(serde_json::from_str::<SavedRealTimeClock>(&text).unwrap(), new.save());
+    }
+
+    #[test]
+    fn a_clock_that_cannot_be_is_refused() {
+        let (mut clock, _) = clock();
+        let good = clock.save();
+        let midnight = DateTime { year: 2026, month: 1, day: 1, hour: 0, minute: 0, second: 0 };
+        for bad in [
+            SavedRealTimeClock { offset_seconds: i64::MIN, ..good.clone() },
+            SavedRealTimeClock { offset_seconds: i64::MAX, ..good.clone() },
+            SavedRealTimeClock { held: Some(DateTime { month: 13, ..midnight }), ..good.clone() },
+            SavedRealTimeClock { held: Some(DateTime { year: i64::MAX, ..midnight }), ..good.clone() },
+            SavedRealTimeClock { memory: vec![0; 127], ..good.clone() },
+        ] {
+            clock.restore(bad).unwrap_err();
+        }
+        assert_eq!(clock.save(), good);
     }
 
     proptest! {

@@ -4,10 +4,11 @@
 //! submitted when gate and rate limit let it) or *held* (it failed, and waits for the guest to be resumed). It leaves with one
 //! answer to the driver, or silently after a reset. The engine has no thread and no clock: [`thread`](super::thread) drives it.
 //!
-//! [`answer`] is the end of a request, [`drain`] the end of all.
+//! [`answer`] is the end of a request, [`drain`] the end of all, [`saved`] how they go to another host.
 
 mod answer;
 mod drain;
+mod saved;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use vmm_control::{DiskFault, OnError};
 
 use self::drain::DRAIN_FLUSH;
 pub use self::drain::Drain;
+pub use self::saved::Standing;
 use super::backend::{Backend, Completion, Io, Token};
 use super::config::{BlockConfig, Geometry, MAX_REQUEST_BYTES, QUEUE_SIZE};
 use super::limit::Limiter;
@@ -161,14 +163,6 @@ impl Engine {
         self.parked.iter().chain(&self.held).copied().collect()
     }
 
-    pub fn is_quiet(&self) -> bool {
-        self.in_flight == 0 && self.parked.is_empty() && self.held.is_empty()
-    }
-
-    pub fn queue(&self) -> Option<&DeviceQueue> {
-        self.queue.as_ref()
-    }
-
     /// Submits what waits and what the ring holds, as far as gate, rate limit and memory allow. `now` counts from any fixed moment.
     pub fn serve(&mut self, now: Duration) -> Result<Served, QueueError> {
         let has_work = self.queue.is_some() || !self.parked.is_empty();
@@ -181,6 +175,8 @@ impl Engine {
         let Some(_pass) = gate.try_enter().filter(|_| self.open.is_some()) else {
             return Ok(Served::Stalled);
         };
+        // Whoever closed the gate to drain has opened it again.
+        self.draining = None;
         let mut outcome = Ok(None);
         while let Some(slot) = self.parked.pop_front() {
             outcome = Ok(self.start(slot, now));
