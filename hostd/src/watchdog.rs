@@ -108,7 +108,7 @@ impl Watchdog {
 pub fn disobedient(guests: &[GuestView], now: Boottime) -> Option<&GuestView> {
     guests.iter().find(|guest| {
         let quiet = match guest.phase {
-            Phase::Gone(_) => true,
+            Phase::Gone(_) | Phase::Incoming { .. } => true,
             Phase::Alive { quiesced, .. } => quiesced,
             Phase::Launching => false,
         };
@@ -133,6 +133,7 @@ mod tests {
             deadline: Some(Boottime::from_ms(10_000)),
             pid: None,
             overhead_bytes: None,
+            incoming: None,
         }
     }
 

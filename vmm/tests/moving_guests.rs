@@ -32,7 +32,7 @@ fn run_call(vm: &TestVm, epoch: u64) -> Call {
 /// The whole stream. The guest stands from then on.
 fn save(vm: &TestVm) -> Vec<u8> {
     let mut client = vm.client();
-    let reply = client.ask(Call::SaveAttach);
+    let reply = client.ask(Call::SaveAttach { migration: None });
     assert!(reply.error.is_none(), "{reply:?}");
     let mut saved = Vec::new();
     client.reader.read_to_end(&mut saved).unwrap();
@@ -120,7 +120,7 @@ fn a_guest_goes_on_in_another_process_where_it_stopped() {
     assert_eq!(waiting.incoming.unwrap().state, IncomingState::Waiting);
     let early = client.ask(run_call(&second, 42)).error.unwrap();
     assert_eq!(early.code, ErrorCode::NotNow, "{early}");
-    assert_eq!(client.ask(Call::SaveAttach).error.unwrap().code, ErrorCode::NotNow);
+    assert_eq!(client.ask(Call::SaveAttach { migration: None }).error.unwrap().code, ErrorCode::NotNow);
     load(&second, &saved);
     assert!(!second.path("started-42").exists(), "nothing is marked started");
     assert_eq!(second.console(), "", "nothing runs");
@@ -282,8 +282,8 @@ fn a_client_that_disappears_leaves_the_guest_stopped_until_it_is_resumed() {
     vm.wait_console("xyz");
     let mut client = vm.client();
     let mut lost = vm.client();
-    assert!(lost.ask(Call::SaveAttach).error.is_none());
-    let second = vm.client().ask(Call::SaveAttach);
+    assert!(lost.ask(Call::SaveAttach { migration: None }).error.is_none());
+    let second = vm.client().ask(Call::SaveAttach { migration: None });
     if let Some(refused) = second.error {
         assert_eq!(refused.code, ErrorCode::Taken);
     }

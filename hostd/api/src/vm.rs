@@ -12,6 +12,7 @@ use statemachine::Seq;
 use statemachine::State;
 use statemachine::VmId;
 use statemachine::command::VmSpecChange;
+use statemachine::ids::MigrationId;
 use statemachine::scheduler::Explanation;
 use statemachine::state::BackingImage;
 use statemachine::state::Desired;
@@ -22,6 +23,8 @@ use statemachine::state::ExitReason;
 use statemachine::state::GuestFacts;
 use statemachine::state::GuestStatus;
 use statemachine::state::MachineType;
+use statemachine::state::Migration;
+use statemachine::state::MigrationProgress;
 use statemachine::state::Nic;
 use statemachine::state::OnError;
 use statemachine::state::RateLimit;
@@ -259,6 +262,43 @@ fn shutdown() -> StopMode {
     StopMode::Shutdown
 }
 
+/// `POST /v1/vms/{id}/migrate`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct VmMigrate {
+    /// Name or id of the host that it is to move to; without it, the scheduler chooses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+}
+
+/// A guest on its way to another host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MigrationView {
+    /// The seq of its beginning.
+    #[schema(value_type = u64)]
+    pub id: MigrationId,
+    pub from: String,
+    pub to: String,
+    /// The right to run is the target's already.
+    pub committed: bool,
+    /// What the source said last.
+    #[schema(value_type = Option<Object>)]
+    pub progress: Option<MigrationProgress>,
+}
+
+impl MigrationView {
+    fn of(state: &State, migration: &Migration) -> MigrationView {
+        let name = |id| state.hosts.get(&id).map_or_else(|| id.to_string(), |host| host.name.clone());
+        MigrationView {
+            id: migration.id,
+            from: name(migration.from),
+            to: name(migration.to),
+            committed: !migration.is_moving(),
+            progress: migration.progress,
+        }
+    }
+}
+
 /// `POST /v1/vms/{id}/reset`, and other bodies that say nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -292,6 +332,8 @@ pub struct VmView {
     #[schema(value_type = Option<String>)]
     pub observed: Option<GuestStatus>,
     pub last_exit: Option<ExitView>,
+    /// Present while it moves to another host.
+    pub migration: Option<MigrationView>,
     /// The error of a disk that holds it. It goes on when that is mended, or at once with `resume`.
     #[schema(value_type = Option<Object>)]
     pub disk_fault: Option<DiskFault>,
@@ -352,6 +394,7 @@ impl VmView {
                 epoch: exit.epoch,
                 at: exit.at,
             }),
+            migration: state.migrations.get(&id).map(|migration| MigrationView::of(state, migration)),
             disk_fault: state.disk_faults.get(&id).cloned(),
             guest: state.guests.get(&id).cloned(),
             spec: vm.spec.clone(),

@@ -106,7 +106,7 @@ fn ended(report: &ExitReport) -> Ended {
 }
 
 /// As the log takes it: one line, bounded.
-fn bounded(text: &str) -> String {
+pub(super) fn bounded(text: &str) -> String {
     let mut line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let mut end = line.len().min(DETAIL_MAX);
     while !line.is_char_boundary(end) {

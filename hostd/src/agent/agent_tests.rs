@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use rand::Rng;
 use statemachine::command::Command;
 use statemachine::fold::Fold;
@@ -21,6 +23,8 @@ use crate::grants::keeper::Timers;
 use crate::lease;
 use crate::lease::LeaseConfig;
 use crate::lease::LeaseHandle;
+use crate::migration::Obstacle;
+use crate::migration::Stream;
 use crate::test_site::Site;
 use crate::test_site::TestCluster;
 use crate::test_site::boot;
@@ -28,6 +32,15 @@ use crate::test_site::facts;
 use crate::test_site::spec;
 
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// No guest of these tests goes anywhere.
+struct NoRoad;
+
+impl Road for NoRoad {
+    fn open(&self, _: HostId, _: VmId, _: MigrationId) -> BoxFuture<'static, Result<Box<dyn Stream>, Obstacle>> {
+        futures::future::ready(Err(Obstacle::Never("there is no other host".to_owned()))).boxed()
+    }
+}
 
 /// One host that leads its site, with hostd's lease and agent on it.
 struct Host {
@@ -82,7 +95,7 @@ impl Host {
             allowed_paths: vec![self.dir.path().to_owned()],
             stop: StopTimers::default(),
         };
-        let agent = spawn(config, own, facts, lease.grant(), publish).await.unwrap();
+        let agent = spawn(config, Arc::new(NoRoad), own, facts, lease.grant(), publish).await.unwrap();
         self.hostd = Some(Hostd { agent, lease, _facts: sender });
     }
 

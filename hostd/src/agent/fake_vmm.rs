@@ -80,7 +80,7 @@ fn serve(config: &VmmConfig, client: UnixStream) {
     let mut answers = client.try_clone().expect("a second handle");
     for line in BufReader::new(client).split(b'\n') {
         let Ok(Request { id, call }) = Request::decode(&line.unwrap_or_default()) else { return };
-        let reply = match call {
+        let reply = match call.clone() {
             Call::Hello => {
                 let (name, pid) = (config.name.clone(), std::process::id());
                 Reply::ok(id, Hello { protocol: 1, vm: config.vm, name, epoch: config.epoch, pid })
@@ -111,5 +111,7 @@ fn status(config: &VmmConfig) -> Status {
         resets: 0,
         agent_open: false,
         io_error: None,
+        saving: None,
+        incoming: None,
     }
 }

@@ -20,6 +20,7 @@ use statemachine::ids::VmId;
 use statemachine::state::DiskFault;
 use statemachine::state::GuestFacts;
 use statemachine::state::GuestStatus;
+use statemachine::state::MigrationProgress;
 use statemachine::state::ReleaseClass;
 use tokio::sync::mpsc;
 use tokio::sync::watch;
@@ -29,6 +30,7 @@ use vmm_control::Call;
 use vmm_control::IncomingState;
 use vmm_control::PauseReason;
 use vmm_control::RunState;
+use vmm_control::SaveStatus;
 use vmm_control::Status;
 
 use super::adopt;
@@ -37,10 +39,10 @@ use super::launcher::Launcher;
 use super::plan::Ended;
 use super::plan::Order;
 use super::run_dir::RunDir;
-use super::work::Attended;
 use super::vmm_client::ClientError;
 use super::vmm_client::VmmClient;
 use super::vmm_client::raw_stream;
+use super::work::Attended;
 use crate::guest_agent::agents::Agents;
 use crate::guest_agent::agents::Entry;
 use crate::guest_agent::task::AgentOrders;
@@ -81,6 +83,8 @@ pub struct Seen {
     pub loaded: Option<bool>,
     /// The migration for which it stands still.
     pub stands_for: Option<MigrationId>,
+    /// How far that is.
+    pub progress: Option<MigrationProgress>,
 }
 
 impl Seen {
@@ -99,7 +103,18 @@ impl Seen {
         let fault = status.io_error.as_ref().filter(|_| seen == GuestStatus::PausedIo).map(disk_fault);
         let loaded = status.incoming.map(|incoming| incoming.state == IncomingState::Loaded);
         let stands_for = status.saving.as_ref().and_then(|saving| saving.migration).map(MigrationId);
-        Seen { status: seen, quiesced, deadline_ns, pid, overhead_bytes, fault, loaded, stands_for }
+        let progress = status.saving.as_ref().map(progress);
+        Seen { status: seen, quiesced, deadline_ns, pid, overhead_bytes, fault, loaded, stands_for, progress }
+    }
+}
+
+fn progress(saving: &SaveStatus) -> MigrationProgress {
+    const PAGE_BYTES: u64 = 4096;
+    MigrationProgress {
+        round: 1,
+        sent_bytes: saving.bytes_sent,
+        remaining_bytes: saving.pages_total.saturating_sub(saving.pages_done) * PAGE_BYTES,
+        ..MigrationProgress::default()
     }
 }
 
@@ -333,7 +348,9 @@ impl GuestTask {
                 self.tell(Told::Undone(order)).await?;
             }
         }
-        if done.is_ok() && matches!(order, Order::Confirm { .. } | Order::Pause | Order::Resume { .. } | Order::GoOn { .. }) {
+        if done.is_ok()
+            && matches!(order, Order::Confirm { .. } | Order::Pause | Order::Resume { .. } | Order::GoOn { .. })
+        {
             // It may run now, or no longer.
             return self.look(client, line).await;
         }
@@ -350,8 +367,12 @@ impl GuestTask {
         let settled = tokio::task::spawn_blocking(move || launcher.settle(vm, epoch, deadline)).await;
         match settled {
             Ok(Ok(())) => self.unsettled = false,
-            Ok(Err(error)) => tracing::warn!(vm = %self.vm, "the files of a guest that came here are not in order: {error}"),
-            Err(error) => tracing::warn!(vm = %self.vm, "the files of a guest that came here were not put in order: {error}"),
+            Ok(Err(error)) => {
+                tracing::warn!(vm = %self.vm, "the files of a guest that came here are not in order: {error}")
+            }
+            Err(error) => {
+                tracing::warn!(vm = %self.vm, "the files of a guest that came here were not put in order: {error}")
+            }
         }
     }
 

@@ -238,7 +238,8 @@ mod tests {
         spec.disks.push(disk);
         let vm = VmId(Uuid::from_u128(7));
         let deadline = Boottime::from_ms(5);
-        let identity = GuestIdentity { vm, name: "web".to_owned(), epoch: Epoch(41), release, deadline, incoming: None };
+        let identity =
+            GuestIdentity { vm, name: "web".to_owned(), epoch: Epoch(41), release, deadline, incoming: None };
         let places = GuestPlaces { run_dir: "/run/quorate/vm/7".into(), mark: "/var/lib/quorate/marks/7/41".into() };
         vmm_config(&identity, &spec, std::slice::from_ref(&images.allowed), places)
     }

@@ -80,11 +80,7 @@ impl Cable {
 }
 
 /// A tap for each card, in the bridge that the spec names; each card is told its bridge's MTU.
-fn plug_in(
-    config: &mut VmmConfig,
-    spec: &VmSpec,
-    incoming: Option<MigrationId>,
-) -> Result<Vec<Cable>, LaunchError> {
+fn plug_in(config: &mut VmmConfig, spec: &VmSpec, incoming: Option<MigrationId>) -> Result<Vec<Cable>, LaunchError> {
     let mut cables = Vec::with_capacity(config.nics.len());
     for (card, nic) in config.nics.iter_mut().zip(&spec.nics) {
         let failed = |source| LaunchError::Nic { id: nic.id.clone(), source };

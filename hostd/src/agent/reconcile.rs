@@ -20,6 +20,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::GuestView;
+use super::adopt;
 use super::adopt::Found;
 use super::cluster::Cluster;
 use super::guest;
@@ -48,6 +49,8 @@ use crate::migration::carrier::Journey;
 const TICK: Duration = Duration::from_millis(500);
 /// News of guests and of work that wait for the loop.
 const NEWS_MAX: usize = 1024;
+/// Progress of a migration is an event at most this often.
+const PROGRESS_EVERY_MS: u64 = 5_000;
 
 pub struct Reconciler {
     pub(super) cluster: Arc<dyn Cluster>,
@@ -64,6 +67,8 @@ struct Line {
     orders: mpsc::Sender<Order>,
     since: Boottime,
     seen: Option<Seen>,
+    /// When the progress of its migration last became news.
+    progress_told: Option<Boottime>,
 }
 
 impl Line {
@@ -201,7 +206,9 @@ impl Loop {
     }
 
     fn receive(&mut self, fold: &Fold, vm: VmId, migration: MigrationId) {
-        let Some((known, permit)) = fold.state.vms.get(&vm).and_then(|known| Some((known, known.permit?))) else { return };
+        let Some((known, permit)) = fold.state.vms.get(&vm).and_then(|known| Some((known, known.permit?))) else {
+            return;
+        };
         if !self.busy.insert(vm) {
             return;
         }
@@ -339,7 +346,7 @@ impl Loop {
         let Some(guest) = self.guests.get(&vm) else { return };
         let who = Attended { vm, epoch, release: guest.release, incoming: guest.incoming };
         let (sender, orders) = mpsc::channel(guest::ORDERS_MAX);
-        self.lines.insert(vm, Line { orders: sender, since: self.now(), seen: None });
+        self.lines.insert(vm, Line { orders: sender, since: self.now(), seen: None, progress_told: None });
         tokio::spawn(self.own.processes.attend(who, orders, self.told.clone()));
     }
 
@@ -366,9 +373,17 @@ impl Loop {
                 if before != guest.phase {
                     tracing::info!(%vm, %epoch, status = ?seen.status, quiesced = seen.quiesced, "the guest's status");
                 }
-                if let Some(line) = self.lines.get_mut(&vm) {
-                    line.seen = Some(seen);
+                let Some(line) = self.lines.get_mut(&vm) else { return };
+                let progress = seen
+                    .progress
+                    .filter(|_| line.progress_told.is_none_or(|last| now.ms_since(last) >= PROGRESS_EVERY_MS));
+                if let (Some(outgoing), Some(progress)) = (guest.outgoing.as_mut(), progress)
+                    && outgoing.progress != Some(progress)
+                {
+                    line.progress_told = Some(now);
+                    outgoing.progress = Some(progress);
                 }
+                line.seen = Some(seen);
             }
             guest::Told::RunsAs(permitted) => {
                 tracing::info!(%vm, epoch = %permitted, migration = %epoch, "a guest from another host runs here");
@@ -379,7 +394,7 @@ impl Loop {
             }
             guest::Told::NotCarried(migration, words) => {
                 if let Some(outgoing) = guest.outgoing.as_mut().filter(|outgoing| outgoing.migration == migration) {
-                    outgoing.failure = Some(words);
+                    outgoing.failure = Some(adopt::bounded(&words));
                 }
             }
             guest::Told::Facts(facts) => guest.facts = Some(facts),

@@ -48,6 +48,13 @@ impl Owed {
         match news.clone() {
             News::Exited(Ended { reason, detail }) => Command::ReportVmExited { report, vm, epoch, reason, detail },
             News::Status(status) => Command::ReportVmStatus { report, vm, epoch, status },
+            News::MigrationFailed(migration, detail) => {
+                Command::ReportMigrationFailed { report, vm, migration, detail }
+            }
+            News::MigrationLoaded(migration) => Command::ReportMigrationLoaded { report, vm, migration },
+            News::MigrationProgress(migration, progress) => {
+                Command::ReportMigrationProgress { report, vm, migration, progress }
+            }
             News::DiskFault(fault) => Command::ReportVmDiskFault { report, vm, epoch, fault },
             News::Facts(facts) => Command::ReportVmGuest { report, vm, epoch, facts },
         }

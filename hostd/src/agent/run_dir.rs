@@ -130,12 +130,7 @@ impl RunDir {
     }
 
     /// Writes the configuration, whole or not at all, over what an earlier epoch left. Under the lock.
-    pub fn prepare(
-        &self,
-        _lock: &Lock,
-        config: &VmmConfig,
-        incoming: Option<MigrationId>,
-    ) -> Result<(), RunDirError> {
+    pub fn prepare(&self, _lock: &Lock, config: &VmmConfig, incoming: Option<MigrationId>) -> Result<(), RunDirError> {
         for stale in [self.control_socket(), ExitReport::path(&self.path), self.migration_file()] {
             remove(&stale)?;
         }

@@ -49,6 +49,8 @@ use crate::console;
         vms::start,
         vms::stop,
         vms::reset,
+        vms::migrate,
+        vms::cancel_migration,
         vms::pause,
         vms::resume,
         vms::why,

@@ -10,6 +10,7 @@ use hostd_api::read::List;
 use hostd_api::read::ReadQuery;
 use hostd_api::vm::NoBody;
 use hostd_api::vm::VmCreate;
+use hostd_api::vm::VmMigrate;
 use hostd_api::vm::VmPatch;
 use hostd_api::vm::VmStart;
 use hostd_api::vm::VmStop;
@@ -122,6 +123,34 @@ pub async fn reset(
 ) -> Result<Json<WriteAnswer>, Failure> {
     let vm = known(&administrator, &name).await?;
     Ok(Json(administrator.write(body.hash, Command::VmReset { vm }).await?.into()))
+}
+
+/// Moves a running VM to another host while it runs.
+#[utoipa::path(post, path = "/v1/vms/{vm}/migrate", tag = "vms", params(("vm" = String, Path, description = "Name or id")),
+    request_body = VmMigrate, responses((status = 200, body = WriteAnswer), (status = "default", body = Problem)))]
+pub async fn migrate(
+    administrator: Administrator,
+    Path(name): Path<String>,
+    body: Body<VmMigrate>,
+) -> Result<Json<WriteAnswer>, Failure> {
+    let vm = known(&administrator, &name).await?;
+    let state = &administrator.member.fold().state;
+    let host = body.value.host.map(|host| find::host(state, &host)).transpose();
+    let host = host.map_err(|rejection| Problem::from(&rejection))?;
+    Ok(Json(administrator.write(body.hash, Command::VmMigrate { vm, host }).await?.into()))
+}
+
+/// Ends a migration that is not committed: the VM stays where it is.
+#[utoipa::path(post, path = "/v1/vms/{vm}/cancel-migration", tag = "vms",
+    params(("vm" = String, Path, description = "Name or id")),
+    request_body = NoBody, responses((status = 200, body = WriteAnswer), (status = "default", body = Problem)))]
+pub async fn cancel_migration(
+    administrator: Administrator,
+    Path(name): Path<String>,
+    body: Body<NoBody>,
+) -> Result<Json<WriteAnswer>, Failure> {
+    let vm = known(&administrator, &name).await?;
+    Ok(Json(administrator.write(body.hash, Command::VmCancelMigration { vm }).await?.into()))
 }
 
 /// Stops a running VM's processors; its memory stays, and its disks are as they are.

@@ -189,7 +189,8 @@ impl Sender {
         let mut random = [0; 8];
         platform.entropy.fill(&mut random);
         let nonce = Nonce(u64::from_ne_bytes(random));
-        let epochs = |guests: &[GuestView]| guests.iter().filter(|it| it.is_under_permit()).map(|it| it.epoch).collect();
+        let epochs =
+            |guests: &[GuestView]| guests.iter().filter(|it| it.is_under_permit()).map(|it| it.epoch).collect();
         let running = epochs(&self.guests.borrow());
         let heartbeat = Heartbeat {
             host: self.cluster.host(),

@@ -127,6 +127,7 @@ fn set_all(gauge: &IntGaugeVec, labels: impl Iterator<Item = String>) {
 fn phase_name(phase: &Phase) -> &'static str {
     match phase {
         Phase::Launching => "launching",
+        Phase::Incoming { .. } => "incoming",
         Phase::Alive { quiesced: true, .. } => "quiesced",
         Phase::Alive { .. } => "alive",
         Phase::Gone(_) => "gone",

@@ -1,7 +1,5 @@
 //! The target's side: lets the host that a guest leaves reach the process that waits for it.
 
-use std::sync::Arc;
-
 use axum::extract::Path as UrlPath;
 use axum::extract::Request;
 use axum::http::StatusCode;
@@ -95,14 +93,16 @@ mod tests {
         site.status(vm, from, GuestStatus::Up);
         let before = site.now();
         let migration: MigrationId = site.root(Command::VmMigrate { vm, host: Some(to) }).seq.into();
-        let code = |fold: &Fold, caller, own| may_send(fold, caller, own, vm, migration).map_err(|problem| problem.code);
+        let code = |fold: &Fold, caller, own| {
+            may_send(fold, caller, own, vm, migration).map_err(|problem| problem.code().to_owned())
+        };
         let now = site.now();
         assert_eq!(code(&now, Caller::Host(from), to), Ok(()));
-        assert_eq!(code(&now, Caller::Host(third), to), Err(Code::Forbidden));
-        assert_eq!(code(&now, Caller::Root, to), Err(Code::Forbidden));
-        assert_eq!(code(&now, Caller::Host(from), third), Err(Code::NotRunning));
-        assert_eq!(code(&before, Caller::Host(from), to), Err(Code::Retry), "it will hear of it");
+        assert_eq!(code(&now, Caller::Host(third), to), Err(Code::Forbidden.as_str().to_owned()));
+        assert_eq!(code(&now, Caller::Root, to), Err(Code::Forbidden.as_str().to_owned()));
+        assert_eq!(code(&now, Caller::Host(from), third), Err(Code::NotRunning.as_str().to_owned()));
+        assert_eq!(code(&before, Caller::Host(from), to), Err(Code::Retry.as_str().to_owned()), "it will hear of it");
         site.root(Command::VmCancelMigration { vm });
-        assert_eq!(code(&site.now(), Caller::Host(from), to), Err(Code::NotRunning));
+        assert_eq!(code(&site.now(), Caller::Host(from), to), Err(Code::NotRunning.as_str().to_owned()));
     }
 }

@@ -70,8 +70,8 @@ impl Road for MemberRoad {
 
 fn obstacle(problem: &Problem) -> Obstacle {
     let words = problem.detail.clone();
-    match problem.code {
-        Code::Retry | Code::HostUnreachable => Obstacle::NotYet(words),
-        _ => Obstacle::Never(words),
+    match [Code::Retry, Code::HostUnreachable].iter().any(|code| code.as_str() == problem.code()) {
+        true => Obstacle::NotYet(words),
+        false => Obstacle::Never(words),
     }
 }

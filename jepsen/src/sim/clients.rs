@@ -16,10 +16,12 @@ use statemachine::command::Command;
 use statemachine::command::IdempotencyKey;
 use statemachine::command::Request;
 use statemachine::fold::Answer;
+use statemachine::state::GuestStatus;
 use statemachine::state::MachineType;
 use statemachine::state::ReleaseClass;
 use statemachine::state::RunStrategy;
 use statemachine::state::StopMode;
+use statemachine::state::Vm;
 use statemachine::state::VmSpec;
 
 use super::checker::Checker;
@@ -64,6 +66,8 @@ pub struct Clients {
     pub token: TokenId,
     /// They wish for new things, besides asking again for old ones.
     pub wishes: bool,
+    /// Among them, that guests move.
+    pub moves: bool,
 }
 
 fn key(request: &Request) -> &str {
@@ -110,6 +114,20 @@ fn wish(dice: &mut Dice, fold: &Fold, id: u64) -> Command {
     }
 }
 
+/// A guest that is up should run elsewhere, or one on its way should stay after all.
+fn wish_move(dice: &mut Dice, fold: &Fold) -> Option<Command> {
+    if dice.one_in(12) {
+        let moving: Vec<_> = fold.state.all_moving().map(|(vm, _)| vm).collect();
+        return dice.pick(&moving).map(|vm| Command::VmCancelMigration { vm: *vm });
+    }
+    if !dice.one_in(3) {
+        return None;
+    }
+    let up = |vm: &Vm| vm.observed.is_some_and(|observed| observed.status == GuestStatus::Up);
+    let up: Vec<_> = fold.state.vms.iter().filter(|(_, vm)| up(vm)).map(|(id, _)| *id).collect();
+    dice.pick(&up).map(|vm| Command::VmMigrate { vm: *vm, host: None })
+}
+
 impl Clients {
     pub fn ask(&mut self, command: Command, now_ms: u64) {
         let id = self.next;
@@ -143,7 +161,8 @@ impl Clients {
             self.next_at_ms = now_ms + dice.range(20..500);
             // Now and then many at once, so that a leader has several entries in flight when something breaks.
             for _ in 0..if dice.one_in(12) { BURST } else { 1 } {
-                let command = wish(dice, &checker.fold, self.next);
+                let moved = if self.moves { wish_move(dice, &checker.fold) } else { None };
+                let command = moved.unwrap_or_else(|| wish(dice, &checker.fold, self.next));
                 self.ask(command, now_ms);
             }
             if dice.one_in(3) {

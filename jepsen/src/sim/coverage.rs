@@ -36,11 +36,15 @@ pub enum Met {
     PulledBatches,
     /// Hosts that pulled first and became members.
     PullersTakenIn,
+    /// Guests that went on running on another host.
+    Migrations,
+    /// Guests that stood still for a migration, and went on where they were.
+    MigrationsUndone,
 }
 
 impl Met {
     /// A campaign fails while one of these is zero.
-    pub const REQUIRED: [Met; 16] = [
+    pub const REQUIRED: [Met; 18] = [
         Met::LeaderChanges,
         Met::RestoredLeaders,
         Met::RefusedProposals,
@@ -57,6 +61,8 @@ impl Met {
         Met::TrimmedStreams,
         Met::PulledBatches,
         Met::PullersTakenIn,
+        Met::Migrations,
+        Met::MigrationsUndone,
     ];
 }
 

@@ -14,6 +14,7 @@ use hostd::agent::plan::Ended;
 use hostd::lease::clock::Boottime;
 use statemachine::BootId;
 use statemachine::ids::Epoch;
+use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
 use statemachine::state::ExitReason;
 use statemachine::state::GuestStatus;
@@ -31,6 +32,8 @@ pub struct Vmm {
     pub state: VmmState,
     /// True time at which it will have obeyed the power button.
     pub off_at_ms: Option<u64>,
+    /// The migration for which it stands still.
+    pub stands_for: Option<MigrationId>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,12 +41,18 @@ pub enum VmmState {
     Running,
     /// Quiesced at its deadline.
     Lapsed,
+    /// It takes in a guest; its epoch is the number of the migration until it runs.
+    Incoming {
+        loaded: bool,
+    },
 }
 
 impl Vmm {
     /// Would the next KVM_RUN enter the guest? The check before each entry (DESIGN §5, *Self-fence*).
     pub fn may_enter(&self, now: Boottime) -> bool {
-        self.state == VmmState::Running && (self.release != ReleaseClass::Lease || now < self.deadline)
+        self.state == VmmState::Running
+            && self.stands_for.is_none()
+            && (self.release != ReleaseClass::Lease || now < self.deadline)
     }
 
     pub fn status(&self) -> GuestStatus {
@@ -51,6 +60,7 @@ impl Vmm {
             VmmState::Running if self.off_at_ms.is_some() => GuestStatus::PoweringDown,
             VmmState::Running => GuestStatus::Up,
             VmmState::Lapsed => GuestStatus::PausedLease,
+            VmmState::Incoming { .. } => GuestStatus::PoweringUp,
         }
     }
 }
@@ -77,10 +87,31 @@ pub enum OwnEnd {
 /// What the observer outside sees of guests; the checker takes it after each step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sight {
-    Launched { vm: VmId, epoch: Epoch },
-    Lapsed { vm: VmId, epoch: Epoch },
-    Resumed { vm: VmId, epoch: Epoch },
-    Ended { vm: VmId, epoch: Epoch },
+    Launched {
+        vm: VmId,
+        epoch: Epoch,
+    },
+    /// From another host, by a migration.
+    Arrived {
+        vm: VmId,
+        epoch: Epoch,
+    },
+    /// It stood still for a migration that came to nothing.
+    WentOn {
+        vm: VmId,
+    },
+    Lapsed {
+        vm: VmId,
+        epoch: Epoch,
+    },
+    Resumed {
+        vm: VmId,
+        epoch: Epoch,
+    },
+    Ended {
+        vm: VmId,
+        epoch: Epoch,
+    },
 }
 
 #[derive(Default)]
@@ -145,9 +176,12 @@ impl Machine {
             let Launch { vm, vmm, launched, .. } = launch;
             // The lock that a vmm holds for life (hazard H20), then the mark, before the first instruction.
             let taken = self.vmms.contains_key(&vm);
-            let starts = !taken && self.marks.insert((vm, vmm.epoch));
+            let incoming = matches!(vmm.state, VmmState::Incoming { .. });
+            let starts = !taken && (incoming || self.marks.insert((vm, vmm.epoch)));
             if starts {
-                self.sights.push(Sight::Launched { vm, epoch: vmm.epoch });
+                if !incoming {
+                    self.sights.push(Sight::Launched { vm, epoch: vmm.epoch });
+                }
                 self.vmms.insert(vm, vmm);
             }
             let _ = launched.send(starts);
@@ -157,16 +191,36 @@ impl Machine {
     fn run_guests(&mut self, now: Boottime) {
         let mut off = Vec::new();
         for (vm, vmm) in &mut self.vmms {
-            if vmm.state == VmmState::Running && !vmm.may_enter(now) {
+            if vmm.state == VmmState::Running && vmm.stands_for.is_none() && !vmm.may_enter(now) {
                 vmm.state = VmmState::Lapsed;
                 self.sights.push(Sight::Lapsed { vm: *vm, epoch: vmm.epoch });
             }
-            if vmm.state == VmmState::Running && vmm.off_at_ms.is_some_and(|at| at <= self.now_ms) {
+            if vmm.state == VmmState::Running
+                && vmm.stands_for.is_none()
+                && vmm.off_at_ms.is_some_and(|at| at <= self.now_ms)
+            {
                 off.push(*vm);
             }
         }
         for vm in off {
             self.end(vm, ExitReason::GuestPoweredOff, "the guest powered off");
+        }
+    }
+
+    /// hostd runs what was taken in, under the permit that the migration ended with. The mark comes before the first instruction.
+    pub fn run_incoming(&mut self, vm: VmId, migration: Epoch, epoch: Epoch, deadline: Boottime) {
+        let Some(vmm) = self.vmms.get_mut(&vm).filter(|vmm| vmm.epoch == migration) else { return };
+        if vmm.state == (VmmState::Incoming { loaded: true }) && self.marks.insert((vm, epoch)) {
+            (vmm.epoch, vmm.deadline, vmm.state) = (epoch, deadline, VmmState::Running);
+            self.sights.push(Sight::Arrived { vm, epoch });
+        }
+    }
+
+    /// The guest stood still for a migration that came to nothing.
+    pub fn go_on(&mut self, vm: VmId, migration: MigrationId) {
+        if let Some(vmm) = self.vmms.get_mut(&vm).filter(|vmm| vmm.stands_for == Some(migration)) {
+            vmm.stands_for = None;
+            self.sights.push(Sight::WentOn { vm });
         }
     }
 
@@ -198,6 +252,9 @@ impl Machine {
     pub fn end(&mut self, vm: VmId, reason: ExitReason, detail: &str) {
         let Some(vmm) = self.vmms.remove(&vm) else { return };
         let ended = Ended { reason, detail: detail.to_owned() };
+        if matches!(vmm.state, VmmState::Incoming { .. }) {
+            return;
+        }
         self.sights.push(Sight::Ended { vm, epoch: vmm.epoch });
         self.remains.insert(vm, (vmm.epoch, vmm.release, ended));
     }

@@ -44,6 +44,7 @@ use super::network::Life;
 use super::network::Network;
 use super::processes::StandIns;
 use super::random::Seeded;
+use super::roads::Roads;
 use super::runtime::SimRuntime;
 
 pub type SimNode = NodeOn<SimRuntime>;
@@ -100,6 +101,7 @@ pub struct Host {
     /// Whom it was told of when it joined.
     peers: Vec<HostId>,
     pub hardware: Hardware,
+    roads: Roads,
     pub oscillator: Oscillator,
     pub process: Option<Process>,
     pub is_powered: bool,
@@ -162,9 +164,11 @@ fn node_config(host: HostId, peers: &[HostId]) -> NodeConfig {
 }
 
 impl Host {
-    pub fn new(id: HostId, peers: Vec<HostId>, oscillator: Oscillator) -> Host {
+    pub fn new(id: HostId, peers: Vec<HostId>, oscillator: Oscillator, roads: Roads) -> Host {
         let hardware = Hardware::new(boot_id(id, 1));
+        roads.lead_to(id, hardware.clone());
         Host {
+            roads,
             id,
             peers,
             hardware,
@@ -206,7 +210,8 @@ impl Host {
             exit: Arc::new(ending.clone()),
             blocking: Blocking::Inline,
         };
-        let (hardware, slot, exit) = (self.hardware.clone(), started.clone(), ending.clone());
+        let stand_ins = StandIns { hardware: self.hardware.clone(), host: self.id, roads: self.roads.clone() };
+        let (slot, exit) = (started.clone(), ending.clone());
         let config = node_config(self.id, &self.peers);
         runtime.spawn(async move {
             let starting = async {
@@ -214,7 +219,7 @@ impl Host {
                 if let Some(genesis) = genesis {
                     node.initialise(genesis).await.map_err(|error| chain(&error))?;
                 }
-                start_hostd(node, &hardware).await
+                start_hostd(node, stand_ins).await
             };
             match starting.await {
                 Ok(hostd) => *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(hostd),
@@ -301,16 +306,16 @@ fn process_runtime(host: HostId, life: u64) -> std::io::Result<Runtime> {
 }
 
 /// What `hostd::work` starts, over stand-ins.
-async fn start_hostd(node: SimNode, hardware: &Hardware) -> Result<Hostd, String> {
+async fn start_hostd(node: SimNode, stand_ins: StandIns) -> Result<Hostd, String> {
     let cluster: Arc<dyn Cluster> = Arc::new(node.clone());
     let grants = Grants::spawn(grants::keeper::Timers::default(), cluster.clone());
     node.set_peer_handler(Arc::new(grants::Door(grants.clone())));
-    let facts = facts(hardware.boot);
+    let facts = facts(stand_ins.hardware.boot);
     let (publish, guests) = agent::guest_channel();
     let config = LeaseConfig { boot: facts.boot, heartbeat: HEARTBEAT, lease: LEASE, watchdog_armed: false };
     let lease = lease::spawn(config, cluster.clone(), guests);
     let (facts_sender, facts) = watch::channel(facts);
-    let processes = Arc::new(StandIns(hardware.clone()));
+    let processes = Arc::new(stand_ins);
     let stop = StopTimers::default();
     let agent = agent::spawn_on(processes, "/run".into(), stop, cluster.clone(), facts, lease.grant(), publish)
         .await

@@ -26,6 +26,7 @@ pub mod network;
 mod panics;
 pub mod processes;
 pub mod random;
+pub mod roads;
 pub mod runtime;
 pub mod shrink;
 pub mod trace;

@@ -168,6 +168,12 @@ impl Network {
         self.wires().cut.remove(&(from, to));
     }
 
+    /// Would a byte that is sent now arrive at a process?
+    pub fn carries(&self, from: HostId, to: HostId) -> bool {
+        let wires = self.wires();
+        !wires.cut.contains(&(from, to)) && wires.endpoints.contains_key(&to)
+    }
+
     pub fn slow(&self, host: HostId, extra_ms: u64) {
         if extra_ms == 0 {
             self.wires().slow.remove(&host);

@@ -14,14 +14,18 @@ use hostd::agent::guest_files::GuestIdentity;
 use hostd::agent::marks::MarkError;
 use hostd::agent::plan::Ended;
 use hostd::agent::plan::Order;
+use hostd::agent::work::Attended;
 use hostd::agent::work::Looked;
 use hostd::agent::work::News;
 use hostd::agent::work::Processes;
 use hostd::agent::work::Worked;
+use hostd::migration::carrier::Journey;
 use rand::Rng;
+use statemachine::HostId;
 use statemachine::command::Command;
 use statemachine::command::Request;
 use statemachine::ids::Epoch;
+use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
 use statemachine::mutant;
 use statemachine::mutant::Mutant;
@@ -37,13 +41,20 @@ use super::hardware::Machine;
 use super::hardware::Vmm;
 use super::hardware::VmmState;
 use super::random::Seeded;
+use super::roads::Roads;
 
 /// Between two looks of an attendant.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 const AGAIN: Duration = Duration::from_secs(1);
+/// As the product's carrier waits for the other end.
+const TARGET_READY: Duration = Duration::from_secs(60);
 
 #[derive(Clone)]
-pub struct StandIns(pub Hardware);
+pub struct StandIns {
+    pub hardware: Hardware,
+    pub host: HostId,
+    pub roads: Roads,
+}
 
 /// Some milliseconds, from the product's generator: what a real process would take.
 fn some_ms(least: u64, most: u64) -> Duration {
@@ -52,7 +63,8 @@ fn some_ms(least: u64, most: u64) -> Duration {
 
 fn found(machine: &Machine, vm: VmId) -> Found {
     if let Some(vmm) = machine.vmms.get(&vm) {
-        return Found::Alive { epoch: vmm.epoch, release: vmm.release };
+        let incoming = matches!(vmm.state, VmmState::Incoming { .. }).then(|| MigrationId(vmm.epoch.0));
+        return Found::Alive { epoch: vmm.epoch, release: vmm.release, incoming };
     }
     // A launch that is under way holds the lock.
     if machine.launches.iter().any(|launch| launch.vm == vm) {
@@ -64,9 +76,69 @@ fn found(machine: &Machine, vm: VmId) -> Found {
     }
 }
 
+async fn launch(hardware: Hardware, identity: GuestIdentity) -> Worked {
+    let GuestIdentity { vm, epoch, release, deadline, incoming, .. } = identity;
+    tokio::time::sleep(some_ms(2, 40)).await;
+    let (launched, is_launched) = oneshot::channel();
+    {
+        let mut machine = hardware.machine();
+        if mutant::is_on(Mutant::EpochStartedTwice) {
+            machine.marks.remove(&(vm, epoch));
+        }
+        let state = if incoming.is_some() { VmmState::Incoming { loaded: false } } else { VmmState::Running };
+        let vmm = Vmm { epoch, release, deadline, state, off_at_ms: None, stands_for: None };
+        let at_ms = machine.now_ms + some_ms(2, 60).as_millis() as u64;
+        machine.launches.push(Launch { at_ms, vm, vmm, launched });
+    }
+    if is_launched.await == Ok(true) {
+        return Worked::Started { epoch };
+    }
+    let left = found(&hardware.machine(), vm);
+    match left {
+        Found::Nothing | Found::NeverRan { .. } => Worked::NotStarted { epoch },
+        found => Worked::Found { instead_of: Some(epoch), found },
+    }
+}
+
+/// Rounds over the memory of a guest that runs, then the rest of a guest that stands still: at each step hostd may die, and at each
+/// the other end may be gone.
+async fn carry(from: StandIns, journey: Journey) -> Result<(), String> {
+    let Journey { vm, migration, to } = journey;
+    let far = || from.roads.far(from.host, to).ok_or_else(|| "the other host is not reached".to_owned());
+    let waits = |machine: &Machine| {
+        let waiting = machine.vmms.get(&vm).filter(|vmm| vmm.epoch == Epoch(migration.0));
+        waiting.is_some_and(|vmm| vmm.state == VmmState::Incoming { loaded: false })
+    };
+    let patience = tokio::time::Instant::now() + TARGET_READY;
+    while !far().is_ok_and(|far| waits(&far.machine())) {
+        if tokio::time::Instant::now() > patience {
+            return Err("the other host is not ready".to_owned());
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    for _ in 0..Seeded.next_u64() % 4 {
+        tokio::time::sleep(some_ms(20, 800)).await;
+        far()?;
+    }
+    match from.hardware.machine().vmms.get_mut(&vm) {
+        Some(vmm) if vmm.state == VmmState::Running => vmm.stands_for = Some(migration),
+        _ => return Err("it does not run".to_owned()),
+    }
+    tokio::time::sleep(some_ms(1, 60)).await;
+    let far = far()?;
+    let mut machine = far.machine();
+    if !waits(&machine) {
+        return Err("the process that took it in is gone".to_owned());
+    }
+    if let Some(vmm) = machine.vmms.get_mut(&vm) {
+        vmm.state = VmmState::Incoming { loaded: true };
+    }
+    Ok(())
+}
+
 impl Processes for StandIns {
     fn look(&self) -> BoxFuture<'static, Result<Looked, AgentError>> {
-        let machine = self.0.machine();
+        let machine = self.hardware.machine();
         let mut vms: Vec<VmId> = machine.vmms.keys().chain(machine.remains.keys()).copied().collect();
         vms.extend(machine.launches.iter().map(|launch| launch.vm));
         vms.sort_unstable();
@@ -77,34 +149,19 @@ impl Processes for StandIns {
     }
 
     fn start(&self, identity: GuestIdentity, _spec: Arc<VmSpec>) -> BoxFuture<'static, Worked> {
-        let hardware = self.0.clone();
-        async move {
-            let GuestIdentity { vm, epoch, release, deadline, .. } = identity;
-            tokio::time::sleep(some_ms(2, 40)).await;
-            let (launched, is_launched) = oneshot::channel();
-            {
-                let mut machine = hardware.machine();
-                if mutant::is_on(Mutant::EpochStartedTwice) {
-                    machine.marks.remove(&(vm, epoch));
-                }
-                let vmm = Vmm { epoch, release, deadline, state: VmmState::Running, off_at_ms: None };
-                let at_ms = machine.now_ms + some_ms(2, 60).as_millis() as u64;
-                machine.launches.push(Launch { at_ms, vm, vmm, launched });
-            }
-            if is_launched.await == Ok(true) {
-                return Worked::Started { epoch };
-            }
-            let left = found(&hardware.machine(), vm);
-            match left {
-                Found::Nothing | Found::NeverRan { .. } => Worked::NotStarted { epoch },
-                found => Worked::Found { instead_of: Some(epoch), found },
-            }
-        }
-        .boxed()
+        launch(self.hardware.clone(), identity).boxed()
+    }
+
+    fn receive(&self, identity: GuestIdentity, _spec: Arc<VmSpec>) -> BoxFuture<'static, Worked> {
+        launch(self.hardware.clone(), identity).boxed()
+    }
+
+    fn carry(&self, journey: Journey) -> BoxFuture<'static, Result<(), String>> {
+        carry(self.clone(), journey).boxed()
     }
 
     fn look_into(&self, vm: VmId, permit: Permit) -> BoxFuture<'static, Worked> {
-        let found = found(&self.0.machine(), vm);
+        let found = found(&self.hardware.machine(), vm);
         async move {
             tokio::time::sleep(some_ms(1, 20)).await;
             match found {
@@ -126,7 +183,7 @@ impl Processes for StandIns {
     }
 
     fn look_again(&self, vm: VmId) -> BoxFuture<'static, Worked> {
-        let hardware = self.0.clone();
+        let hardware = self.hardware.clone();
         async move {
             tokio::time::sleep(AGAIN).await;
             Worked::Found { instead_of: None, found: found(&hardware.machine(), vm) }
@@ -135,14 +192,12 @@ impl Processes for StandIns {
     }
 
     fn renounce(&self, vm: VmId, permit: Permit) -> BoxFuture<'static, Worked> {
-        let hardware = self.0.clone();
+        let hardware = self.hardware.clone();
         async move {
             tokio::time::sleep(some_ms(1, 20)).await;
             let mut machine = hardware.machine();
             match found(&machine, vm) {
-                Found::Alive { epoch, release } => {
-                    Worked::Found { instead_of: None, found: Found::Alive { epoch, release } }
-                }
+                found @ Found::Alive { .. } => Worked::Found { instead_of: None, found },
                 Found::Unclear(_) => Worked::Again,
                 _ => {
                     machine.marks.insert((vm, permit.epoch));
@@ -156,7 +211,7 @@ impl Processes for StandIns {
     }
 
     fn forget(&self, vm: VmId, _vm_exists: bool) -> BoxFuture<'static, Worked> {
-        let mut machine = self.0.machine();
+        let mut machine = self.hardware.machine();
         let taken = matches!(found(&machine, vm), Found::Alive { .. } | Found::Unclear(_));
         if !taken {
             machine.remains.remove(&vm);
@@ -173,13 +228,15 @@ impl Processes for StandIns {
 
     fn burn_before(&self, request: &Request) -> BoxFuture<'static, Result<(), MarkError>> {
         if let Command::ReportVmExited { vm, epoch, .. } = request.command {
-            self.0.machine().marks.insert((vm, epoch));
+            self.hardware.machine().marks.insert((vm, epoch));
         }
         futures::future::ready(Ok(())).boxed()
     }
 
-    fn attend(&self, vm: VmId, epoch: Epoch, orders: mpsc::Receiver<Order>, told: News) -> BoxFuture<'static, ()> {
-        Attendant { hardware: self.0.clone(), vm, epoch, orders, told, seen: None }.run().boxed()
+    fn attend(&self, who: Attended, orders: mpsc::Receiver<Order>, told: News) -> BoxFuture<'static, ()> {
+        let Attended { vm, epoch, incoming, .. } = who;
+        let hardware = self.hardware.clone();
+        Attendant { hardware, vm, epoch, incoming, orders, told, seen: None }.run().boxed()
     }
 }
 
@@ -187,6 +244,7 @@ struct Attendant {
     hardware: Hardware,
     vm: VmId,
     epoch: Epoch,
+    incoming: Option<MigrationId>,
     orders: mpsc::Receiver<Order>,
     told: News,
     seen: Option<Seen>,
@@ -207,9 +265,10 @@ impl Attendant {
                 },
                 _ = look.tick() => {}
             }
+            let by = self.epoch;
             let Some(news) = self.news() else { continue };
             let gone = matches!(news, Told::Gone(_));
-            if self.told.send((self.vm, self.epoch, news)).await.is_err() || gone {
+            if self.told.send((self.vm, by, news)).await.is_err() || gone {
                 return;
             }
         }
@@ -227,6 +286,8 @@ impl Attendant {
                 }
             }
             Order::PowerOff | Order::Kill => machine.end(self.vm, ExitReason::PoweredOff, "powered off"),
+            Order::Run { epoch, deadline } => machine.run_incoming(self.vm, self.epoch, epoch, deadline),
+            Order::GoOn { migration } => machine.go_on(self.vm, migration),
             // No client of the simulation asks for these.
             Order::Reset { .. } | Order::Pause | Order::Resume { .. } => {}
         }
@@ -235,6 +296,13 @@ impl Attendant {
     /// What is new since the last look.
     fn news(&mut self) -> Option<Told> {
         let machine = self.hardware.machine();
+        if let Some(vmm) = machine.vmms.get(&self.vm)
+            && self.incoming.is_some()
+            && vmm.epoch != self.epoch
+        {
+            (self.epoch, self.incoming) = (vmm.epoch, None);
+            return Some(Told::RunsAs(vmm.epoch));
+        }
         let Some(vmm) = machine.vmms.get(&self.vm).filter(|vmm| vmm.epoch == self.epoch) else {
             let ended = machine.remains.get(&self.vm).filter(|(epoch, _, _)| *epoch == self.epoch);
             let lost = || Ended { reason: ExitReason::Lost, detail: "no trace of it is left".to_owned() };
@@ -242,7 +310,22 @@ impl Attendant {
         };
         let quiesced = vmm.state == VmmState::Lapsed;
         let deadline_ns = Some(vmm.deadline.as_ns());
-        let seen = Seen { status: vmm.status(), quiesced, deadline_ns, pid: None, overhead_bytes: None, fault: None };
+        let loaded = match vmm.state {
+            VmmState::Incoming { loaded } => Some(loaded),
+            _ => None,
+        };
+        let (status, stands_for) = (vmm.status(), vmm.stands_for);
+        let seen = Seen {
+            status,
+            quiesced,
+            deadline_ns,
+            pid: None,
+            overhead_bytes: None,
+            fault: None,
+            loaded,
+            stands_for,
+            progress: None,
+        };
         if self.seen.as_ref() == Some(&seen) {
             return None;
         }

@@ -29,6 +29,7 @@ use hostd_api::token::TokenCreated;
 use hostd_api::token::TokenView;
 use hostd_api::vm::NoBody;
 use hostd_api::vm::VmCreate;
+use hostd_api::vm::VmMigrate;
 use hostd_api::vm::VmPatch;
 use hostd_api::vm::VmStart;
 use hostd_api::vm::VmStop;
@@ -136,6 +137,14 @@ impl Client {
 
     pub async fn vm_reset(&self, vm: &str) -> Result<WriteAnswer, ClientError> {
         self.post(&["v1", "vms", vm, "reset"], &NoBody {}).await
+    }
+
+    pub async fn vm_migrate(&self, vm: &str, request: &VmMigrate) -> Result<WriteAnswer, ClientError> {
+        self.post(&["v1", "vms", vm, "migrate"], request).await
+    }
+
+    pub async fn vm_cancel_migration(&self, vm: &str) -> Result<WriteAnswer, ClientError> {
+        self.post(&["v1", "vms", vm, "cancel-migration"], &NoBody {}).await
     }
 
     pub async fn vm_pause(&self, vm: &str) -> Result<WriteAnswer, ClientError> {

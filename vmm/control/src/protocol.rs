@@ -72,7 +72,11 @@ pub enum Call {
     /// Turns this connection into the guest agent's port. Refused as `taken` while another client has it.
     AgentAttach,
     /// Stops the guest and turns this connection into the stream of it. Refused as `taken` while another client saves it.
-    SaveAttach,
+    SaveAttach {
+        /// The migration that it is for; told again in [`SaveStatus`], so that a client which is new here knows whose it is.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        migration: Option<u64>,
+    },
     /// Turns this connection into the stream of the guest that comes. Once, and only in a process that waits for one.
     RestoreAttach,
     /// Runs the guest that was loaded, under this permit. Refused as `not_now` before that. Answered at once; whether the guest runs is in
@@ -295,6 +299,9 @@ pub enum SaveState {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SaveStatus {
     pub state: SaveState,
+    /// As in `save_attach`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
     /// Pages of 4 KiB that the guest has, that were looked at, and that had anything in them.
@@ -382,7 +389,8 @@ mod tests {
             Call::Reset { id: 9 },
             Call::ConsoleAttach,
             Call::AgentAttach,
-            Call::SaveAttach,
+            Call::SaveAttach { migration: None },
+            Call::SaveAttach { migration: Some(77) },
             Call::RestoreAttach,
             Call::Run { epoch: 42, deadline_ns: None, started_marker: "/started/42".into() },
             Call::Run { epoch: 42, deadline_ns: Some(7), started_marker: "/started/42".into() },

@@ -100,7 +100,7 @@ pub(crate) enum Answer {
 pub(crate) enum Stream {
     Console,
     Agent,
-    Save,
+    Save { migration: Option<u64> },
     Restore,
 }
 
@@ -248,7 +248,9 @@ impl Control {
             }
             Call::ConsoleAttach => return Answer::Stream(Stream::Console, Reply::ok(id, json!({}))),
             Call::AgentAttach => return Answer::Stream(Stream::Agent, Reply::ok(id, json!({}))),
-            Call::SaveAttach => return Answer::Stream(Stream::Save, Reply::ok(id, json!({}))),
+            Call::SaveAttach { migration } => {
+                return Answer::Stream(Stream::Save { migration }, Reply::ok(id, json!({})));
+            }
             Call::RestoreAttach => return Answer::Stream(Stream::Restore, Reply::ok(id, json!({}))),
             Call::Run { epoch, deadline_ns, started_marker } => {
                 match self.order(running, RunOrder { epoch, deadline_ns, started_marker }) {
@@ -278,14 +280,14 @@ impl Control {
     }
 
     /// Stops the guest for a save over the connection that asks for it.
-    pub(crate) fn begin_save(&self) -> Result<(Session, Arc<Parts>), (ErrorCode, String)> {
+    pub(crate) fn begin_save(&self, migration: Option<u64>) -> Result<(Session, Arc<Parts>), (ErrorCode, String)> {
         let not_now = |words: &str| (ErrorCode::NotNow, words.to_owned());
         let running = self.running.get().ok_or_else(|| not_now("the process is starting"))?;
         if running.incoming.as_ref().is_some_and(|incoming| incoming.status().is_some()) {
             return Err(not_now(NOT_HERE_YET));
         }
         let machine = self.machine().ok_or_else(|| not_now("the guest is restarting or ending"))?;
-        let session = running.saves.begin().map_err(|refusal| (ErrorCode::Taken, refusal.to_string()))?;
+        let session = running.saves.begin(migration).map_err(|refusal| (ErrorCode::Taken, refusal.to_string()))?;
         self.notify(Notice::Paused { reason: PauseReason::Saved, quiesced: false });
         Ok((session, machine.parts))
     }

@@ -343,7 +343,9 @@ impl Loop {
                 };
                 (code, error.to_string())
             }),
-            Stream::Save => self.control.begin_save().map(|(session, parts)| GuestEnd::Save(session, parts)),
+            Stream::Save { migration } => {
+                self.control.begin_save(migration).map(|(session, parts)| GuestEnd::Save(session, parts))
+            }
             Stream::Restore => {
                 self.control.reserve_incoming().map(|incoming| GuestEnd::Restore(IncomingPlace(Some(incoming))))
             }

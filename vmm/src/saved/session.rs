@@ -65,6 +65,8 @@ enum Phase {
 
 struct State {
     phase: Phase,
+    /// That the present or last save is for.
+    migration: Option<u64>,
     given_up: bool,
     /// Where the guest goes, to be cut when it is given up.
     stream: Option<UnixStream>,
@@ -94,7 +96,7 @@ pub struct Session {
 
 impl Saves {
     pub fn new(gate: Arc<RunGate>, disk_gate: Arc<DiskGate>) -> Arc<Self> {
-        let state = State { phase: Phase::Idle, given_up: false, stream: None };
+        let state = State { phase: Phase::Idle, migration: None, given_up: false, stream: None };
         let (state, changed, progress) = (Mutex::new(state), Condvar::new(), Progress::default());
         Arc::new(Self { gate, disk_gate, state, changed, progress })
     }
@@ -103,13 +105,13 @@ impl Saves {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Stops the guest. Does not wait for it.
-    pub fn begin(self: &Arc<Self>) -> Result<Session, SaveRefusal> {
+    /// Stops the guest, for this migration if it is for one. Does not wait for it.
+    pub fn begin(self: &Arc<Self>, migration: Option<u64>) -> Result<Session, SaveRefusal> {
         let mut state = self.state();
         if state.phase == Phase::Saving {
             return Err(SaveRefusal::Taken);
         }
-        *state = State { phase: Phase::Saving, given_up: false, stream: None };
+        *state = State { phase: Phase::Saving, migration, given_up: false, stream: None };
         let Progress { pages_total, pages_done, pages_sent, bytes_sent } = &self.progress;
         for counter in [pages_total, pages_done, pages_sent, bytes_sent] {
             counter.store(0, Ordering::Relaxed);
@@ -151,15 +153,20 @@ impl Saves {
 
     /// What the guest stands still for.
     pub fn status(&self) -> Option<SaveStatus> {
-        let (state, error) = match &self.state().phase {
-            Phase::Idle => return None,
-            Phase::Saving => (SaveState::Saving, None),
-            Phase::Saved => (SaveState::Saved, None),
-            Phase::Failed(words) => (SaveState::Failed, Some(words.clone())),
+        let (state, error, migration) = {
+            let state = self.state();
+            let (now, error) = match &state.phase {
+                Phase::Idle => return None,
+                Phase::Saving => (SaveState::Saving, None),
+                Phase::Saved => (SaveState::Saved, None),
+                Phase::Failed(words) => (SaveState::Failed, Some(words.clone())),
+            };
+            (now, error, state.migration)
         };
         let progress = &self.progress;
         Some(SaveStatus {
             state,
+            migration,
             error,
             pages_total: progress.pages_total.load(Ordering::Relaxed),
             pages_done: progress.pages_done.load(Ordering::Relaxed),
@@ -253,9 +260,9 @@ mod tests {
     fn a_guest_stands_from_the_beginning_of_a_save_until_it_is_resumed() {
         let (saves, gate, disk_gate) = saves();
         assert_eq!(saves.resume(), Ok(false));
-        let session = saves.begin().unwrap();
+        let session = saves.begin(None).unwrap();
         assert!(gate.holds(Stop::Saved) && !disk_gate.is_open());
-        assert_eq!(saves.begin().err(), Some(SaveRefusal::Taken));
+        assert_eq!(saves.begin(None).err(), Some(SaveRefusal::Taken));
         assert_eq!(saves.resume(), Err(SaveRefusal::UnderWay));
         assert_eq!(state_of(&saves), Some(SaveState::Saving));
 
@@ -271,13 +278,13 @@ mod tests {
     #[test]
     fn a_client_that_is_gone_leaves_the_guest_stopped_until_it_is_resumed_or_saved_again() {
         let (saves, gate, _) = saves();
-        drop(saves.begin().unwrap());
+        drop(saves.begin(None).unwrap());
         let status = saves.status().unwrap();
         assert_eq!(status.state, SaveState::Failed);
         assert!(status.error.unwrap().contains("client was gone"));
         assert!(gate.holds(Stop::Saved));
 
-        let again = saves.begin().unwrap();
+        let again = saves.begin(None).unwrap();
         assert_eq!(state_of(&saves), Some(SaveState::Saving));
         drop(again);
         gate.shut(Stop::Lease);
@@ -289,7 +296,7 @@ mod tests {
     fn the_end_of_a_machine_cuts_a_save_short() {
         let (saves, gate, _) = saves();
         saves.give_up();
-        let session = saves.begin().unwrap();
+        let session = saves.begin(None).unwrap();
         let (near, far) = UnixStream::pair().unwrap();
         saves.state().stream = Some(near.try_clone().unwrap());
         let saver = std::thread::spawn(move || {

@@ -145,6 +145,8 @@ impl World {
                 self.agent.guests.remove(&vm);
             }
             Action::Report { .. } => {}
+            // Its guests do not move.
+            Action::Receive { .. } | Action::Carry { .. } => unreachable!("nobody asked for it"),
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 use statemachine::command::Actor;
 use statemachine::command::Command;
+use statemachine::state::ExitReason;
 
 use super::*;
 use crate::test_site::Site;

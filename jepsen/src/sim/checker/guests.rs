@@ -22,6 +22,11 @@ impl Checker {
         for sight in sights {
             match sight {
                 Sight::Launched { vm, epoch } => self.launched(host, vm, epoch),
+                Sight::Arrived { vm, epoch } => {
+                    self.coverage.add(Met::Migrations, 1);
+                    self.launched(host, vm, epoch);
+                }
+                Sight::WentOn { .. } => self.coverage.add(Met::MigrationsUndone, 1),
                 Sight::Lapsed { .. } => self.coverage.add(Met::LapsedLeases, 1),
                 Sight::Resumed { .. } => self.coverage.add(Met::ResumedLeases, 1),
                 Sight::Ended { .. } => {}

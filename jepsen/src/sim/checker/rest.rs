@@ -16,6 +16,8 @@ use super::Checker;
 use super::log::READ_BATCHES;
 use super::log::READ_BYTES;
 use crate::sim::coverage::Met;
+use crate::sim::hardware::Vmm;
+use crate::sim::hardware::VmmState;
 use crate::sim::host::Host;
 use crate::sim::host::SimNode;
 
@@ -91,6 +93,10 @@ impl Checker {
         let mut running = BTreeMap::new();
         for host in hosts.values() {
             let machine = host.hardware.machine();
+            let moves = |vmm: &Vmm| vmm.stands_for.is_some() || matches!(vmm.state, VmmState::Incoming { .. });
+            if let Some((vm, _)) = machine.vmms.iter().find(|(_, vmm)| moves(vmm)) {
+                return Err(format!("vm {vm} is still on its way, and part of it on host {}", host.id));
+            }
             running.extend(machine.vmms.iter().map(|(vm, vmm)| (*vm, vmm.may_enter(host.hardware.now()))));
         }
         for (id, vm) in self.fold.state.vms.iter() {

@@ -35,7 +35,7 @@ impl World {
     fn add_host(&mut self, id: HostId, genesis: Option<Request>) {
         let oscillator = self.oscillator();
         let peers = self.hosts.keys().copied().collect();
-        let mut host = Host::new(id, peers, oscillator);
+        let mut host = Host::new(id, peers, oscillator, self.roads.clone());
         host.start(&self.network, self.now_ms, genesis);
         self.hosts.insert(id, host);
     }

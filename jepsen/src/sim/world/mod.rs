@@ -25,6 +25,7 @@ use crate::sim::network::Network;
 use crate::sim::panics;
 use crate::sim::random::Dice;
 use crate::sim::random::seed_product;
+use crate::sim::roads::Roads;
 use crate::sim::trace::Trace;
 
 /// Faults begin this long after the site is formed, and go on for so long.
@@ -45,6 +46,7 @@ pub struct World {
     now_ms: u64,
     hosts: BTreeMap<HostId, Host>,
     network: Network,
+    roads: Roads,
     checker: Checker,
     clients: Clients,
     dice: Dice,
@@ -66,11 +68,13 @@ impl World {
         seed_product(seed);
         panics::watch();
         let trace = Trace::new(options.prints);
+        let network = Network::new(seed, trace.clone());
         World {
             seed,
             now_ms: 0,
             hosts: BTreeMap::new(),
-            network: Network::new(seed, trace.clone()),
+            roads: Roads::new(network.clone()),
+            network,
             checker: Checker::default(),
             clients: Clients::default(),
             dice: Dice::new(seed),
@@ -96,6 +100,8 @@ impl World {
         let own = faults::plan(&mut self.dice, size, from_ms, until_ms);
         let planned = self.faults.take().unwrap_or(own);
         self.clients.wishes = true;
+        // The others draw as they did before guests moved.
+        self.clients.moves = self.seed % 3 == 1;
         self.storm(&planned, until_ms);
         self.rest();
         let mut coverage = self.checker.coverage.clone();

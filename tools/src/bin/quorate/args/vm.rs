@@ -56,6 +56,19 @@ pub enum VmCommand {
     /// Reset a VM as its reset button does; it stays on its host
     #[command(after_help = "Example:\n  quorate vm reset web1")]
     Reset { vm: String },
+    /// Move a running VM to another host while it runs; the scheduler chooses where to
+    #[command(after_help = "Examples:\n  quorate vm migrate web1 --wait\n  quorate vm migrate web1 --to n2")]
+    Migrate {
+        vm: String,
+        /// It must go to this host
+        #[arg(long, value_name = "HOST")]
+        to: Option<String>,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Let a VM stay that is on its way to another host
+    #[command(after_help = "Example:\n  quorate vm cancel-migration web1")]
+    CancelMigration { vm: String },
     /// Stop a VM's processors; it keeps its memory and its place
     #[command(after_help = "Example:\n  quorate vm pause web1 && quorate vm resume web1")]
     Pause { vm: String },

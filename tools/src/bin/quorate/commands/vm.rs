@@ -7,6 +7,7 @@ use hostd_api::MAX_BODY_BYTES;
 use hostd_api::read::Item;
 use hostd_api::vm::DesiredView;
 use hostd_api::vm::VmCreate;
+use hostd_api::vm::VmMigrate;
 use hostd_api::vm::VmPatch;
 use hostd_api::vm::VmSpecBody;
 use hostd_api::vm::VmStart;
@@ -43,6 +44,11 @@ pub async fn run(context: &Context, command: VmCommand) -> Result<(), Failure> {
         VmCommand::Reset { vm } => {
             let answer = client.vm_reset(&vm).await?;
             output::done(context.format, &answer, &format!("vm {vm} is being reset (seq {})", answer.seq))
+        }
+        VmCommand::Migrate { vm, to, wait } => migrate(context, &vm, to, wait).await,
+        VmCommand::CancelMigration { vm } => {
+            let answer = client.vm_cancel_migration(&vm).await?;
+            output::done(context.format, &answer, &format!("vm {vm} stays where it is (seq {})", answer.seq))
         }
         VmCommand::Pause { vm } => {
             let answer = client.vm_pause(&vm).await?;
@@ -167,6 +173,20 @@ async fn stop(context: &Context, vm: &str, power_off: bool, wait: Wait) -> Resul
     output::done(context.format, &answer, &format!("vm {} is Down (seq {})", stopped.name, answer.seq))
 }
 
+async fn migrate(context: &Context, vm: &str, host: Option<String>, wait: Wait) -> Result<(), Failure> {
+    let answer = context.client.vm_migrate(vm, &VmMigrate { host }).await?;
+    if !wait.wait {
+        return output::done(context.format, &answer, &format!("vm {vm} is on its way (seq {})", answer.seq));
+    }
+    let moved = wait_for(context, vm, &answer, wait, has_moved).await?;
+    let host = moved.host_name.as_deref().unwrap_or("-");
+    output::done(
+        context.format,
+        &answer,
+        &format!("vm {} is {} on host {host} (seq {})", moved.name, moved.status, answer.seq),
+    )
+}
+
 async fn wait_for(
     context: &Context,
     vm: &str,
@@ -199,6 +219,34 @@ fn runs(vm: &VmView, since: Seq) -> Look<()> {
             Look::NotYet(format!("it is {status} again, after it ended: {}", output::exit_line(exit)))
         }
         (status, None) => Look::NotYet(format!("it is {status}")),
+    }
+}
+
+/// Did the migration that began at `since`, or earlier, bring it to another host?
+fn has_moved(vm: &VmView, since: Seq) -> Look<()> {
+    let began = vm.migration.as_ref().map_or(since, |migration| Seq::from(migration.id));
+    let name = &vm.name;
+    match (&vm.migration, vm.epoch) {
+        (None, Some(epoch)) if Seq::from(epoch) > began => Look::Done(()),
+        (None, Some(_)) => Look::Never(format!(
+            "vm {name} stays where it is; `quorate events --entity vm/{name} --from oldest` says why"
+        )),
+        (None, None) => Look::Never(format!("vm {name} runs no more")),
+        (Some(migration), _) if migration.committed => Look::NotYet(format!("it has left for {}", migration.to)),
+        (Some(migration), _) => {
+            let far = migration.progress.map_or_else(
+                || "it sets out".to_owned(),
+                |it| {
+                    format!(
+                        "round {}, {} MiB sent, {} MiB left",
+                        it.round,
+                        it.sent_bytes >> 20,
+                        it.remaining_bytes >> 20
+                    )
+                },
+            );
+            Look::NotYet(far)
+        }
     }
 }
 

@@ -2,9 +2,11 @@ use std::io::Write;
 
 use clap::Parser;
 use hostd_api::vm::ExitView;
+use hostd_api::vm::MigrationView;
 use statemachine::Epoch;
 use statemachine::HostId;
 use statemachine::VmId;
+use statemachine::ids::MigrationId;
 use statemachine::state::ExitReason;
 use statemachine::state::ReleaseClass;
 
@@ -27,6 +29,7 @@ fn vm(status: VmStatus, desired: DesiredView) -> VmView {
         release: ReleaseClass::Operator,
         observed: None,
         last_exit: None,
+        migration: None,
         disk_fault: None,
         guest: None,
         spec: std::sync::Arc::new(VmSpecBody::default().into_spec()),
@@ -51,6 +54,21 @@ fn an_exit_before_the_start_is_history() {
     let starting = VmView { last_exit: exit_at(5), ..vm(VmStatus::PoweringUp, DesiredView::Running) };
     assert!(matches!(runs(&starting, Seq(10)), Look::NotYet(_)));
     assert!(matches!(runs(&VmView { status: VmStatus::Up, ..starting }, Seq(10)), Look::Done(())));
+}
+
+#[test]
+fn a_move_is_over_when_the_guest_is_elsewhere_or_stays() {
+    let at =
+        |epoch, migration| VmView { epoch: Some(Epoch(epoch)), migration, ..vm(VmStatus::Up, DesiredView::Running) };
+    let migration = |committed| {
+        let (from, to) = ("n1".to_owned(), "n2".to_owned());
+        Some(MigrationView { id: MigrationId(20), from, to, committed, progress: None })
+    };
+    assert!(matches!(has_moved(&at(10, migration(false)), Seq(20)), Look::NotYet(_)));
+    assert!(matches!(has_moved(&at(24, migration(true)), Seq(20)), Look::NotYet(_)));
+    assert!(matches!(has_moved(&at(24, None), Seq(20)), Look::Done(())));
+    assert!(matches!(has_moved(&at(10, None), Seq(20)), Look::Never(_)), "it was aborted");
+    assert!(matches!(has_moved(&vm(VmStatus::Down, DesiredView::Running), Seq(20)), Look::Never(_)));
 }
 
 #[test]

@@ -69,6 +69,10 @@ impl Show for Item<VmView> {
         for nic in &spec.nics {
             table.field(&format!("nic {}", nic.id), format!("{} on {}", nic.mac_of(vm.id), nic.bridge));
         }
+        if let Some(migration) = &vm.migration {
+            let far = migration.progress.map(|it| format!(", round {}, {} MiB sent", it.round, it.sent_bytes >> 20));
+            table.field("moves", format!("from {} to {}{}", migration.from, migration.to, far.unwrap_or_default()));
+        }
         if let Some(fault) = &vm.disk_fault {
             let cause = if fault.no_space { "no space left" } else { "an error" };
             table.field("stands still", format!("{cause} on disk {}: {}", fault.disk, fault.what));
