@@ -155,7 +155,7 @@ mod tests {
         let (_, mut reader) = GuestReader::start(bytes).unwrap();
         reader.accept(layout);
         loop {
-            match reader.next().unwrap() {
+            match reader.item().unwrap() {
                 Item::Pages { address, data } => put_pages(memory, address, data).unwrap(),
                 Item::Zeros { address, pages } => put_zeros(memory, address, pages).unwrap(),
                 Item::State(_) => {}
