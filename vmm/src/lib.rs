@@ -8,6 +8,8 @@
 //! - the device reads and writes guest RAM through [`memory`], and interrupts by [`interrupt`];
 //! - hostd asks over [`control`], and the [`lease`] stops the guest when hostd no longer may.
 //!
+//! A guest that moves to another process, or into a file, does so by [`saved`].
+//!
 //! Threads: the main one owns the machine, `control` serves the socket, `lease` quiesces, `vcpu-N` run the guest, each device that does I/O has
 //! its own, `log` and `console-log` write to disk. A vCPU waits for none of them.
 //!

@@ -172,15 +172,37 @@ fn a_guest_moves_again_and_again() {
         return;
     }
     let mut all = vec![source("m")];
-    all[0].start();
+    // The second processor is one that nobody has started.
+    all[0].set("vcpus", json!(2)).start();
     all[0].wait_console("xyz");
     for epoch in 42..48 {
         let saved = save(all.last().unwrap());
         let mut next = target("m");
-        next.start();
+        next.set("vcpus", json!(2)).start();
         load(&next, &saved);
         run(&next, epoch);
         wait_for("some letters", || (printed(&next).len() > 20).then_some(()));
+        all.push(next);
+    }
+    let text = all_printed(&all.iter().collect::<Vec<_>>());
+    assert!(counts(&text, 'a', 'z') && !text.contains('!'), "{text}");
+}
+
+#[test]
+fn a_guest_that_is_stopped_in_an_access_neither_repeats_nor_loses_it() {
+    if !flat_guests_run() {
+        return;
+    }
+    let mut all = vec![source("f")];
+    all[0].start();
+    all[0].wait_console("xyz");
+    for epoch in 42..47 {
+        let saved = save(all.last().unwrap());
+        let mut next = target("f");
+        next.start();
+        load(&next, &saved);
+        run(&next, epoch);
+        wait_for("some letters", || (printed(&next).len() > 100).then_some(()));
         all.push(next);
     }
     let text = all_printed(&all.iter().collect::<Vec<_>>());
@@ -277,7 +299,6 @@ fn a_client_that_disappears_leaves_the_guest_stopped_until_it_is_resumed() {
         return;
     }
     let mut vm = source("m");
-    // More memory than the socket takes, and all of it with something in it is not needed: the client reads nothing at all.
     vm.start();
     vm.wait_console("xyz");
     let mut client = vm.client();

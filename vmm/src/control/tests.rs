@@ -1,7 +1,7 @@
 //! What the control socket says of a guest that a disk has stopped. No socket, no KVM.
 
 use serde_json::Value;
-use vmm_control::DiskFault;
+use vmm_control::{DiskFault, SaveState};
 
 use super::*;
 use crate::devices::block::DiskFaults;
@@ -62,6 +62,46 @@ impl Stopped {
     fn status(&self) -> Status {
         serde_json::from_value(self.ask(Call::Status)).unwrap()
     }
+}
+
+impl Stopped {
+    fn refusal(&self, call: Call) -> ErrorCode {
+        match self.control.answer(Request { id: 1, call: call.clone() }) {
+            Answer::Reply(reply) => reply.error.unwrap().code,
+            _ => panic!("{call:?} is answered with a reply"),
+        }
+    }
+}
+
+#[test]
+fn a_guest_is_not_resumed_while_it_is_being_saved() {
+    let stopped = control();
+    let running = stopped.control.running.get().unwrap();
+    let session = running.saves.begin().unwrap();
+    stopped.ask(Call::Pause);
+    let status = stopped.status();
+    assert_eq!(status.run, RunState::Paused { reason: PauseReason::Saved });
+    assert_eq!(status.saving.unwrap().state, SaveState::Saving);
+    assert_eq!(stopped.refusal(Call::Resume), ErrorCode::NotNow);
+    assert!(stopped.gate.holds(Stop::Saved) && stopped.gate.holds(Stop::Requested), "a refusal changes nothing");
+
+    drop(session);
+    assert_eq!(stopped.status().saving.unwrap().state, SaveState::Failed);
+    stopped.ask(Call::Resume);
+    let status = stopped.status();
+    assert_eq!((status.run, status.saving), (RunState::Running, None));
+}
+
+#[test]
+fn a_process_that_waits_for_no_guest_takes_none() {
+    let stopped = control();
+    let run = |deadline_ns| Call::Run { epoch: 42, deadline_ns, started_marker: "/started/42".into() };
+    assert_eq!(stopped.refusal(run(None)), ErrorCode::NotNow);
+    assert_eq!(stopped.refusal(run(Some(u64::MAX))), ErrorCode::NoLease);
+    assert_eq!(stopped.control.reserve_incoming().err().unwrap().0, ErrorCode::NotNow);
+    // And without a machine there is nothing to save.
+    assert_eq!(stopped.control.begin_save().err().unwrap().0, ErrorCode::NotNow);
+    assert!(stopped.gate.is_open());
 }
 
 #[test]

@@ -7,4 +7,5 @@ pub mod errand;
 pub mod gate;
 pub mod msr;
 pub mod regs;
+pub mod sregs;
 pub mod vcpu;

@@ -254,7 +254,7 @@ impl Incoming {
         }
         let mut payloads = Payloads::default();
         loop {
-            match reader.next()? {
+            match reader.item()? {
                 Item::Pages { address, data } => memory::put_pages(&parts.memory, address, data)?,
                 Item::Zeros { address, pages } => memory::put_zeros(&parts.memory, address, pages)?,
                 Item::State(payload) => payloads.add(payload)?,

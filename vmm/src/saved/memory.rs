@@ -45,40 +45,11 @@ fn runs(data: &[u8]) -> Vec<Run> {
     runs
 }
 
-/// What to do about pages of zeros.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Zeros {
-    /// The target's memory is fresh.
-    Skip,
-    /// The target may have had something else there.
-    Tell,
-}
-
-/// Sends `pages` pages from `address` on, which lie in one region.
-pub fn send_range<W: Write>(
-    memory: &GuestMemory,
-    writer: &mut GuestWriter<W>,
-    address: u64,
-    pages: u64,
-    zeros: Zeros,
-) -> Result<(), MemoryCopyError> {
-    let mut buffer = vec![0; (pages.min(MAX_RUN_PAGES) * PAGE_BYTES) as usize];
-    let mut done = 0;
-    while done < pages {
-        let now = (pages - done).min(MAX_RUN_PAGES);
-        let at = address + done * PAGE_BYTES;
-        let data = &mut buffer[..(now * PAGE_BYTES) as usize];
-        memory.read_slice(data, GuestAddress(at)).map_err(|source| MemoryCopyError::Memory { address: at, source })?;
-        for run in runs(data) {
-            let start = run.first * PAGE_BYTES as usize;
-            let run_at = at + start as u64;
-            if !run.is_zero {
-                writer.pages(run_at, &data[start..start + run.pages * PAGE_BYTES as usize])?;
-            } else if zeros == Zeros::Tell {
-                writer.zeros(run_at, run.pages as u64)?;
-            }
-        }
-        done += now;
+/// Sends what some whole pages hold that is not zero: the target's memory is fresh.
+fn send_pages<W: Write>(writer: &mut GuestWriter<W>, address: u64, data: &[u8]) -> Result<(), StreamError> {
+    for run in runs(data).into_iter().filter(|run| !run.is_zero) {
+        let start = run.first * PAGE_BYTES as usize;
+        writer.pages(address + start as u64, &data[start..start + run.pages * PAGE_BYTES as usize])?;
     }
     Ok(())
 }
@@ -90,6 +61,7 @@ pub fn send_all<W: Write>(
     mut go_on: impl FnMut(u64, &GuestWriter<W>) -> bool,
 ) -> Result<(), MemoryCopyError> {
     let mut seen = 0;
+    let mut buffer = vec![0; (MAX_RUN_PAGES * PAGE_BYTES) as usize];
     for region in memory.iter() {
         let base = region.start_addr().raw_value();
         let pages = region.len() / PAGE_BYTES;
@@ -98,7 +70,11 @@ pub fn send_all<W: Write>(
                 return Err(MemoryCopyError::GivenUp);
             }
             let now = (pages - first).min(MAX_RUN_PAGES);
-            send_range(memory, writer, base + first * PAGE_BYTES, now, Zeros::Skip)?;
+            let at = base + first * PAGE_BYTES;
+            let data = &mut buffer[..(now * PAGE_BYTES) as usize];
+            let failed = |source| MemoryCopyError::Memory { address: at, source };
+            memory.read_slice(data, GuestAddress(at)).map_err(failed)?;
+            send_pages(writer, at, data)?;
             seen += now;
         }
     }
@@ -155,7 +131,7 @@ mod tests {
         let (_, mut reader) = GuestReader::start(bytes).unwrap();
         reader.accept(layout);
         loop {
-            match reader.next().unwrap() {
+            match reader.item().unwrap() {
                 Item::Pages { address, data } => put_pages(memory, address, data).unwrap(),
                 Item::Zeros { address, pages } => put_zeros(memory, address, pages).unwrap(),
                 Item::State(_) => {}
@@ -212,7 +188,12 @@ mod tests {
             send_all(&source, &mut writer, |_, _| true).unwrap();
             fill(&second);
             for (page, _) in &second {
-                send_range(&source, &mut writer, (page * PAGE) as u64, 1, Zeros::Tell).unwrap();
+                let (at, mut now) = ((page * PAGE) as u64, [0; PAGE]);
+                source.read_slice(&mut now, GuestAddress(at)).unwrap();
+                match runs(&now)[0].is_zero {
+                    true => writer.zeros(at, 1).unwrap(),
+                    false => writer.pages(at, &now).unwrap(),
+                }
             }
             end(&mut writer);
             let target = memory(&layout);

@@ -167,7 +167,7 @@ impl<R: Read> GuestReader<R> {
         self.ram = layout.ram();
     }
 
-    pub fn next(&mut self) -> Result<Item<'_>, StreamError> {
+    pub fn item(&mut self) -> Result<Item<'_>, StreamError> {
         let place = self.place;
         let (kind, body) = self.frames.read()?;
         match (kind, place) {
@@ -283,7 +283,7 @@ mod tests {
         reader.accept(&layout());
         let mut items = Vec::new();
         loop {
-            match reader.next()? {
+            match reader.item()? {
                 Item::Pages { address, data } => items.push(format!("{address:#x}+{:#x} of {}", data.len(), data[0])),
                 Item::Zeros { address, pages } => items.push(format!("{address:#x}+{pages} zeros")),
                 Item::State(payload) => items.push(payload.kind.to_string()),
@@ -333,7 +333,7 @@ mod tests {
         // Before the header was accepted there is no memory at all.
         let whole = whole();
         let (_, mut reader) = GuestReader::start(&whole[..]).unwrap();
-        assert!(matches!(reader.next(), Err(StreamError::NotMemory { .. })));
+        assert!(matches!(reader.item(), Err(StreamError::NotMemory { .. })));
     }
 
     #[test]

@@ -7,8 +7,8 @@
 use std::collections::BTreeMap;
 
 use kvm_bindings::{
-    CpuId, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
-    kvm_xcrs, kvm_xsave,
+    CpuId, KVM_CAP_SREGS2, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -17,6 +17,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::blob::Blob;
 use super::processor::{self, Leaves, ProcessorError};
 use crate::cpu::msr::{self, MsrError};
+use crate::cpu::sregs::{self, Pdptrs};
 use crate::machine::kvm::{KvmError, refused};
 
 /// The size of `kvm_xsave` before processors had more to save.
@@ -57,6 +58,12 @@ pub enum VcpuStateError {
     },
     #[error("vCPU {index} runs guests of its own, whose state cannot be saved; end them first")]
     Nested { index: u32 },
+    #[error("vCPU {index}: KVM refused to move the page directory pointers of PAE")]
+    Pdptrs {
+        index: u32,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("vCPU {index}: its extended state has {found} bytes, here it has {here}")]
     ExtendedState { index: u32, found: usize, here: usize },
 }
@@ -69,6 +76,9 @@ pub struct SavedVcpu {
     mp_state: Blob<kvm_mp_state>,
     regs: Blob<kvm_regs>,
     sregs: Blob<kvm_sregs>,
+    /// Only where the guest uses PAE and KVM tells them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pdptrs: Option<Pdptrs>,
     /// As many bytes as the processor saves.
     #[serde(with = "bytes")]
     xsave: Vec<u8>,
@@ -102,6 +112,7 @@ mod bytes {
 pub struct VcpuAbilities {
     xsave_bytes: usize,
     msrs: Vec<u32>,
+    tells_pdptrs: bool,
     pub scales_tsc: bool,
 }
 
@@ -111,6 +122,7 @@ impl VcpuAbilities {
         Ok(Self {
             xsave_bytes: bytes.clamp(XSAVE_BYTES, MAX_XSAVE_BYTES),
             msrs: msr::to_save(kvm)?,
+            tells_pdptrs: vm.check_extension_raw(KVM_CAP_SREGS2.into()) > 0,
             scales_tsc: kvm.check_extension(Cap::TscControl),
         })
     }
@@ -121,10 +133,15 @@ pub fn save(index: u32, vcpu: &VcpuFd, given: &CpuId, able: &VcpuAbilities) -> R
     let kvm = |source| VcpuStateError::Kvm { index, source };
     let mp_state = vcpu.get_mp_state().map_err(refused("read whether a vCPU runs")).map_err(kvm)?;
     let regs = vcpu.get_regs().map_err(refused("read registers")).map_err(kvm)?;
-    let sregs = vcpu.get_sregs().map_err(refused("read the control registers")).map_err(kvm)?;
-    if sregs.cr4 & CR4_VMXE != 0 || sregs.efer & EFER_SVME != 0 {
+    let control = vcpu.get_sregs().map_err(refused("read the control registers")).map_err(kvm)?;
+    if control.cr4 & CR4_VMXE != 0 || control.efer & EFER_SVME != 0 {
         return Err(VcpuStateError::Nested { index });
     }
+    let pdptrs = if able.tells_pdptrs {
+        sregs::pdptrs(vcpu).map_err(|source| VcpuStateError::Pdptrs { index, source })?
+    } else {
+        None
+    };
     let xsave = read_xsave(vcpu, able.xsave_bytes).map_err(kvm)?;
     let xcrs = vcpu.get_xcrs().map_err(refused("read the extended control registers")).map_err(kvm)?;
     let debug_registers = vcpu.get_debug_regs().map_err(refused("read the debug registers")).map_err(kvm)?;
@@ -137,7 +154,8 @@ pub fn save(index: u32, vcpu: &VcpuFd, given: &CpuId, able: &VcpuAbilities) -> R
         cpuid: Leaves::from(given),
         mp_state: Blob(mp_state),
         regs: Blob(regs),
-        sregs: Blob(sregs),
+        sregs: Blob(control),
+        pdptrs,
         xsave,
         xcrs: Blob(xcrs),
         debug_registers: Blob(debug_registers),
@@ -228,7 +246,11 @@ impl SavedVcpu {
         }
         vcpu.set_mp_state(self.mp_state.0).map_err(refused("set whether a vCPU runs")).map_err(kvm)?;
         vcpu.set_regs(&self.regs.0).map_err(refused("set registers")).map_err(kvm)?;
-        vcpu.set_sregs(&self.sregs.0).map_err(refused("set the control registers")).map_err(kvm)?;
+        match self.pdptrs.filter(|_| able.tells_pdptrs) {
+            Some(pdptrs) => sregs::set_with_pdptrs(vcpu, &self.sregs.0, pdptrs)
+                .map_err(|source| VcpuStateError::Pdptrs { index, source })?,
+            None => vcpu.set_sregs(&self.sregs.0).map_err(refused("set the control registers")).map_err(kvm)?,
+        }
         write_xsave(vcpu, &self.xsave).map_err(kvm)?;
         vcpu.set_xcrs(&self.xcrs.0).map_err(refused("set the extended control registers")).map_err(kvm)?;
         vcpu.set_debug_regs(&self.debug_registers.0).map_err(refused("set the debug registers")).map_err(kvm)?;
@@ -247,5 +269,174 @@ impl SavedVcpu {
 
     pub fn tsc_khz(&self) -> u32 {
         self.tsc_khz
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_ioctls::Kvm;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::cpu::cpuid;
+    use crate::machine::kvm::{KvmVm, open};
+    use crate::machine::layout::Layout;
+    use crate::memory::{GuestMemory, allocate};
+
+    const CR0_PAGING: u64 = 1 << 31;
+    const CR4_PAE: u64 = 1 << 5;
+
+    /// A vCPU that has not run. Fields are dropped in this order.
+    struct One {
+        vcpu: VcpuFd,
+        given: CpuId,
+        supported: Leaves,
+        able: VcpuAbilities,
+        _vm: std::sync::Arc<KvmVm>,
+        _memory: GuestMemory,
+    }
+
+    fn one(kvm: &Kvm) -> One {
+        let memory = allocate(&Layout::new(16 << 20, 16 << 20)).unwrap();
+        let vm = KvmVm::new(kvm, &memory).unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let supported = cpuid::supported(kvm).unwrap();
+        let given = cpuid::for_vcpu(&supported, 0, 1);
+        vcpu.set_cpuid2(&given).unwrap();
+        msr::set_boot_msrs(&vcpu).unwrap();
+        let able = VcpuAbilities::of(kvm, vm.fd()).unwrap();
+        One { vcpu, given, supported: Leaves::from(&supported), able, _vm: vm, _memory: memory }
+    }
+
+    /// Two machines, or a word on why there are none.
+    fn two() -> Option<(One, One)> {
+        let kvm = open().inspect_err(|error| eprintln!("skipped: {error}")).ok()?;
+        Some((one(&kvm), one(&kvm)))
+    }
+
+    impl One {
+        fn save(&self) -> SavedVcpu {
+            save(0, &self.vcpu, &self.given, &self.able).unwrap()
+        }
+
+        fn restore(&self, saved: &SavedVcpu) -> Result<(), VcpuStateError> {
+            saved.restore(0, &self.vcpu, &self.supported, &self.able)
+        }
+    }
+
+    fn over_the_wire(saved: &SavedVcpu) -> SavedVcpu {
+        serde_json::from_str(&serde_json::to_string(saved).unwrap()).unwrap()
+    }
+
+    /// Without what goes on while it is looked at.
+    fn at_rest(mut saved: SavedVcpu) -> SavedVcpu {
+        saved.msrs.remove(&MSR_TSC);
+        saved
+    }
+
+    #[test]
+    fn a_vcpu_comes_back_in_another_machine() {
+        let Some((old, new)) = two() else { return };
+        let mut regs = old.vcpu.get_regs().unwrap();
+        (regs.rax, regs.r15, regs.rip, regs.rflags) = (1, 15, 0x10_0000, 2);
+        old.vcpu.set_regs(&regs).unwrap();
+        let mut sregs = old.vcpu.get_sregs().unwrap();
+        sregs.cs.base = 0x1234_0000;
+        old.vcpu.set_sregs(&sregs).unwrap();
+        let mut xsave = old.vcpu.get_xsave().unwrap();
+        // XMM0, and SSE in use: it is in the 512 bytes that every processor has.
+        xsave.region[40] = 0x5555_aaaa;
+        xsave.region[128] |= 0b10;
+        // SAFETY: no feature beyond the region is enabled for this process.
+        unsafe { old.vcpu.set_xsave(&xsave) }.unwrap();
+        let star = kvm_msr_entry { index: 0xc000_0081, data: 0x0023_0010_0000_0000, ..Default::default() };
+        msr::write(&old.vcpu, &[star]).unwrap();
+
+        let saved = old.save();
+        assert_eq!(saved.msrs[&0xc000_0081], 0x0023_0010_0000_0000);
+        assert!(saved.msrs.contains_key(&0x2ff), "memory types are in no list of KVM's: {:x?}", saved.msrs.keys());
+        new.restore(&over_the_wire(&saved)).unwrap();
+        let again = new.save();
+        assert!(again.msrs[&MSR_TSC] >= saved.msrs[&MSR_TSC], "the TSC never goes back");
+        assert_eq!(at_rest(again), at_rest(saved));
+    }
+
+    #[test]
+    fn page_directory_pointers_come_back_though_memory_has_others() {
+        let Some((old, new)) = two() else { return };
+        let mut sregs = old.vcpu.get_sregs().unwrap();
+        (sregs.cr3, sregs.cr4) = (0x8000, CR4_PAE);
+        sregs.cr0 |= CR0_PAGING | 1;
+        if old.vcpu.set_sregs(&sregs).is_err() || !old.able.tells_pdptrs {
+            eprintln!("skipped: this KVM does not take PAE");
+            return;
+        }
+        let pointers = [0x9001, 0xa001, 0xb001, 0xc001];
+        sregs::set_with_pdptrs(&old.vcpu, &sregs, pointers).unwrap();
+        if sregs::pdptrs(&old.vcpu).unwrap() != Some(pointers) {
+            eprintln!("skipped: this KVM forgets the pointers at once");
+            return;
+        }
+        let saved = old.save();
+        assert_eq!(saved.pdptrs, Some(pointers));
+        new.restore(&over_the_wire(&saved)).unwrap();
+        assert_eq!(new.save().pdptrs, Some(pointers));
+    }
+
+    #[test]
+    fn what_this_kvm_does_not_take_is_refused_by_name() {
+        let Some((old, new)) = two() else { return };
+        let saved = old.save();
+        let refused = |change: &dyn Fn(&mut SavedVcpu)| {
+            let mut other = saved.clone();
+            change(&mut other);
+            new.restore(&other).unwrap_err()
+        };
+        let msr = refused(&|s| {
+            s.msrs.insert(0x4b56_4d7f, 7);
+        });
+        let named =
+            matches!(msr, VcpuStateError::Msr { source: MsrError::Refused { index: 0x4b56_4d7f, value: 7 }, .. });
+        assert!(named, "{msr}");
+        let short = refused(&|s| s.xsave.truncate(100));
+        assert!(matches!(short, VcpuStateError::ExtendedState { found: 100, .. }), "{short}");
+        let feature = refused(&|s| s.cpuid.0.iter_mut().filter(|l| l.function == 7).for_each(|l| l.ebx = u32::MAX));
+        assert!(matches!(feature, VcpuStateError::Processor { .. }), "{feature}");
+        let no_leaves = refused(&|s| s.cpuid.0.clear());
+        assert!(matches!(no_leaves, VcpuStateError::Processor { .. }), "{no_leaves}");
+        // Nothing of the above has broken it.
+        new.restore(&saved).unwrap();
+
+        let mut text: Value = serde_json::to_value(&saved).unwrap();
+        text["regs"] = json!("AAAA");
+        assert!(serde_json::from_value::<SavedVcpu>(text).is_err());
+    }
+
+    #[test]
+    fn a_timer_that_may_have_fired_fires_once_more() {
+        let mut apic = kvm_lapic_state::default();
+        let msrs = BTreeMap::from([(MSR_TSC, 1000), (MSR_TSC_DEADLINE, 0)]);
+        let mut other_mode = msrs.clone();
+        rearm_timer(&apic, &mut other_mode);
+        assert_eq!(other_mode[&MSR_TSC_DEADLINE], 0, "the timer does not count in TSC");
+        // Mode 2 in bits 18:17.
+        apic.regs[LAPIC_TIMER + 2] = 0b100;
+        let mut fired = msrs.clone();
+        rearm_timer(&apic, &mut fired);
+        assert_eq!(fired[&MSR_TSC_DEADLINE], 1000);
+        let mut armed = BTreeMap::from([(MSR_TSC, 1000), (MSR_TSC_DEADLINE, 1500)]);
+        rearm_timer(&apic, &mut armed);
+        assert_eq!(armed[&MSR_TSC_DEADLINE], 1500);
+    }
+
+    #[test]
+    fn the_deadline_comes_after_the_counter() {
+        let Some((old, _)) = two() else { return };
+        let saved = old.save();
+        let order: Vec<u32> = saved.entries().iter().map(|entry| entry.index).collect();
+        assert_eq!(order.len(), saved.msrs.len());
+        if saved.msrs.contains_key(&MSR_TSC_DEADLINE) {
+            assert_eq!(order.last(), Some(&MSR_TSC_DEADLINE));
+        }
     }
 }

@@ -104,6 +104,60 @@ fn real_time_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::kvm::{KvmVm, open};
+    use crate::machine::layout::Layout;
+    use crate::memory::{GuestMemory, allocate};
+
+    fn vm(kvm: &kvm_ioctls::Kvm) -> (std::sync::Arc<KvmVm>, GuestMemory) {
+        let memory = allocate(&Layout::new(16 << 20, 16 << 20)).unwrap();
+        (KvmVm::new(kvm, &memory).unwrap(), memory)
+    }
+
+    fn over_the_wire<T: Serialize + serde::de::DeserializeOwned>(state: &T) -> T {
+        serde_json::from_str(&serde_json::to_string(state).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn chips_and_clock_come_back_in_another_machine() {
+        let kvm = match open() {
+            Ok(kvm) => kvm,
+            Err(error) => return eprintln!("skipped: {error}"),
+        };
+        let ((old, _old_memory), (new, _new_memory)) = (vm(&kvm), vm(&kvm));
+        // The I/O APIC with a line that is routed and held, the PIC with a mask, the timer with a count.
+        let mut chip = kvm_irqchip { chip_id: 2, ..Default::default() };
+        old.fd().get_irqchip(&mut chip).unwrap();
+        // SAFETY: chip 2 is the I/O APIC.
+        let ioapic = unsafe { &mut chip.chip.ioapic };
+        ioapic.redirtbl[9].bits = 0x8050;
+        old.fd().set_irqchip(&chip).unwrap();
+        let mut chip = kvm_irqchip { chip_id: 1, ..Default::default() };
+        old.fd().get_irqchip(&mut chip).unwrap();
+        // SAFETY: chip 1 is a PIC.
+        unsafe { &mut chip.chip.pic }.imr = 0xa5;
+        old.fd().set_irqchip(&chip).unwrap();
+        let mut pit = old.fd().get_pit2().unwrap();
+        (pit.channels[2].count, pit.channels[2].mode) = (1193, 3);
+        old.fd().set_pit2(&pit).unwrap();
+
+        let chips = SavedIrqchip::save(old.fd()).unwrap();
+        over_the_wire(&chips).restore(new.fd()).unwrap();
+        assert_eq!(SavedIrqchip::save(new.fd()).unwrap(), chips);
+        // SAFETY: as above.
+        assert_eq!(unsafe { chips.chips[2].0.chip.ioapic.redirtbl[9].bits }, 0x8050);
+
+        let timer = SavedPit::save(old.fd()).unwrap();
+        over_the_wire(&timer).restore(new.fd()).unwrap();
+        let restored = new.fd().get_pit2().unwrap().channels[2];
+        assert_eq!((restored.count, restored.mode), (1193, 3));
+
+        let before = SavedClock { guest_ns: 5_000_000_000_000, real_ns: real_time_ns() };
+        over_the_wire(&before).restore(new.fd()).unwrap();
+        let after = SavedClock::save(new.fd()).unwrap();
+        assert!(after.guest_ns >= before.guest_ns, "{after:?}");
+        let passed = after.real_ns - before.real_ns;
+        assert!(after.guest_ns - before.guest_ns <= passed + 1_000_000_000, "{after:?}");
+    }
 
     #[test]
     fn time_passes_while_a_guest_is_saved_and_never_goes_back() {

@@ -4,7 +4,7 @@
 //! `o` powers off by S5, `c` prints dots for ever, `r` resets by 0xCF9, `k` by the keyboard controller, `b` waits for the power button.
 //!
 //! Guests that can be moved tell whether anything of them was lost: `m` counts in a register, in memory and in a register of COM1, compares
-//! the three, and prints the alphabet for ever; `2` does so on one vCPU and counts in digits on a second; `t` waits in HLT for its timer and
+//! the three, and prints the alphabet for ever; `f` does the same without a rest, so that it is nearly always at a port; `2` does so on one vCPU and counts in digits on a second; `t` waits in HLT for its timer and
 //! prints a letter at each interrupt; `i` keeps interrupts off until something is typed, and prints `P` when the power button was pressed
 //! meanwhile. What does not compare prints `!`.
 
@@ -43,7 +43,12 @@ global_asm!(
     "cmp al, 0x62", // b
     "je 50f",
     "cmp al, 0x6d", // m
+    "mov ebp, 20000",
     "je .Lquorate_mover",
+    "mov ebp, 1",
+    "cmp al, 0x66", // f
+    "je .Lquorate_mover",
+    "mov ebp, 20000",
     "cmp al, 0x32", // 2
     "je .Lquorate_two",
     "cmp al, 0x74", // t
@@ -96,7 +101,7 @@ global_asm!(
     "mov ebx, edi",
     "cmp al, bl",
     "jne .Lquorate_wrong",
-    "mov ecx, 20000",
+    "mov ecx, ebp",
     ".Lquorate_mover_wait:",
     "dec ecx",
     "jnz .Lquorate_mover_wait",

@@ -45,6 +45,8 @@ mod tests_of_faults;
 mod tests_of_hanging_disks;
 #[cfg(test)]
 mod tests_of_images;
+#[cfg(test)]
+mod tests_of_moves;
 
 pub use config::{BlockConfig, BlockSize};
 pub use device::Block;
