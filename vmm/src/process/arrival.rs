@@ -6,6 +6,7 @@ use vmm_control::{ExitReason, Notice};
 
 use super::{Outcome, Prepared, mark};
 use crate::cpu::gate::Stop;
+use crate::devices::net::announce;
 use crate::lease;
 use crate::machine::{self, Beginning, Machine, MachineError};
 use crate::saved::incoming::{Incoming, RunOrder};
@@ -44,6 +45,9 @@ pub(super) fn let_go(prepared: &Prepared) {
     if incoming.is_running() {
         context.disk_gate.release();
         context.gate.open(Stop::Incoming);
+        if let Err(error) = announce::start(&context.config.nics, &context.taps) {
+            tracing::warn!(%error, "the network is not told where the guest is now");
+        }
         tracing::info!(epoch = context.lease.epoch(), "the guest goes on here");
         prepared.control.notify(Notice::Resumed);
     }

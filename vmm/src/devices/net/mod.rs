@@ -23,6 +23,7 @@
 //! topology.add_root_port_device(slot, function)?;
 //! ```
 
+pub mod announce;
 pub mod config;
 pub mod device;
 pub mod engine;

@@ -14,6 +14,7 @@ mod first_guest;
 mod guest;
 mod join;
 mod lease;
+mod migrate;
 mod minority;
 mod poweroff;
 pub mod probe;
@@ -41,6 +42,8 @@ pub enum Story {
     Agent,
     /// A guest on a qcow2 image over a base, and one whose storage is full.
     Storage,
+    /// A guest moves between two hosts while it runs, back and forth.
+    Migrate,
     /// hostd dies or restarts under a guest, and during starts.
     Restart,
     /// The leader loses its power.
@@ -95,6 +98,7 @@ pub async fn tell(dir: &LabDir, story: Story, options: &StoryOptions) -> Result<
         Story::Join => join::tell(&mut stage).await,
         Story::Guest => first_guest::tell(&mut stage).await,
         Story::Agent => agent::tell(&mut stage).await,
+        Story::Migrate => migrate::tell(&mut stage, options.runs.unwrap_or(10)).await,
         Story::Storage => storage::tell(&mut stage).await,
         Story::Restart => restart::tell(&mut stage, options.runs.unwrap_or(50)).await,
         Story::Failover => failover::tell(&mut stage, options.runs.unwrap_or(20), options).await,
