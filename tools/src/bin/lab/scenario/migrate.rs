@@ -111,7 +111,7 @@ fn one_writer(stage: &Stage, since_ns: u64, runs: u32, table: &mut Table) -> Res
     writes.sort_by_key(|write| write.t_ns);
     let hands = writes.windows(2).filter(|pair| pair[0].host != pair[1].host).count();
     ensure!(hands == runs as usize, "the disk changed hands {hands} times in {runs} migrations");
-    table.row("times that the disk's writer changed", hands.to_string(), runs.to_string());
+    table.row("times that the disk's writer changed", hands.to_string(), &runs.to_string());
     let stamps: Vec<u64> = writes.iter().filter_map(|write| write.stamp()).map(|(_, _, n)| n).collect();
     ensure!(stamps.windows(2).all(|pair| pair[0] <= pair[1]), "an older stamp came after a newer one");
     let skipped = stamps.windows(2).map(|pair| pair[1].saturating_sub(pair[0] + 1)).max().unwrap_or_default();
