@@ -370,7 +370,7 @@ impl Loop {
                     }
                     guest.fault.clone_from(&seen.fault);
                 }
-                if before != guest.phase {
+                if before != guest.phase && seen.loaded.is_none() {
                     tracing::info!(%vm, %epoch, status = ?seen.status, quiesced = seen.quiesced, "the guest's status");
                 }
                 let Some(line) = self.lines.get_mut(&vm) else { return };

@@ -1,5 +1,6 @@
 //! The source's side: carries one guest's stream.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +11,14 @@ use statemachine::ids::HostId;
 use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
 use thiserror::Error;
-use tokio::io::copy_bidirectional_with_sizes;
+use tokio::io::AsyncRead;
+use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWrite;
+use tokio::io::AsyncWriteExt;
+use tokio::io::BufReader;
+use tokio::io::copy;
+use tokio::io::copy_buf;
+use tokio::io::sink;
 use vmm_control::Call;
 use vmm_control::SaveState;
 
@@ -23,9 +31,9 @@ use crate::agent::vmm_client::raw_stream;
 /// The target hears of the migration from the log and starts a process first.
 const READY_EVERY: Duration = Duration::from_millis(100);
 const READY_TRIES: usize = 600;
-/// Guest memory comes in large frames; acknowledgements are small.
+/// Guest memory comes in large frames; answers are a few small ones.
 const OUT_BYTES: usize = 1 << 20;
-const BACK_BYTES: usize = 16 << 10;
+const ANSWERS_MAX: u64 = 64 << 10;
 
 #[derive(Debug, Error)]
 pub enum CarryError {
@@ -33,8 +41,6 @@ pub enum CarryError {
     NoRoad(String),
     #[error("its vmm does not give it out: {0}")]
     Vmm(#[from] ClientError),
-    #[error("the stream between the hosts broke: {0}")]
-    Stream(#[from] std::io::Error),
     #[error("{0}")]
     NotHandedOver(String),
 }
@@ -47,8 +53,8 @@ pub struct Journey {
     pub to: HostId,
 }
 
-/// Returns when the stream has ended, and says whether all of the guest went into it. From its end on it stands still, and only the
-/// log says whether it goes on here.
+/// Returns when the stream has ended, and says whether all of the guest went into it. From its end on the guest stands still, and
+/// only the log says whether it goes on here.
 pub async fn carry(road: Arc<dyn Road>, socket: &Path, journey: Journey) -> Result<(), CarryError> {
     let Journey { vm, migration, to } = journey;
     let open = || road.open(to, vm, migration);
@@ -56,10 +62,21 @@ pub async fn carry(road: Arc<dyn Road>, socket: &Path, journey: Journey) -> Resu
     let opened = open.retry(patience).when(|obstacle| matches!(obstacle, Obstacle::NotYet(_))).await;
     let mut far = opened.map_err(|(Obstacle::NotYet(words) | Obstacle::Never(words))| CarryError::NoRoad(words))?;
     let mut near = raw_stream(socket, Call::SaveAttach { migration: Some(migration.0) }).await?;
-    let copied = copy_bidirectional_with_sizes(&mut near, &mut far, OUT_BYTES, BACK_BYTES).await;
+    let sent = send(&mut near, &mut far).await;
+    // The vmm that sent it knows best. Whether all of it arrived is the target's to say: it asks for the commit, or reports why not.
     handed_over(socket).await?;
-    copied?;
+    if let Err(error) = sent {
+        tracing::info!(%vm, %migration, "the stream ended badly after all of the guest was sent: {error}");
+    }
     Ok(())
+}
+
+/// Everything that the vmm gives out; then the target's answers until it hangs up, which tell it that nobody waits for more.
+async fn send(near: &mut (impl AsyncRead + Unpin), far: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Result<()> {
+    let mut buffered = BufReader::with_capacity(OUT_BYTES, near);
+    copy_buf(&mut buffered, far).await?;
+    far.shutdown().await?;
+    copy(&mut far.take(ANSWERS_MAX), &mut sink()).await.map(|_| ())
 }
 
 /// What the vmm says of it, which knows best.
