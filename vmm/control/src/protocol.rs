@@ -154,12 +154,14 @@ impl Request {
             Value::Object(fields) => fields.is_empty(),
             _ => false,
         };
-        let mut tagged = json!({ "method": raw.method });
-        if !no_params {
-            tagged["params"] = raw.params;
-        }
         let not_a_request = |what| ProtocolError::NotARequest { id: Some(raw.id), what };
-        let call: Call = serde_json::from_value(tagged).map_err(|e| not_a_request(e.to_string()))?;
+        let with = |params| serde_json::from_value(json!({ "method": raw.method, "params": params }));
+        let call: Result<Call, _> = match no_params {
+            // A method takes none, or all of its own may be left out.
+            true => serde_json::from_value(json!({ "method": raw.method })).or_else(|_| with(json!({}))),
+            false => with(raw.params),
+        };
+        let call = call.map_err(|e| not_a_request(e.to_string()))?;
         call.check().map_err(not_a_request)?;
         Ok(Self { id: raw.id, call })
     }
@@ -411,6 +413,8 @@ mod tests {
         ] {
             assert_eq!(Request::decode(line.as_bytes()).unwrap().call, Call::Status);
         }
+        let save = br#"{"id":1,"method":"save_attach"}"#;
+        assert_eq!(Request::decode(save).unwrap().call, Call::SaveAttach { migration: None });
     }
 
     #[test]
