@@ -59,7 +59,7 @@ fn what_is_held_is_said_and_runs_only_after_the_commit_and_under_a_grant_that_na
     agent.catch_up();
     agent.be_granted();
     let told = Action::Report { vm, epoch: Epoch(id.0), news: News::MigrationLoaded(id) };
-    assert_eq!(agent.plan(), [told.clone()], "nothing runs");
+    assert_eq!(agent.plan(), std::slice::from_ref(&told), "nothing runs");
     let epoch = agent.commit(vm, id, agent.host());
     agent.be_granted();
     assert_eq!(agent.plan(), [told], "this host has not heard of the commit, and a grant alone is nothing");
