@@ -137,7 +137,12 @@ pub(super) fn certificate_issue(
 
 pub(super) fn maintenance(context: &Context<'_>, host: HostId) -> Result<Decided, Rejection> {
     match find(context, host)?.administrative {
-        Administrative::Active => Ok(Decided::one(HostMaintenanceRequested { host })),
+        Administrative::Active => {
+            let mut events: Vec<Event> = vec![HostMaintenanceRequested { host }.into()];
+            // It takes no guest any more, so those on their way to it would stand still for ever.
+            events.extend(migration::abort_into(context.state, host, AbortReason::Cancelled));
+            Ok(Decided::many(events))
+        }
         Administrative::Maintenance => Ok(Decided::nothing()),
     }
 }
@@ -220,7 +225,7 @@ pub(super) fn report(context: &Context<'_>, report: &ReportId, facts: &HostFacts
     let mut events: Vec<Event> = Vec::new();
     events.push(HostRebooted { host: report.host, from: host.facts.boot, to: report.boot }.into());
     events.push(reported.into());
-    events.extend(migration::abort_into(context.state, report.host));
+    events.extend(migration::abort_into(context.state, report.host, AbortReason::TargetLost));
     for (vm, known, permit) in context.state.permits_on(report.host) {
         events.extend(migration::abort(context.state, vm, AbortReason::SourceLost));
         let exit = VmObservedExit {
@@ -251,7 +256,7 @@ pub(super) fn lost(context: &Context<'_>, host: HostId) -> Result<Decided, Rejec
     match find(context, host)?.liveness {
         Liveness::Alive | Liveness::Suspected => {
             let mut events: Vec<Event> = vec![HostUnreachable { host }.into()];
-            events.extend(migration::abort_into(context.state, host));
+            events.extend(migration::abort_into(context.state, host, AbortReason::TargetLost));
             Ok(Decided::many(events))
         }
         Liveness::New | Liveness::Unreachable => Ok(Decided::nothing()),

@@ -32,7 +32,6 @@ use crate::ids::VmId;
 use crate::rejection::Rejection;
 use crate::scheduler;
 use crate::state::AbortReason;
-use crate::state::Administrative;
 use crate::state::Desired;
 use crate::state::GuestStatus;
 use crate::state::Liveness;
@@ -114,10 +113,10 @@ pub(super) fn abort(state: &State, vm: VmId, reason: AbortReason) -> Option<Even
     Some(MigrationAborted { vm, migration, from, to, reason, detail: String::new() }.into())
 }
 
-/// The ends of all migrations into a host that is not there any more as it was.
-pub(super) fn abort_into(state: &State, host: HostId) -> impl Iterator<Item = Event> {
+/// The ends of all migrations into a host that is not there any more as it was, or takes no guest any more.
+pub(super) fn abort_into(state: &State, host: HostId, reason: AbortReason) -> impl Iterator<Item = Event> {
     let into = state.all_moving().filter(move |(_, moving)| moving.to == host);
-    into.filter_map(move |(vm, _)| abort(state, vm, AbortReason::TargetLost))
+    into.filter_map(move |(vm, _)| abort(state, vm, reason))
 }
 
 fn find_moving<'a>(context: &Context<'a>, vm: VmId, migration: MigrationId) -> Result<&'a Migration, Rejection> {
@@ -142,9 +141,6 @@ pub(super) fn loaded(
     }
     if target.liveness != Liveness::Alive {
         return refused("it is suspected; a guest cannot go to a host that may be lost");
-    }
-    if target.administrative != Administrative::Active {
-        return refused("it is going into maintenance and takes no guest");
     }
     let Some(permit) = known.permit.filter(|permit| permit.epoch == moving.epoch) else {
         return Err(Rejection::StaleMigration { name: known.name.clone(), migration });
