@@ -22,11 +22,11 @@ pub const MAX_MEMORY_BYTES: u64 = 16 << 40;
 pub const MEMORY_GRANULE_BYTES: u64 = 2 << 20;
 /// Linux on x86 takes 2047 bytes; the vmm appends nothing.
 pub const MAX_CMDLINE_BYTES: usize = 2047;
-/// One root port a disk, on bus 0 beside the fixed devices.
-pub const MAX_DISKS: usize = 24;
+/// One root port a disk. As many as there are without network cards.
+pub const MAX_DISKS: usize = MAX_DISKS_AND_NICS;
 pub const MAX_NICS: usize = 8;
 /// Root ports for disks and network cards together; the console has one more.
-pub const MAX_DISKS_AND_NICS: usize = 27;
+pub const MAX_DISKS_AND_NICS: usize = 23;
 /// Every IPv6 link carries this much, and virtio asks devices for no less (virtio 1.2, 5.1.4.1).
 pub const MIN_MTU: u16 = 1280;
 /// The most that Linux lets a tap have: 65535 bytes less the Ethernet header.
@@ -373,9 +373,9 @@ mod tests {
             (0..8).map(|i| json!({"id": format!("n{i}"), "mac": format!("02:00:00:00:00:0{i}")})).collect();
         let mut config = example();
         config["nics"] = json!(nics);
-        config["disks"] = json!(disks(19));
+        config["disks"] = json!(disks(15));
         VmmConfig::parse(config.to_string().as_bytes()).unwrap();
-        config["disks"] = json!(disks(20));
+        config["disks"] = json!(disks(16));
         assert!(matches!(VmmConfig::parse(config.to_string().as_bytes()), Err(ConfigError::Invalid { .. })));
     }
 
