@@ -36,4 +36,5 @@ pub mod process;
 pub mod smbios;
 pub mod start_once;
 pub mod sys;
+pub mod token_bucket;
 pub mod virtio;

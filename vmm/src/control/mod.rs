@@ -32,7 +32,7 @@ use crate::devices::legacy::serial::SerialPort;
 use crate::devices::net::NetHandle;
 use crate::io_stop::IoStop;
 use crate::lease::{ConfirmError, Lease, LeaseChange, Phase};
-use crate::machine::{Ending, Endings, Machine};
+use crate::machine::{Ending, Endings, FixedHandles, Machine};
 use crate::metrics::{self, ExitCounters};
 
 pub use server::ControlServer;
@@ -76,6 +76,7 @@ struct MachineHandle {
     ram: Vec<(u64, u64)>,
     disks: Vec<Arc<BlockHandle>>,
     nics: Vec<Arc<NetHandle>>,
+    fixed: FixedHandles,
 }
 
 /// An answer, and what happens to the connection.
@@ -156,6 +157,7 @@ impl Control {
             ram: machine.ram_in_host(),
             disks: machine.disks(),
             nics: machine.nics(),
+            fixed: machine.fixed(),
         });
         self.bell.ring();
     }
@@ -311,6 +313,7 @@ impl Control {
             "overhead_bytes": self.overhead(),
             "disks": self.disk_counters(),
             "nics": self.nic_counters(),
+            "rng": self.machine().map(|machine| machine.fixed.rng.counters()),
         })
     }
 }

@@ -11,6 +11,7 @@ use kvm_ioctls::Kvm;
 use vmm_control::config::MAX_DISKS_AND_NICS;
 use vmm_control::{MachineType, VmmConfig};
 
+use super::fixed::{self, FixedHandles};
 use super::kvm::{self, KvmError, KvmVm};
 use super::layout::{
     ECAM_BASE, ECAM_BUSES, GSI_COM1, GSI_SCI, Layout, PORT_BOOT_TIMER, PORT_COM1, PORT_DEBUG, PORT_PM_BASE, PORT_RESET,
@@ -35,6 +36,7 @@ use crate::devices::legacy::reset::{KEYBOARD_COMMAND_PORT, KEYBOARD_DATA_PORT, K
 use crate::devices::legacy::rtc::{self, RealTimeClock};
 use crate::devices::legacy::serial::{self, SerialPort};
 use crate::devices::net::{KernelTap, Net, NetConfig, NetError, NetHandle, TapError};
+use crate::devices::rng::RngError;
 use crate::interrupt::InterruptError;
 use crate::io_stop::IoStop;
 use crate::lease::Lease;
@@ -84,6 +86,8 @@ pub enum MachineError {
     Nic(#[from] NetError),
     #[error(transparent)]
     Tap(#[from] TapError),
+    #[error(transparent)]
+    Rng(#[from] RngError),
     #[error("this host's KVM runs at most {limit} vCPUs a guest, not {asked}")]
     TooManyVcpus { asked: u16, limit: usize },
 }
@@ -117,7 +121,7 @@ pub fn build(context: &Context) -> Result<Machine, MachineError> {
     let mmio = MmioBus::new();
 
     let legacy = add_legacy_devices(context, &vm, &pio)?;
-    let handles = add_pci(context, &layout, &vm, &memory, msi, (&pio, &mmio))?;
+    let (handles, fixed) = add_pci(context, &layout, &vm, &memory, msi, (&pio, &mmio))?;
     let entry = load_guest(context, &memory, &layout)?;
 
     let shared = Arc::new(Shared {
@@ -139,6 +143,7 @@ pub fn build(context: &Context) -> Result<Machine, MachineError> {
         disks: handles.disks,
         shared_disks: handles.shared_disks,
         nics: handles.nics,
+        fixed,
         disk_gate: Arc::clone(&context.disk_gate),
     })
 }
@@ -180,7 +185,7 @@ fn add_pci(
     memory: &GuestMemory,
     msi: Arc<KvmMsi>,
     (pio, mmio): (&PioBus, &MmioBus),
-) -> Result<Handles, MachineError> {
+) -> Result<(Handles, FixedHandles), MachineError> {
     let map = PciMap {
         ecam_base: ECAM_BASE,
         ecam_buses: ECAM_BUSES,
@@ -212,10 +217,12 @@ fn add_pci(
         topology.add_root_port_device(slot, connect(device)?)?;
         handles.nics.push(handle);
     }
+    let integrate = |device: Arc<dyn VirtioDevice>| VirtioPci::integrated(device, memory.clone(), &*msi, vm.clone());
+    let fixed = fixed::add(&mut topology, context, &integrate)?;
     let bus = topology.build();
     bus.program()?;
     bus.insert_into(pio, mmio)?;
-    Ok(handles)
+    Ok((handles, fixed))
 }
 
 struct Legacy {
@@ -308,7 +315,7 @@ mod tests {
     fn disks_and_network_cards_grow_towards_each_other_and_never_meet() {
         // Addresses that guests know: a change is another machine type.
         assert_eq!(disk_slots().take(3).collect::<Vec<_>>(), [1, 2, 3]);
-        assert_eq!(nic_slots().take(3).collect::<Vec<_>>(), [27, 26, 25]);
+        assert_eq!(nic_slots().take(3).collect::<Vec<_>>(), [23, 22, 21]);
         for nics in 0..=MAX_NICS {
             let disks = MAX_DISKS.min(MAX_DISKS_AND_NICS - nics);
             let taken: BTreeSet<u8> =

@@ -1,9 +1,11 @@
 //! One machine: RAM, KVM's part, buses and devices, vCPUs. Built from the configuration, run until the guest ends or resets, and
 //! taken down whole. A reset builds a new one in the same process: nothing of the old state can be forgotten.
 //!
-//! [`layout`] is the memory map, [`kvm`] and [`msi`] the kernel's side, [`build`] puts everything together.
+//! [`layout`] is the memory map, [`kvm`] and [`msi`] the kernel's side, [`build`] puts everything together, [`fixed`] the functions that
+//! every guest has.
 
 pub mod build;
+pub mod fixed;
 pub mod kvm;
 pub mod layout;
 pub mod msi;
@@ -26,6 +28,7 @@ use crate::lease::quiesce::{DiskGate, Quiesce};
 use crate::memory::GuestMemory;
 
 pub use build::{Context, MachineError, build};
+pub use fixed::FixedHandles;
 
 /// How long the disks may take to end their I/O when a machine is taken down.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -114,6 +117,7 @@ pub struct Machine {
     disks: Vec<Arc<BlockHandle>>,
     shared_disks: Vec<Arc<dyn Quiesce>>,
     nics: Vec<Arc<NetHandle>>,
+    fixed: FixedHandles,
     disk_gate: Arc<DiskGate>,
 }
 
@@ -134,6 +138,11 @@ impl Machine {
     /// All network cards, for their counters.
     pub fn nics(&self) -> Vec<Arc<NetHandle>> {
         self.nics.clone()
+    }
+
+    /// The functions that every guest has.
+    pub fn fixed(&self) -> FixedHandles {
+        self.fixed.clone()
     }
 
     /// The disks that other hosts can open too.
