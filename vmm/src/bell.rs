@@ -2,7 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::event::{EventfdFlags, eventfd};
 
 #[derive(Debug)]
@@ -23,6 +25,19 @@ impl Bell {
     pub fn clear(&self) {
         let _ = rustix::io::read(&self.0, &mut [0; 8]);
     }
+
+    /// Sleeps until it is rung, at most so long, and forgets the rings. A signal ends the wait too.
+    pub fn wait(&self, at_most: Option<Duration>) {
+        let timeout = at_most.map_or(PollTimeout::NONE, poll_timeout);
+        let _ = poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout);
+        self.clear();
+    }
+}
+
+/// At least as long as asked: a wait that is cut to whole milliseconds would end before its time and start again.
+pub fn poll_timeout(wait: Duration) -> PollTimeout {
+    let millis = wait.as_nanos().div_ceil(1_000_000);
+    i32::try_from(millis).ok().and_then(|millis| PollTimeout::try_from(millis).ok()).unwrap_or(PollTimeout::MAX)
 }
 
 impl AsFd for Bell {

@@ -24,6 +24,7 @@ pub mod console_hub;
 pub mod control;
 pub mod cpu;
 pub mod devices;
+pub mod incident;
 pub mod interrupt;
 pub mod io_stop;
 pub mod lease;

@@ -18,6 +18,7 @@ use crate::control::{Control, ControlServer, Running};
 use crate::cpu::gate::RunGate;
 use crate::devices::legacy::boot_timer::BootTime;
 use crate::devices::net::{TapFd, tap};
+use crate::incident::{Incident, Incidents};
 use crate::io_stop::IoStop;
 use crate::lease::quiesce::DiskGate;
 use crate::lease::{self, Lease, LeaseChange};
@@ -43,11 +44,12 @@ struct Outcome {
     detail: String,
     ran: bool,
     drained: bool,
+    panics: u64,
 }
 
 impl Outcome {
     fn not_started(reason: ExitReason, error: &(dyn std::error::Error + 'static)) -> Self {
-        Self { reason, detail: chain(error), ran: false, drained: true }
+        Self { reason, detail: chain(error), ran: false, drained: true, panics: 0 }
     }
 }
 
@@ -122,6 +124,9 @@ fn report(config: &VmmConfig, outcome: Outcome) {
         ExitReason::GuestPoweredOff | ExitReason::PoweredOff => {
             tracing::info!(reason = ?outcome.reason, "the guest has ended");
         }
+        ExitReason::GuestPanicked | ExitReason::WatchdogExpired => {
+            tracing::warn!(reason = ?outcome.reason, "the guest has been ended");
+        }
         ExitReason::AlreadyStarted => tracing::warn!("{detail}"),
         ExitReason::GuestFault | ExitReason::StartFailed | ExitReason::Internal => {
             tracing::error!(reason = ?outcome.reason, "{detail}");
@@ -135,6 +140,7 @@ fn report(config: &VmmConfig, outcome: Outcome) {
         detail,
         ran: outcome.ran,
         drained: outcome.drained,
+        panics: outcome.panics,
     };
     // A second start of a used epoch must not hide how the first one ended.
     let earlier = ExitReport::read(&config.run_dir).ok().flatten();
@@ -176,12 +182,19 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         let listener = move || control.notify(Notice::Paused { reason: PauseReason::IoError, quiesced: false });
         IoStop::new(Arc::clone(&gate), Box::new(listener))
     };
+    let incidents = {
+        let control = Arc::clone(&control);
+        let listener = move |incident| control.notify(incident_notice(incident));
+        let on_watchdog = config.watchdog.unwrap_or_default().action;
+        Incidents::new(config.on_panic, on_watchdog, Arc::clone(&gate), Arc::clone(&endings), Box::new(listener))
+    };
     let boot_time = BootTime::new(process_start);
     let exits = Arc::new(ExitCounters::default());
     control.connect(Running {
         lease: Arc::clone(&lease),
         gate: Arc::clone(&gate),
         io_stop: Arc::clone(&io_stop),
+        incidents: Arc::clone(&incidents),
         boot_time: Arc::clone(&boot_time),
         exits: Arc::clone(&exits),
     });
@@ -198,6 +211,8 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         gate,
         disk_gate,
         io_stop,
+        incidents,
+        watchdog_has_fired: Arc::default(),
         lease,
         endings,
         boot_time,
@@ -256,10 +271,11 @@ fn run_machines(prepared: &Prepared) -> Outcome {
     let Prepared { context, control, endings } = prepared;
     let mut ran = false;
     loop {
+        let panics = context.incidents.panics();
         let mut machine = match machine::build(context) {
             Ok(machine) => machine,
             Err(error) => {
-                return Outcome { reason: ExitReason::StartFailed, detail: chain(&error), ran, drained: true };
+                return Outcome { reason: ExitReason::StartFailed, detail: chain(&error), ran, drained: true, panics };
             }
         };
         control.machine_is(&machine);
@@ -268,10 +284,11 @@ fn run_machines(prepared: &Prepared) -> Outcome {
             Ok(ending) => ending,
             Err(detail) => {
                 machine.stop();
-                return Outcome { reason: ExitReason::Internal, detail, ran, drained: true };
+                return Outcome { reason: ExitReason::Internal, detail, ran, drained: true, panics };
             }
         };
         let drained = machine.stop();
+        let panics = context.incidents.panics();
         context.lease.guard_disks(Vec::new());
         let (reason, detail) = match ending {
             Ending::Reset if drained => match endings.drain() {
@@ -285,10 +302,12 @@ fn run_machines(prepared: &Prepared) -> Outcome {
             Ending::Reset => (ExitReason::Internal, "the guest reset, and its storage does not answer".to_owned()),
             Ending::GuestPoweredOff => (ExitReason::GuestPoweredOff, String::new()),
             Ending::PoweredOff => (ExitReason::PoweredOff, String::new()),
+            Ending::GuestPanicked => (ExitReason::GuestPanicked, "the guest's kernel panicked".to_owned()),
+            Ending::WatchdogExpired => (ExitReason::WatchdogExpired, "the guest did not feed its watchdog".to_owned()),
             Ending::Fault(detail) => (ExitReason::GuestFault, detail),
         };
         control.machine_is_gone();
-        return Outcome { reason, detail, ran, drained };
+        return Outcome { reason, detail, ran, drained, panics };
     }
 }
 
@@ -300,6 +319,7 @@ fn run_machine(
 ) -> Result<Ending, String> {
     // An error of the last machine's disks went with it, and its end closed the gate.
     context.io_stop.forget();
+    context.incidents.machine_is(machine.nmi());
     context.lease.open_disks_if_valid();
     if let Some(ending) = endings.drain() {
         return Ok(ending);
@@ -316,5 +336,14 @@ pub(crate) fn lease_notice(change: LeaseChange) -> Notice {
         LeaseChange::Expired => Notice::Paused { reason, quiesced: false },
         LeaseChange::Quiesced => Notice::Paused { reason, quiesced: true },
         LeaseChange::Resumed => Notice::Resumed,
+    }
+}
+
+/// What hostd is told about a guest in trouble.
+pub(crate) fn incident_notice(incident: Incident) -> Notice {
+    match incident {
+        Incident::Panic(kind) => Notice::GuestPanicked { kind },
+        Incident::WatchdogExpired => Notice::WatchdogExpired,
+        Incident::Paused(reason) => Notice::Paused { reason, quiesced: false },
     }
 }

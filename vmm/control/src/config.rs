@@ -96,6 +96,42 @@ fn default_mtu() -> u16 {
     DEFAULT_MTU
 }
 
+/// What follows when the guest's kernel says that it has panicked, beside the notice. A crash kernel that takes over is let
+/// go on in any case.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnPanic {
+    /// Nothing: the guest restarts by itself, or stays as it is for somebody to look at its console.
+    #[default]
+    Report,
+    Reset,
+    /// Ends the guest, with `guest_panicked` as the reason.
+    PowerOff,
+    Pause,
+}
+
+/// A watchdog that the guest's own software feeds (Linux: i6300esb). One that is not started does nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WatchdogConfig {
+    #[serde(default)]
+    pub action: WatchdogAction,
+}
+
+/// What follows when the watchdog runs out, beside the notice.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WatchdogAction {
+    #[default]
+    Reset,
+    /// Ends the guest, with `watchdog_expired` as the reason.
+    PowerOff,
+    Pause,
+    /// A non-maskable interrupt to every vCPU, on which a kernel can panic and dump.
+    InjectNmi,
+    None,
+}
+
 /// What SMBIOS tells the guest about itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -147,6 +183,11 @@ pub struct VmmConfig {
     pub lease: Option<LeaseConfig>,
     #[serde(default)]
     pub log_level: LogLevel,
+    #[serde(default)]
+    pub on_panic: OnPanic,
+    /// A guest without one has no such device; its address stays free.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<WatchdogConfig>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -377,6 +418,20 @@ mod tests {
         VmmConfig::parse(config.to_string().as_bytes()).unwrap();
         config["disks"] = json!(disks(16));
         assert!(matches!(VmmConfig::parse(config.to_string().as_bytes()), Err(ConfigError::Invalid { .. })));
+    }
+
+    #[test]
+    fn panics_are_reported_and_watchdogs_reset_unless_said_otherwise() {
+        let plain = VmmConfig::parse(example().to_string().as_bytes()).unwrap();
+        assert_eq!((plain.on_panic, plain.watchdog), (OnPanic::Report, None));
+        let watched = with("watchdog", json!({})).unwrap();
+        assert_eq!(watched.watchdog.unwrap().action, WatchdogAction::Reset);
+        let watched = with("watchdog", json!({"action": "inject_nmi"})).unwrap();
+        assert_eq!(watched.watchdog.unwrap().action, WatchdogAction::InjectNmi);
+        assert_eq!(with("on_panic", json!("power_off")).unwrap().on_panic, OnPanic::PowerOff);
+        for (field, value) in [("on_panic", json!("explode")), ("watchdog", json!({"action": "reset", "more": 1}))] {
+            assert!(matches!(with(field, value), Err(ConfigError::Parse(_))));
+        }
     }
 
     #[test]

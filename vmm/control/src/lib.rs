@@ -12,12 +12,15 @@ pub mod disk;
 pub mod exit;
 pub mod protocol;
 
-pub use config::{ConfigError, Identity, LeaseConfig, LogLevel, MachineType, NicConfig, ReleaseClass, VmmConfig};
+pub use config::{
+    ConfigError, Identity, LeaseConfig, LogLevel, MachineType, NicConfig, OnPanic, ReleaseClass, VmmConfig,
+    WatchdogAction, WatchdogConfig,
+};
 pub use disk::{BackingImage, DiskConfig, DiskFormat, OnError, RateLimit};
 pub use exit::{ExitError, ExitReason, ExitReport};
 pub use protocol::{
-    Call, DiskFault, ErrorCode, Fault, Hello, Message, Notice, PauseReason, ProtocolError, Reply, Request, RunState,
-    Status,
+    Call, DiskFault, ErrorCode, Fault, Hello, Message, Notice, PanicKind, PauseReason, ProtocolError, Reply, Request,
+    RunState, Status,
 };
 
 /// The longest lease that exists: a lease lasts 12 s from the send time of the host's heartbeat (DESIGN §5), plus half a second

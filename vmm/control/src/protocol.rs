@@ -19,8 +19,9 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 /// Grows when a method or field is added that an older vmm does not know. A vmm lives as long as its guest, so a newer
-/// hostd meets older ones after each upgrade. 2: `agent_attach`, `taken`, `agent_open`.
-pub const PROTOCOL_VERSION: u32 = 2;
+/// hostd meets older ones after each upgrade. 2: `agent_attach`, `taken`, `agent_open`. 3: `guest_panicked`, `watchdog_expired`
+/// and the pauses for them, `panic`, `panics`, `balloon_set`.
+pub const PROTOCOL_VERSION: u32 = 3;
 /// The longest line in either direction, with its end.
 pub const MAX_LINE_BYTES: usize = 64 << 10;
 /// Clients at one time, consoles and the agent's included.
@@ -159,6 +160,12 @@ pub enum Notice {
     Resumed,
     /// The guest restarts within this process, under the same epoch.
     Reset,
+    /// The guest's kernel says so. What follows is the configuration's to decide. Once of each kind until the guest restarts.
+    GuestPanicked {
+        kind: PanicKind,
+    },
+    /// The guest has not kept its watchdog from running out. What follows is the configuration's to decide.
+    WatchdogExpired,
     /// The guest ends; `exit.json` follows.
     ShuttingDown {
         reason: crate::ExitReason,
@@ -223,8 +230,22 @@ pub enum PauseReason {
     Requested,
     /// The lease ended. Goes before the others when several hold.
     LeaseExpired,
-    /// A disk whose policy is to stop met an error; [`Status::io_error`] has it. Goes before `requested`. `resume` tries again.
+    /// A disk whose policy is to stop met an error; [`Status::io_error`] has it. Goes before the following. `resume` tries again.
     IoError,
+    /// The guest panicked, and the configuration says to pause it then. Goes before `requested`, and ends with `resume`.
+    GuestPanicked,
+    /// The guest's watchdog ran out, likewise.
+    Watchdog,
+}
+
+/// What a guest's kernel reports at its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PanicKind {
+    /// It has panicked, and stays where it is or restarts by itself.
+    Panicked,
+    /// It has panicked, and its crash kernel takes over to write a dump. Never a reason to stop it.
+    CrashKernel,
 }
 
 /// What a guest was paused for by a disk.
@@ -267,6 +288,15 @@ pub struct Status {
     /// Present while an I/O error holds the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_error: Option<DiskFault>,
+    /// Present when the guest's kernel has panicked since it last started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub panic: Option<PanicKind>,
+    /// How often it panicked in this process.
+    #[serde(default)]
+    pub panics: u64,
+    /// How often its watchdog ran out in this process.
+    #[serde(default)]
+    pub watchdog_expired: u64,
 }
 
 #[cfg(test)]

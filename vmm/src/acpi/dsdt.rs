@@ -8,7 +8,7 @@ use acpi_tables::sdt::Sdt;
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes_of};
 use crate::devices::legacy::pm::S5_SLEEP_TYPE;
-use crate::machine::layout::{ECAM_BASE, ECAM_SIZE, GSI_COM1, Layout, PORT_COM1, PORT_PM_BASE};
+use crate::machine::layout::{ECAM_BASE, ECAM_SIZE, GSI_COM1, Layout, PORT_COM1, PORT_PM_BASE, PORT_PVPANIC};
 
 /// The interface of _OSC for PCI host bridges (PCI Firmware Specification 4.5.1).
 const OSC_PCI_UUID: &str = "33db4d5b-1ff7-401c-9657-7441c03dd766";
@@ -78,9 +78,17 @@ fn system_bus(layout: &Layout, last_bus: u8) -> Vec<u8> {
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&IO::new(0x70, 0x70, 0, 2)])),
         ],
     ));
+    // The name by which Linux and Windows know the panic port.
+    let panic = bytes_of(&Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&IO::new(PORT_PVPANIC, PORT_PVPANIC, 1, 1)])),
+        ],
+    ));
     let bridge = bytes_of(&Device::new(
         "ISA_".into(),
-        vec![&Name::new("_ADR".into(), &0x001f_0000u32), &Raw(serial), &Raw(clock)],
+        vec![&Name::new("_ADR".into(), &0x001f_0000u32), &Raw(serial), &Raw(clock), &Raw(panic)],
     ));
 
     // Ports and memory that no PCI device may be given. Linux trusts ECAM only when something like this holds it.

@@ -30,6 +30,7 @@ use crate::devices::legacy::boot_timer::BootTime;
 use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
 use crate::devices::net::NetHandle;
+use crate::incident::Incidents;
 use crate::io_stop::IoStop;
 use crate::lease::{ConfirmError, Lease, LeaseChange, Phase};
 use crate::machine::{Ending, Endings, FixedHandles, Machine};
@@ -64,6 +65,7 @@ pub struct Running {
     pub lease: Arc<Lease>,
     pub gate: Arc<RunGate>,
     pub io_stop: Arc<IoStop>,
+    pub incidents: Arc<Incidents>,
     pub boot_time: Arc<BootTime>,
     pub exits: Arc<ExitCounters>,
 }
@@ -205,6 +207,7 @@ impl Control {
                     let disks = self.machine().map(|machine| machine.disks).unwrap_or_default();
                     running.io_stop.resume(&disks);
                 }
+                running.incidents.resume();
                 if running.gate.is_open() {
                     self.notify(Notice::Resumed);
                 }
@@ -249,6 +252,8 @@ impl Control {
             paused(PauseReason::LeaseExpired)
         } else if running.gate.holds(Stop::IoError) {
             paused(PauseReason::IoError)
+        } else if let Some(reason) = running.incidents.paused() {
+            paused(reason)
         } else if running.gate.holds(Stop::Requested) {
             paused(PauseReason::Requested)
         } else {
@@ -264,6 +269,9 @@ impl Control {
             resets: self.resets.load(Ordering::Relaxed),
             agent_open: self.agent.guest_open(),
             io_error: running.io_stop.fault(),
+            panic: running.incidents.panic(),
+            panics: running.incidents.panics(),
+            watchdog_expired: running.incidents.watchdog_expired(),
         }
     }
 
@@ -300,6 +308,8 @@ impl Control {
             "exits_interrupted": exits.interrupted.get(),
             "guest_faults": exits.faults.get(),
             "resets": self.resets.load(Ordering::Relaxed),
+            "guest_panics": running.incidents.panics(),
+            "watchdog_expired": running.incidents.watchdog_expired(),
             "lease_confirmed": lease.confirmed.get(),
             "lease_refused": lease.refused.get(),
             "lease_expired": lease.expired.get(),

@@ -8,7 +8,7 @@
 
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::bell::Bell;
 use crate::sys::ThreadId;
@@ -24,6 +24,8 @@ pub enum Stop {
     End,
     /// A disk met an error that stops the guest.
     IoError,
+    /// The guest panicked, or its watchdog ran out, and somebody is to look at it.
+    Incident,
 }
 
 impl Stop {
@@ -33,6 +35,7 @@ impl Stop {
             Self::Lease => 1 << 1,
             Self::End => 1 << 2,
             Self::IoError => 1 << 3,
+            Self::Incident => 1 << 4,
         }
     }
 }
@@ -59,6 +62,31 @@ struct Threads {
     parked: usize,
     /// Of device threads that wait for the gate.
     bells: Vec<Weak<Bell>>,
+    clock: RunClock,
+}
+
+/// How long the gate was open.
+#[derive(Debug, Default)]
+struct RunClock {
+    before: Duration,
+    open_since: Option<Instant>,
+}
+
+impl RunClock {
+    fn gate_is(&mut self, open: bool) {
+        match self.open_since {
+            None if open => self.open_since = Some(Instant::now()),
+            Some(since) if !open => {
+                self.before += since.elapsed();
+                self.open_since = None;
+            }
+            _ => {}
+        }
+    }
+
+    fn read(&self) -> Duration {
+        self.before + self.open_since.map(|since| since.elapsed()).unwrap_or_default()
+    }
 }
 
 /// A vCPU thread's place at the gate; given back when it is dropped.
@@ -76,8 +104,11 @@ pub struct Inside<'a> {
 }
 
 impl RunGate {
+    /// A gate that is open.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self::default())
+        let gate = Self::default();
+        gate.threads().clock.gate_is(true);
+        Arc::new(gate)
     }
 
     fn threads(&self) -> MutexGuard<'_, Threads> {
@@ -94,7 +125,8 @@ impl RunGate {
     /// Adds a reason to stop and interrupts the vCPUs. Does not wait.
     pub fn shut(&self, reason: Stop) {
         self.reasons.fetch_or(reason.bit(), Ordering::SeqCst);
-        let threads = self.threads();
+        let mut threads = self.threads();
+        threads.clock.gate_is(self.is_open());
         for thread in &threads.running {
             thread.kick();
         }
@@ -106,6 +138,7 @@ impl RunGate {
         self.reasons.fetch_and(!reason.bit(), Ordering::SeqCst);
         // Under the lock, so that a vCPU that is about to park sees the change or the wake-up.
         let mut threads = self.threads();
+        threads.clock.gate_is(self.is_open());
         self.changed.notify_all();
         threads.bells.retain(|bell| bell.upgrade().inspect(|bell| bell.ring()).is_some());
     }
@@ -121,6 +154,12 @@ impl RunGate {
     /// Rings `bell`, for as long as somebody holds it, whenever a reason to stop is gone.
     pub fn ring_when_open(&self, bell: &Arc<Bell>) {
         self.threads().bells.push(Arc::downgrade(bell));
+    }
+
+    /// How long the guest was let run, as far as this gate goes: the clock of what counts the guest's time (peers-vmm §4.2
+    /// rule 32). It stands while the gate is shut, and while the host sleeps.
+    pub fn ran_for(&self) -> Duration {
+        self.threads().clock.read()
     }
 
     pub fn holds(&self, reason: Stop) -> bool {
@@ -239,6 +278,25 @@ mod tests {
         });
         drop(inside);
         assert!(waiter.join().unwrap());
+    }
+
+    #[test]
+    fn the_guests_time_stands_while_any_reason_holds() {
+        let gate = RunGate::new();
+        let first = gate.ran_for();
+        while gate.ran_for() == first {}
+        gate.shut(Stop::Requested);
+        gate.shut(Stop::Lease);
+        gate.open(Stop::Requested);
+        let stood = gate.ran_for();
+        assert!(stood > first);
+        let until = Instant::now() + Duration::from_millis(20);
+        while Instant::now() < until {
+            assert_eq!(gate.ran_for(), stood);
+        }
+        gate.open(Stop::Lease);
+        while gate.ran_for() == stood {}
+        assert!(gate.ran_for() - stood < Duration::from_millis(20));
     }
 
     #[test]

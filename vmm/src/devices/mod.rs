@@ -5,3 +5,4 @@ pub mod console;
 pub mod legacy;
 pub mod net;
 pub mod rng;
+pub mod watchdog;

@@ -5,6 +5,7 @@
 //! one of the other kind comes or goes; `VmmConfig::check` keeps them from meeting.
 
 use std::io;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::Kvm;
@@ -37,6 +38,8 @@ use crate::devices::legacy::rtc::{self, RealTimeClock};
 use crate::devices::legacy::serial::{self, SerialPort};
 use crate::devices::net::{KernelTap, Net, NetConfig, NetError, NetHandle, TapError};
 use crate::devices::rng::RngError;
+use crate::devices::watchdog::WatchdogError;
+use crate::incident::Incidents;
 use crate::interrupt::InterruptError;
 use crate::io_stop::IoStop;
 use crate::lease::Lease;
@@ -88,6 +91,8 @@ pub enum MachineError {
     Tap(#[from] TapError),
     #[error(transparent)]
     Rng(#[from] RngError),
+    #[error(transparent)]
+    Watchdog(#[from] WatchdogError),
     #[error("this host's KVM runs at most {limit} vCPUs a guest, not {asked}")]
     TooManyVcpus { asked: u16, limit: usize },
 }
@@ -104,6 +109,9 @@ pub struct Context {
     pub gate: Arc<RunGate>,
     pub disk_gate: Arc<DiskGate>,
     pub io_stop: Arc<IoStop>,
+    pub incidents: Arc<Incidents>,
+    /// The guest was restarted by its watchdog, and has not taken note of it.
+    pub watchdog_has_fired: Arc<AtomicBool>,
     pub lease: Arc<Lease>,
     pub endings: Arc<Endings>,
     pub boot_time: Arc<BootTime>,
@@ -144,6 +152,7 @@ pub fn build(context: &Context) -> Result<Machine, MachineError> {
         shared_disks: handles.shared_disks,
         nics: handles.nics,
         fixed,
+        nmi: vm,
         disk_gate: Arc::clone(&context.disk_gate),
     })
 }
@@ -218,7 +227,7 @@ fn add_pci(
         handles.nics.push(handle);
     }
     let integrate = |device: Arc<dyn VirtioDevice>| VirtioPci::integrated(device, memory.clone(), &*msi, vm.clone());
-    let fixed = fixed::add(&mut topology, context, &integrate)?;
+    let fixed = fixed::add(&mut topology, context, pio, &integrate)?;
     let bus = topology.build();
     bus.program()?;
     bus.insert_into(pio, mmio)?;

@@ -40,6 +40,8 @@ pub const MMIO64_SIZE: u64 = 32 << 30;
 // Ports. 0x60/0x64, 0x70/0x71 and 0xcf8..0xcff are where a PC has them; 0x510..0x51b stays free for fw_cfg.
 pub const PORT_COM1: u16 = 0x3f8;
 pub const PORT_DEBUG: u16 = 0x402;
+/// pvpanic's place in QEMU's machines.
+pub const PORT_PVPANIC: u16 = 0x505;
 pub const PORT_BOOT_TIMER: u16 = 0x5f0;
 pub const PORT_PM_BASE: u16 = 0x600;
 pub const PORT_RESET: u16 = 0xcf9;

@@ -24,6 +24,7 @@ use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
 use crate::devices::legacy::{PowerControl, PowerRequest};
 use crate::devices::net::NetHandle;
+use crate::incident::NmiSink;
 use crate::lease::quiesce::{DiskGate, Quiesce};
 use crate::memory::GuestMemory;
 
@@ -44,6 +45,10 @@ pub enum Ending {
     GuestPoweredOff,
     /// From outside: the control socket or a signal.
     PoweredOff,
+    /// By its configuration, because it panicked.
+    GuestPanicked,
+    /// By its configuration, because its watchdog ran out.
+    WatchdogExpired,
     Fault(String),
 }
 
@@ -118,6 +123,7 @@ pub struct Machine {
     shared_disks: Vec<Arc<dyn Quiesce>>,
     nics: Vec<Arc<NetHandle>>,
     fixed: FixedHandles,
+    nmi: Arc<dyn NmiSink>,
     disk_gate: Arc<DiskGate>,
 }
 
@@ -143,6 +149,11 @@ impl Machine {
     /// The functions that every guest has.
     pub fn fixed(&self) -> FixedHandles {
         self.fixed.clone()
+    }
+
+    /// The way to interrupt all vCPUs.
+    pub fn nmi(&self) -> Arc<dyn NmiSink> {
+        Arc::clone(&self.nmi)
     }
 
     /// The disks that other hosts can open too.
@@ -199,6 +210,7 @@ impl Machine {
             }
         }
         self.disk_gate.close();
+        self.fixed.stop();
         for nic in &self.nics {
             if let Err(error) = nic.stop() {
                 tracing::error!(nic = nic.name(), %error, "the guest has ended, its network card has not");

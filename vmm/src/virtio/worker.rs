@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::VirtioInterrupt;
 use super::locked;
 use super::queue::QueueError;
-use crate::bell::Bell;
+use crate::bell::{Bell, poll_timeout};
 use crate::cpu::gate::RunGate;
 
 /// Pause after an error of `poll`, which only a broken descriptor table gives.
@@ -160,7 +160,7 @@ impl<W: Work> Shared<W> {
     fn wait(&self, pass: Option<Pass>) {
         let timeout = match pass {
             Some(Pass::More) => PollTimeout::ZERO,
-            Some(Pass::At(at)) => until(at.saturating_sub(self.started.elapsed())),
+            Some(Pass::At(at)) => poll_timeout(at.saturating_sub(self.started.elapsed())),
             Some(Pass::Idle) | None => PollTimeout::NONE,
         };
         // Shared, because the driver may take its queues away while this thread sleeps. Shut out, it leaves the doorbells alone.
@@ -180,12 +180,6 @@ impl<W: Work> Shared<W> {
             let _ = kick.read();
         }
     }
-}
-
-/// At least as long as asked: a wait that is cut to whole milliseconds would end before its time and start again.
-fn until(wait: Duration) -> PollTimeout {
-    let millis = wait.as_nanos().div_ceil(1_000_000);
-    i32::try_from(millis).ok().and_then(|millis| PollTimeout::try_from(millis).ok()).unwrap_or(PollTimeout::MAX)
 }
 
 fn readable(event: &EventFd) -> PollFd<'_> {

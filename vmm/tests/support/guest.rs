@@ -1,7 +1,8 @@
 //! A guest of some dozen instructions: 32-bit flat code in an ELF file with a PVH note, so that it runs on any KVM that opens.
 //!
 //! The first letter of its command line says what it does after it has printed `up`:
-//! `o` powers off by S5, `c` prints dots for ever, `r` resets by 0xCF9, `k` by the keyboard controller, `b` waits for the power button.
+//! `o` powers off by S5, `c` prints dots for ever, `r` resets by 0xCF9, `k` by the keyboard controller, `b` waits for the power button,
+//! `p` says that it has panicked and prints dots, `w` starts its watchdog, with two seconds, and prints dots.
 
 use std::arch::global_asm;
 
@@ -37,6 +38,10 @@ global_asm!(
     "je 40f",
     "cmp al, 0x62", // b
     "je 50f",
+    "cmp al, 0x70", // p
+    "je 60f",
+    "cmp al, 0x77", // w
+    "je 70f",
     "ud2",
     // S5.
     "10: mov dx, 0x604",
@@ -70,6 +75,24 @@ global_asm!(
     "test ax, 0x100",
     "jz 51b",
     "jmp 10b",
+    "60: mov dx, 0x505",
+    "mov al, 1",
+    "out dx, al",
+    "jmp 20b",
+    // Registers 0x60 and 0x68 of 00:1b.0: the fast clock, on. Both timers are as long as they can be.
+    "70: mov dx, 0xcf8",
+    "mov eax, 0x8000d860",
+    "out dx, eax",
+    "mov dx, 0xcfc",
+    "mov ax, 4",
+    "out dx, ax",
+    "mov dx, 0xcf8",
+    "mov eax, 0x8000d868",
+    "out dx, eax",
+    "mov dx, 0xcfc",
+    "mov al, 2",
+    "out dx, al",
+    "jmp 20b",
     ".global quorate_test_guest_end",
     "quorate_test_guest_end:",
     ".code64",
