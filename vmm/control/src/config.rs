@@ -110,6 +110,12 @@ pub enum OnPanic {
     Pause,
 }
 
+impl OnPanic {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// A watchdog that the guest's own software feeds (Linux: i6300esb). One that is not started does nothing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -183,8 +189,12 @@ pub struct VmmConfig {
     pub lease: Option<LeaseConfig>,
     #[serde(default)]
     pub log_level: LogLevel,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "OnPanic::is_default")]
     pub on_panic: OnPanic,
+    /// The VM generation ID. Another one than when the guest was saved tells it that it was taken back to an earlier moment or copied,
+    /// and must not use its random numbers again; a guest that is migrated keeps its own. Left out, it is the VM's id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<Uuid>,
     /// A guest without one has no such device; its address stays free.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub watchdog: Option<WatchdogConfig>,
@@ -232,6 +242,11 @@ impl VmmConfig {
     /// What memory may grow to.
     pub fn max_memory_bytes(&self) -> u64 {
         self.max_memory_bytes.unwrap_or(self.memory_bytes)
+    }
+
+    /// The VM generation ID.
+    pub fn generation(&self) -> Uuid {
+        self.generation.unwrap_or(self.vm)
     }
 
     /// Every bound of this module.
@@ -424,6 +439,12 @@ mod tests {
     fn panics_are_reported_and_watchdogs_reset_unless_said_otherwise() {
         let plain = VmmConfig::parse(example().to_string().as_bytes()).unwrap();
         assert_eq!((plain.on_panic, plain.watchdog), (OnPanic::Report, None));
+        assert_eq!(plain.generation(), plain.vm);
+        let text = serde_json::to_string(&plain).unwrap();
+        assert!(
+            ["panic", "watchdog", "generation"].iter().all(|field| !text.contains(field)),
+            "as it was before: {text}"
+        );
         let watched = with("watchdog", json!({})).unwrap();
         assert_eq!(watched.watchdog.unwrap().action, WatchdogAction::Reset);
         let watched = with("watchdog", json!({"action": "inject_nmi"})).unwrap();

@@ -1,5 +1,5 @@
 //! What a PC has had since before PCI, as far as a stock kernel and later firmware look for it: COM1, the CMOS clock, the reset
-//! ports, ACPI's fixed registers, the panic port. And two ports of our own: the boot timer and a debug console.
+//! ports, ACPI's fixed registers, the panic port, the generation of the VM. And two ports of our own: the boot timer and a debug console.
 //!
 //! Each is a register file behind [`PioDevice`](crate::bus::PioDevice); none blocks, because a vCPU waits for it.
 
@@ -10,6 +10,7 @@ pub mod pvpanic;
 pub mod reset;
 pub mod rtc;
 pub mod serial;
+pub mod vmgenid;
 
 /// What a guest asks of the machine as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
