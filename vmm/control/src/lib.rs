@@ -7,6 +7,7 @@
 //!
 //! Start reading at [`config`]. Everything here is a value or a function between values; the socket is in the vmm.
 
+pub mod balloon;
 pub mod config;
 pub mod disk;
 pub mod exit;

@@ -47,6 +47,9 @@ pub enum Call {
     PowerOff,
     /// Resets the guest. A repeated `id` is answered and does nothing, so a retry is safe.
     Reset { id: u64 },
+    /// Asks the guest to make do with so much of its memory, from [`crate::balloon::MIN_BALLOON_TARGET_BYTES`] to all of it. It gives what
+    /// it can when it can: `metrics.balloon` tells how far it is. Stays through a reset.
+    BalloonSet { bytes: u64 },
     /// Turns this connection into the guest's console.
     ConsoleAttach,
     /// Turns this connection into the guest agent's port. Refused as `taken` while another client has it.
@@ -310,6 +313,7 @@ mod tests {
             Call::Status,
             Call::Confirm { epoch: 4, deadline_ns: u64::MAX },
             Call::Reset { id: 9 },
+            Call::BalloonSet { bytes: 1 << 40 },
             Call::ConsoleAttach,
             Call::AgentAttach,
         ] {

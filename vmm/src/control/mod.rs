@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmm_control::{
-    Call, ErrorCode, Hello, Notice, PauseReason, Reply, Request, RunState, Status, VmmConfig,
+    Call, ErrorCode, Hello, Notice, PauseReason, Reply, Request, RunState, Status, VmmConfig, balloon::check_target,
     protocol::PROTOCOL_VERSION,
 };
 
@@ -57,6 +57,9 @@ pub struct Control {
     ending: AtomicBool,
     resets: AtomicU64,
     last_reset_id: Mutex<Option<u64>>,
+    memory_bytes: u64,
+    /// What the guest was asked to make do with.
+    balloon_target: Mutex<Option<u64>>,
     overhead: Mutex<Option<(Instant, u64)>>,
 }
 
@@ -125,6 +128,8 @@ impl Control {
             ending: AtomicBool::new(false),
             resets: AtomicU64::new(0),
             last_reset_id: Mutex::new(None),
+            memory_bytes: config.memory_bytes,
+            balloon_target: Mutex::new(None),
             overhead: Mutex::new(None),
         }))
     }
@@ -153,6 +158,9 @@ impl Control {
     }
 
     pub fn machine_is(&self, machine: &Machine) {
+        if let Some(bytes) = *lock(&self.balloon_target) {
+            machine.fixed().balloon.set_target(bytes);
+        }
         *lock(&self.machine) = Some(MachineHandle {
             pm: machine.pm(),
             serial: machine.serial(),
@@ -228,11 +236,24 @@ impl Control {
                 self.reset_once(reset_id);
                 Reply::ok(id, json!({}))
             }
+            Call::BalloonSet { bytes } => self.set_balloon(id, bytes),
             Call::ConsoleAttach => return Answer::Stream(Stream::Console, Reply::ok(id, json!({}))),
             Call::AgentAttach => return Answer::Stream(Stream::Agent, Reply::ok(id, json!({}))),
             Call::Metrics => Reply::ok(id, self.metrics(running)),
         };
         Answer::Reply(reply)
+    }
+
+    /// A guest that resets is asked for the same afterwards.
+    fn set_balloon(&self, id: u64, bytes: u64) -> Reply {
+        if let Err(error) = check_target(bytes, self.memory_bytes) {
+            return Reply::error(id, ErrorCode::BadRequest, error.to_string());
+        }
+        *lock(&self.balloon_target) = Some(bytes);
+        if let Some(machine) = self.machine() {
+            machine.fixed.balloon.set_target(bytes);
+        }
+        Reply::ok(id, json!({ "target_bytes": bytes }))
     }
 
     fn reset_once(&self, reset_id: u64) {
@@ -323,6 +344,7 @@ impl Control {
             "overhead_bytes": self.overhead(),
             "disks": self.disk_counters(),
             "nics": self.nic_counters(),
+            "balloon": self.machine().map(|machine| machine.fixed.balloon.counters()),
             "rng": self.machine().map(|machine| machine.fixed.rng.counters()),
         })
     }

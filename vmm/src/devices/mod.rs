@@ -1,5 +1,6 @@
 //! The devices of a guest, a folder each.
 
+pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod legacy;

@@ -12,7 +12,7 @@ use kvm_ioctls::Kvm;
 use vmm_control::config::MAX_DISKS_AND_NICS;
 use vmm_control::{MachineType, VmmConfig};
 
-use super::fixed::{self, FixedHandles};
+use super::fixed::{self, FixedHandles, Parts};
 use super::kvm::{self, KvmError, KvmVm};
 use super::layout::{
     ECAM_BASE, ECAM_BUSES, GSI_COM1, GSI_SCI, Layout, PORT_BOOT_TIMER, PORT_COM1, PORT_DEBUG, PORT_PM_BASE, PORT_RESET,
@@ -28,6 +28,7 @@ use crate::cpu::gate::RunGate;
 use crate::cpu::regs::{self, RegsError};
 use crate::cpu::vcpu::{Shared, Vcpu};
 use crate::cpu::{cpuid, msr};
+use crate::devices::balloon::BalloonError;
 use crate::devices::block::{Block, BlockConfig, BlockError, BlockHandle};
 use crate::devices::console::{Console, ConsoleDeviceError};
 use crate::devices::legacy::boot_timer::{BootTime, BootTimerPort};
@@ -36,6 +37,7 @@ use crate::devices::legacy::pm::{self, PowerManagement};
 use crate::devices::legacy::reset::{KEYBOARD_COMMAND_PORT, KEYBOARD_DATA_PORT, KeyboardController, ResetPort};
 use crate::devices::legacy::rtc::{self, RealTimeClock};
 use crate::devices::legacy::serial::{self, SerialPort};
+use crate::devices::legacy::vmgenid::{VmGeneration, VmGenerationError};
 use crate::devices::net::{KernelTap, Net, NetConfig, NetError, NetHandle, TapError};
 use crate::devices::rng::RngError;
 use crate::devices::watchdog::WatchdogError;
@@ -90,9 +92,13 @@ pub enum MachineError {
     #[error(transparent)]
     Tap(#[from] TapError),
     #[error(transparent)]
+    Generation(#[from] VmGenerationError),
+    #[error(transparent)]
     Rng(#[from] RngError),
     #[error(transparent)]
     Watchdog(#[from] WatchdogError),
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     #[error("this host's KVM runs at most {limit} vCPUs a guest, not {asked}")]
     TooManyVcpus { asked: u16, limit: usize },
 }
@@ -130,6 +136,7 @@ pub fn build(context: &Context) -> Result<Machine, MachineError> {
 
     let legacy = add_legacy_devices(context, &vm, &pio)?;
     let (handles, fixed) = add_pci(context, &layout, &vm, &memory, msi, (&pio, &mmio))?;
+    let generation = VmGeneration::place(memory.clone(), Arc::clone(&legacy.pm), config.generation())?;
     let entry = load_guest(context, &memory, &layout)?;
 
     let shared = Arc::new(Shared {
@@ -152,6 +159,7 @@ pub fn build(context: &Context) -> Result<Machine, MachineError> {
         shared_disks: handles.shared_disks,
         nics: handles.nics,
         fixed,
+        generation,
         nmi: vm,
         disk_gate: Arc::clone(&context.disk_gate),
     })
@@ -227,7 +235,8 @@ fn add_pci(
         handles.nics.push(handle);
     }
     let integrate = |device: Arc<dyn VirtioDevice>| VirtioPci::integrated(device, memory.clone(), &*msi, vm.clone());
-    let fixed = fixed::add(&mut topology, context, pio, &integrate)?;
+    let parts = Parts { context, layout, pio };
+    let fixed = fixed::add(&mut topology, &parts, &integrate)?;
     let bus = topology.build();
     bus.program()?;
     bus.insert_into(pio, mmio)?;

@@ -22,6 +22,7 @@ use crate::cpu::vcpu::{Shared, Vcpu, VcpuEvent, VcpuEvents};
 use crate::devices::block::BlockHandle;
 use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
+use crate::devices::legacy::vmgenid::VmGeneration;
 use crate::devices::legacy::{PowerControl, PowerRequest};
 use crate::devices::net::NetHandle;
 use crate::incident::NmiSink;
@@ -123,6 +124,7 @@ pub struct Machine {
     shared_disks: Vec<Arc<dyn Quiesce>>,
     nics: Vec<Arc<NetHandle>>,
     fixed: FixedHandles,
+    generation: Arc<VmGeneration>,
     nmi: Arc<dyn NmiSink>,
     disk_gate: Arc<DiskGate>,
 }
@@ -149,6 +151,11 @@ impl Machine {
     /// The functions that every guest has.
     pub fn fixed(&self) -> FixedHandles {
         self.fixed.clone()
+    }
+
+    /// The generation of the VM, for whoever takes the guest back to an earlier moment.
+    pub fn generation(&self) -> Arc<VmGeneration> {
+        Arc::clone(&self.generation)
     }
 
     /// The way to interrupt all vCPUs.

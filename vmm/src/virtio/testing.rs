@@ -1,12 +1,14 @@
 //! A driver that a test holds in its hand: it probes a function through its BAR as Linux does, and builds rings of any
 //! shape in memory of its own, broken ones too.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::device::{Activation, DeviceError, DeviceKind, QueuePosition};
+use super::locked;
 use super::pci::VirtioPci;
 use super::registers::status;
 use crate::interrupt::fake::{FakeIoEvents, FakeMsi, FakeVectors};
@@ -79,6 +81,54 @@ pub fn attach(device: Arc<dyn VirtioDevice>) -> FakeDriver {
         queues: sizes.iter().map(|size| DriverQueue { size: *size, next_descriptor: 0, avail: 0, used: 0 }).collect(),
         next_buffer: BUFFERS,
     }
+}
+
+/// Keeps what the transport hands over, for a test that serves queues itself, with a clock of its own.
+struct Captured {
+    features: u64,
+    queue_sizes: &'static [u16],
+    activation: Mutex<Option<Activation>>,
+}
+
+impl VirtioDevice for Captured {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind { id: 0, class: [0, 0xff, 0], name: "captured" }
+    }
+    fn features(&self) -> u64 {
+        self.features
+    }
+    fn queue_sizes(&self) -> &'static [u16] {
+        self.queue_sizes
+    }
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+    fn activate(&self, activation: Activation) -> Result<(), DeviceError> {
+        *locked(&self.activation) = Some(activation);
+        Ok(())
+    }
+    fn begin_reset(&self) {}
+    fn is_reset(&self) -> bool {
+        true
+    }
+    fn positions(&self) -> Result<Vec<QueuePosition>, DeviceError> {
+        Ok(Vec::new())
+    }
+    fn save(&self) -> Result<serde_json::Value, DeviceError> {
+        Ok(serde_json::Value::Null)
+    }
+    fn restore(&self, _saved: serde_json::Value) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
+/// A driver that has started, and what its device was given.
+pub fn activated(features: u64, queue_sizes: &'static [u16]) -> (FakeDriver, Activation) {
+    let device = Arc::new(Captured { features, queue_sizes, activation: Mutex::default() });
+    let mut driver = attach(device.clone());
+    driver.start();
+    let activation = locked(&device.activation).take().expect("a driver that has started");
+    (driver, activation)
 }
 
 impl FakeDriver {

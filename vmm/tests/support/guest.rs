@@ -2,7 +2,8 @@
 //!
 //! The first letter of its command line says what it does after it has printed `up`:
 //! `o` powers off by S5, `c` prints dots for ever, `r` resets by 0xCF9, `k` by the keyboard controller, `b` waits for the power button,
-//! `p` says that it has panicked and prints dots, `w` starts its watchdog, with two seconds, and prints dots.
+//! `p` says that it has panicked and prints dots, `w` starts its watchdog, with two seconds, and prints dots, `i` prints `y` or `n` for
+//! each of the devices 00:1b.0 to 00:1f.0 and powers off.
 
 use std::arch::global_asm;
 
@@ -42,6 +43,8 @@ global_asm!(
     "je 60f",
     "cmp al, 0x77", // w
     "je 70f",
+    "cmp al, 0x69", // i
+    "je 80f",
     "ud2",
     // S5.
     "10: mov dx, 0x604",
@@ -93,6 +96,25 @@ global_asm!(
     "mov al, 2",
     "out dx, al",
     "jmp 20b",
+    "80: mov ecx, 0x1b",
+    "81: mov eax, ecx",
+    "shl eax, 11",
+    "or eax, 0x80000000",
+    "mov dx, 0xcf8",
+    "out dx, eax",
+    "mov dx, 0xcfc",
+    "in eax, dx",
+    "mov bl, 0x6e", // n
+    "cmp ax, 0xffff",
+    "je 82f",
+    "mov bl, 0x79", // y
+    "82: mov dx, 0x3f8",
+    "mov al, bl",
+    "out dx, al",
+    "inc ecx",
+    "cmp ecx, 0x20",
+    "jne 81b",
+    "jmp 10b",
     ".global quorate_test_guest_end",
     "quorate_test_guest_end:",
     ".code64",
