@@ -45,3 +45,28 @@ impl AsFd for Bell {
         self.0.as_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn a_wait_ends_by_the_bell_or_in_its_time() {
+        let bell = Bell::new().unwrap();
+        bell.ring();
+        bell.wait(None);
+        let start = Instant::now();
+        bell.wait(Some(Duration::from_micros(2_500)));
+        assert!(start.elapsed() >= Duration::from_micros(2_500), "the ring was forgotten, and no time is cut off");
+    }
+
+    #[test]
+    fn waits_are_whole_milliseconds_and_never_shorter() {
+        for (wait, millis) in [(Duration::ZERO, 0), (Duration::from_nanos(1), 1), (Duration::from_millis(7), 7)] {
+            assert_eq!(poll_timeout(wait), PollTimeout::from(millis as u16));
+        }
+        assert_eq!(poll_timeout(Duration::MAX), PollTimeout::MAX);
+    }
+}

@@ -350,3 +350,49 @@ impl FakeDriver {
 fn ring(queue: usize) -> u64 {
     RINGS + queue as u64 * RING_STRIDE
 }
+
+pub mod hostile {
+    //! Chains of a driver that offers anything, for property tests.
+
+    use std::ops::Range;
+
+    use proptest::prelude::*;
+
+    use super::{Descriptor, FakeDriver, MEMORY_BYTES, NEXT, WRITE};
+
+    /// A chain, mostly of whole and existing memory, now and then of anything.
+    #[derive(Debug, Clone)]
+    pub struct Offer {
+        queue: usize,
+        /// Address, length, and whether the device may write to it.
+        descriptors: Vec<(u64, u32, bool)>,
+    }
+
+    /// On one of the first `queues` queues.
+    pub fn offer(queues: usize) -> impl Strategy<Value = Offer> {
+        let end = MEMORY_BYTES as u64;
+        let address = prop_oneof![0..end + (1 << 20), (0..end / 4096).prop_map(|page| page * 4096), any::<u64>()];
+        let len = prop_oneof![0u32..10_000, Just(4096), Just(4 << 20), any::<u32>()];
+        let descriptors = prop::collection::vec((address, len, any::<bool>()), 1..6);
+        (0..queues, descriptors).prop_map(|(queue, descriptors)| Offer { queue, descriptors })
+    }
+
+    impl Offer {
+        /// Puts it into the ring and rings the doorbell.
+        pub fn make(&self, driver: &mut FakeDriver) {
+            let last = self.descriptors.len() - 1;
+            for (index, (address, len, write)) in self.descriptors.iter().enumerate() {
+                let flags = if *write { WRITE } else { 0 } | if index < last { NEXT } else { 0 };
+                let descriptor = Descriptor { address: *address, len: *len, flags, next: index as u16 + 1 };
+                driver.descriptor(self.queue, index as u16, descriptor);
+            }
+            driver.offer(self.queue, 0);
+        }
+
+        /// What the device may write to.
+        pub fn writable(&self) -> impl Iterator<Item = Range<u64>> {
+            let writable = self.descriptors.iter().filter(|(_, _, write)| *write);
+            writable.map(|(address, len, _)| *address..address.saturating_add(u64::from(*len)))
+        }
+    }
+}

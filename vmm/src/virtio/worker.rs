@@ -187,3 +187,87 @@ fn readable(event: &EventFd) -> PollFd<'_> {
     let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
     PollFd::new(fd, PollFlags::POLLIN)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn pass() -> impl Strategy<Value = Pass> {
+        prop_oneof![
+            Just(Pass::Idle),
+            Just(Pass::More),
+            any::<u32>().prop_map(|s| Pass::At(Duration::from_secs(s.into())))
+        ]
+    }
+
+    /// When the device wants to go on: at once, at some time, or when it is called.
+    fn time_of(pass: Pass) -> Duration {
+        match pass {
+            Pass::More => Duration::ZERO,
+            Pass::At(at) => at,
+            Pass::Idle => Duration::MAX,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_part_that_wants_to_go_on_first_decides(a in pass(), b in pass()) {
+            prop_assert_eq!(time_of(a.and(b)), time_of(a).min(time_of(b)));
+        }
+    }
+
+    /// Tells of each pass, and asks for what the test says.
+    struct Told {
+        passes: Sender<Duration>,
+        next: Pass,
+    }
+
+    impl Work for Told {
+        fn kicks(&self) -> Vec<Arc<EventFd>> {
+            Vec::new()
+        }
+        fn serve(&mut self, now: Duration) -> Result<Pass, WorkError> {
+            self.passes.send(now).unwrap();
+            Ok(std::mem::replace(&mut self.next, Pass::Idle))
+        }
+        fn stop(&mut self) -> Option<Arc<dyn VirtioInterrupt>> {
+            None
+        }
+    }
+
+    fn worker() -> (Worker<Told>, Arc<RunGate>, Receiver<Duration>) {
+        let (passes, told) = channel();
+        let gate = RunGate::new();
+        let worker = Worker::start("told", Arc::clone(&gate), Told { passes, next: Pass::Idle }).unwrap();
+        (worker, gate, told)
+    }
+
+    #[test]
+    fn a_pass_comes_when_it_was_asked_for_and_not_before() {
+        let (worker, _, told) = worker();
+        let in_a_moment = worker.shared.started.elapsed() + Duration::from_millis(30);
+        worker.with(|work| work.next = Pass::At(in_a_moment));
+        told.recv().unwrap();
+        assert!(told.recv().unwrap() >= in_a_moment);
+        worker.with(|work| work.next = Pass::More);
+        told.recv().unwrap();
+        told.recv().unwrap();
+        drop(worker);
+        assert!(told.recv().is_err(), "the thread has ended");
+    }
+
+    #[test]
+    fn a_pass_that_falls_into_a_pause_is_made_after_it() {
+        let (worker, gate, told) = worker();
+        gate.shut(crate::cpu::gate::Stop::Requested);
+        worker.with(|work| work.next = Pass::More);
+        assert!(told.recv_timeout(Duration::from_millis(50)).is_err());
+        gate.open(crate::cpu::gate::Stop::Requested);
+        told.recv().unwrap();
+        told.recv().unwrap();
+    }
+}

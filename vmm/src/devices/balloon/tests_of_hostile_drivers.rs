@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::config::{DEFLATE, INFLATE, PAGE_BYTES, QUEUE_SIZES, REPORTS, STATISTICS};
 use super::engine::MAX_PAGES_PER_CHAIN;
 use super::tests::{GIVEN, Guest, MIB, engine, page};
-use crate::virtio::testing::{Buffer, Descriptor, NEXT, WRITE};
+use crate::virtio::testing::{Buffer, Descriptor, NEXT, WRITE, hostile};
 use crate::virtio::worker::{Pass, Work};
 
 /// Memory of the test that is not the guest's to give, and that no ring or buffer is in.
@@ -102,19 +102,6 @@ fn statistics_come_one_at_a_time_however_many_are_offered() {
     }
 }
 
-#[derive(Debug, Clone)]
-struct Offer {
-    queue: usize,
-    descriptors: Vec<(u64, u32, bool)>,
-}
-
-fn offer() -> impl Strategy<Value = Offer> {
-    let address = prop_oneof![0u64..(9 * MIB), (GIVEN.base..GIVEN.end()).prop_map(|at| at / 4096 * 4096), any::<u64>()];
-    let len = prop_oneof![0u32..10_000, Just(4096), Just(4 << 20), any::<u32>()];
-    let descriptors = prop::collection::vec((address, len, any::<bool>()), 1..6);
-    (0..QUEUE_SIZES.len(), descriptors).prop_map(|(queue, descriptors)| Offer { queue, descriptors })
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 
@@ -122,7 +109,7 @@ proptest! {
     /// for the rings.
     #[test]
     fn nothing_but_the_guests_own_memory_is_taken(
-        offers in prop::collection::vec(offer(), 1..40),
+        offers in prop::collection::vec(hostile::offer(QUEUE_SIZES.len()), 1..40),
         seed in any::<u32>(),
     ) {
         let (mut driver, mut engine, _, _) = engine();
@@ -136,14 +123,8 @@ proptest! {
             driver.memory.write_slice(&words, GuestAddress(base)).unwrap();
         }
         let mut now = Duration::ZERO;
-        for Offer { queue, descriptors } in offers {
-            let last = descriptors.len() - 1;
-            for (index, (address, len, write)) in descriptors.into_iter().enumerate() {
-                let flags = if write { WRITE } else { 0 } | if index < last { NEXT } else { 0 };
-                let descriptor = Descriptor { address, len, flags, next: index as u16 + 1 };
-                driver.descriptor(queue, index as u16, descriptor);
-            }
-            driver.offer(queue, 0);
+        for offer in &offers {
+            offer.make(&mut driver);
             match engine.serve(now) {
                 Ok(Pass::At(at)) => now = at,
                 Ok(_) => {}
