@@ -98,6 +98,7 @@ fn statistics_come_one_at_a_time_however_many_are_offered() {
             panic!("it holds one and has a time to give it back");
         };
         assert_eq!((0..).map_while(|_| driver.try_used(queue)).count(), usize::from(taken > 0));
+        assert_eq!(engine.serve(now).unwrap(), Pass::At(at), "the others wait for their turn");
         now = at;
     }
 }
