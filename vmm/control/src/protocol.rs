@@ -39,7 +39,8 @@ use crate::config::check_path;
 
 /// Grows when a method or field is added that an older vmm does not know. A vmm lives as long as its guest, so a newer
 /// hostd meets older ones after each upgrade. 2: `agent_attach`, `taken`, `agent_open`. 3: `save_attach`,
-/// `restore_attach`, `run`, `saving`, `incoming`.
+/// `restore_attach`, `run`, `saving`, `incoming`; `guest_panicked`, `watchdog_expired` and the pauses for them, `panic`, `panics`,
+/// `balloon_set`.
 pub const PROTOCOL_VERSION: u32 = 3;
 /// The longest line in either direction, with its end.
 pub const MAX_LINE_BYTES: usize = 64 << 10;
@@ -67,6 +68,9 @@ pub enum Call {
     PowerOff,
     /// Resets the guest. A repeated `id` is answered and does nothing, so a retry is safe.
     Reset { id: u64 },
+    /// Asks the guest to make do with so much of its memory, from [`crate::balloon::MIN_BALLOON_TARGET_BYTES`] to all of it. It gives what
+    /// it can when it can: `metrics.balloon` tells how far it is. Stays through a reset.
+    BalloonSet { bytes: u64 },
     /// Turns this connection into the guest's console.
     ConsoleAttach,
     /// Turns this connection into the guest agent's port. Refused as `taken` while another client has it.
@@ -208,6 +212,12 @@ pub enum Notice {
     Resumed,
     /// The guest restarts within this process, under the same epoch.
     Reset,
+    /// The guest's kernel says so. What follows is the configuration's to decide. Once of each kind until the guest restarts.
+    GuestPanicked {
+        kind: PanicKind,
+    },
+    /// The guest has not kept its watchdog from running out. What follows is the configuration's to decide.
+    WatchdogExpired,
     /// The guest ends; `exit.json` follows.
     ShuttingDown {
         reason: crate::ExitReason,
@@ -272,12 +282,27 @@ pub enum PauseReason {
     Requested,
     /// The lease ended. Goes before the others when several hold.
     LeaseExpired,
-    /// A disk whose policy is to stop met an error; [`Status::io_error`] has it. Goes before `requested`. `resume` tries again.
+    /// A disk whose policy is to stop met an error; [`Status::io_error`] has it. Goes before the following. `resume` tries again.
     IoError,
-    /// The guest is being saved, or was; [`Status::saving`] says which. Goes before `requested`.
+    /// The guest is being saved, or was; [`Status::saving`] says which. Goes before the following.
     Saved,
-    /// The guest has not been given to this process yet, or not been told to run; [`Status::incoming`] says which.
+    /// The guest has not been given to this process yet, or not been told to run; [`Status::incoming`] says which. Goes before
+    /// the following.
     Incoming,
+    /// The guest panicked, and the configuration says to pause it then. Goes before `requested`, and ends with `resume`.
+    GuestPanicked,
+    /// The guest's watchdog ran out, likewise.
+    Watchdog,
+}
+
+/// What a guest's kernel reports at its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PanicKind {
+    /// It has panicked, and stays where it is or restarts by itself.
+    Panicked,
+    /// It has panicked, and its crash kernel takes over to write a dump. Never a reason to stop it.
+    CrashKernel,
 }
 
 /// How far a save is.
@@ -367,6 +392,15 @@ pub struct Status {
     /// Present in a process that was started with `--incoming`, until its guest runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub incoming: Option<IncomingStatus>,
+    /// Present when the guest's kernel has panicked since it last started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub panic: Option<PanicKind>,
+    /// How often it panicked in this process.
+    #[serde(default)]
+    pub panics: u64,
+    /// How often its watchdog ran out in this process.
+    #[serde(default)]
+    pub watchdog_expired: u64,
 }
 
 #[cfg(test)]
@@ -380,6 +414,7 @@ mod tests {
             Call::Status,
             Call::Confirm { epoch: 4, deadline_ns: u64::MAX },
             Call::Reset { id: 9 },
+            Call::BalloonSet { bytes: 1 << 40 },
             Call::ConsoleAttach,
             Call::AgentAttach,
             Call::SaveAttach,

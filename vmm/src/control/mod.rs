@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use vmm_control::{
     Call, ErrorCode, Hello, Notice, PauseReason, ReleaseClass, Reply, Request, RunState, Status, VmmConfig,
-    protocol::PROTOCOL_VERSION,
+    balloon::check_target, protocol::PROTOCOL_VERSION,
 };
 
 use crate::agent_channel::AgentChannel;
@@ -30,9 +30,10 @@ use crate::devices::legacy::boot_timer::BootTime;
 use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
 use crate::devices::net::NetHandle;
+use crate::incident::Incidents;
 use crate::io_stop::IoStop;
 use crate::lease::{self, ConfirmError, Lease, LeaseChange, Phase};
-use crate::machine::{Ending, Endings, Machine};
+use crate::machine::{Ending, Endings, FixedHandles, Machine};
 use crate::metrics::{self, ExitCounters};
 use crate::saved::incoming::{Incoming, IncomingRefusal, RunOrder};
 use crate::saved::parts::Parts;
@@ -62,6 +63,9 @@ pub struct Control {
     ending: AtomicBool,
     resets: AtomicU64,
     last_reset_id: Mutex<Option<u64>>,
+    memory_bytes: u64,
+    /// What the guest was asked to make do with.
+    balloon_target: Mutex<Option<u64>>,
     overhead: Mutex<Option<(Instant, u64)>>,
 }
 
@@ -70,6 +74,7 @@ pub struct Running {
     pub lease: Arc<Lease>,
     pub gate: Arc<RunGate>,
     pub io_stop: Arc<IoStop>,
+    pub incidents: Arc<Incidents>,
     pub boot_time: Arc<BootTime>,
     pub exits: Arc<ExitCounters>,
     pub saves: Arc<Saves>,
@@ -86,6 +91,7 @@ struct MachineHandle {
     ram: Vec<(u64, u64)>,
     disks: Vec<Arc<BlockHandle>>,
     nics: Vec<Arc<NetHandle>>,
+    fixed: FixedHandles,
 }
 
 /// An answer, and what happens to the connection.
@@ -135,6 +141,8 @@ impl Control {
             ending: AtomicBool::new(false),
             resets: AtomicU64::new(0),
             last_reset_id: Mutex::new(None),
+            memory_bytes: config.memory_bytes,
+            balloon_target: Mutex::new(None),
             overhead: Mutex::new(None),
         }))
     }
@@ -163,6 +171,9 @@ impl Control {
     }
 
     pub fn machine_is(&self, machine: &Machine) {
+        if let Some(bytes) = *lock(&self.balloon_target) {
+            machine.fixed().balloon.set_target(bytes);
+        }
         *lock(&self.machine) = Some(MachineHandle {
             parts: machine.parts(),
             pm: machine.pm(),
@@ -170,6 +181,7 @@ impl Control {
             ram: machine.ram_in_host(),
             disks: machine.disks(),
             nics: machine.nics(),
+            fixed: machine.fixed(),
         });
         self.bell.ring();
     }
@@ -223,6 +235,7 @@ impl Control {
                     let disks = self.machine().map(|machine| machine.disks).unwrap_or_default();
                     running.io_stop.resume(&disks);
                 }
+                running.incidents.resume();
                 if running.gate.is_open() {
                     self.notify(Notice::Resumed);
                 }
@@ -246,6 +259,7 @@ impl Control {
                 self.reset_once(reset_id);
                 Reply::ok(id, json!({}))
             }
+            Call::BalloonSet { bytes } => self.set_balloon(id, bytes),
             Call::ConsoleAttach => return Answer::Stream(Stream::Console, Reply::ok(id, json!({}))),
             Call::AgentAttach => return Answer::Stream(Stream::Agent, Reply::ok(id, json!({}))),
             Call::SaveAttach => return Answer::Stream(Stream::Save, Reply::ok(id, json!({}))),
@@ -302,6 +316,20 @@ impl Control {
         Ok(incoming)
     }
 
+    /// A guest that resets is asked for the same afterwards.
+    fn set_balloon(&self, id: u64, bytes: u64) -> Reply {
+        if let Err(error) = check_target(bytes, self.memory_bytes) {
+            return Reply::error(id, ErrorCode::BadRequest, error.to_string());
+        }
+        // Held until the machine knows: a machine that comes now finds either the target here, or itself asked.
+        let mut target = lock(&self.balloon_target);
+        *target = Some(bytes);
+        if let Some(machine) = self.machine() {
+            machine.fixed.balloon.set_target(bytes);
+        }
+        Reply::ok(id, json!({ "target_bytes": bytes }))
+    }
+
     fn reset_once(&self, reset_id: u64) {
         let mut last = lock(&self.last_reset_id);
         if *last != Some(reset_id) {
@@ -316,14 +344,16 @@ impl Control {
         let incoming = running.incoming.as_ref().and_then(|incoming| incoming.status());
         let run = if self.ending.load(Ordering::SeqCst) {
             RunState::ShuttingDown
-        } else if incoming.is_some() {
-            paused(PauseReason::Incoming)
         } else if phase != Phase::Valid {
             paused(PauseReason::LeaseExpired)
         } else if running.gate.holds(Stop::IoError) {
             paused(PauseReason::IoError)
         } else if running.gate.holds(Stop::Saved) {
             paused(PauseReason::Saved)
+        } else if incoming.is_some() {
+            paused(PauseReason::Incoming)
+        } else if let Some(reason) = running.incidents.paused() {
+            paused(reason)
         } else if running.gate.holds(Stop::Requested) {
             paused(PauseReason::Requested)
         } else {
@@ -341,6 +371,9 @@ impl Control {
             io_error: running.io_stop.fault(),
             saving: running.saves.status(),
             incoming,
+            panic: running.incidents.panic(),
+            panics: running.incidents.panics(),
+            watchdog_expired: running.incidents.watchdog_expired(),
         }
     }
 
@@ -377,6 +410,8 @@ impl Control {
             "exits_interrupted": exits.interrupted.get(),
             "guest_faults": exits.faults.get(),
             "resets": self.resets.load(Ordering::Relaxed),
+            "guest_panics": running.incidents.panics(),
+            "watchdog_expired": running.incidents.watchdog_expired(),
             "lease_confirmed": lease.confirmed.get(),
             "lease_refused": lease.refused.get(),
             "lease_expired": lease.expired.get(),
@@ -390,6 +425,8 @@ impl Control {
             "overhead_bytes": self.overhead(),
             "disks": self.disk_counters(),
             "nics": self.nic_counters(),
+            "balloon": self.machine().map(|machine| machine.fixed.balloon.counters()),
+            "rng": self.machine().map(|machine| machine.fixed.rng.counters()),
         })
     }
 }

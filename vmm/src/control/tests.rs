@@ -1,16 +1,18 @@
-//! What the control socket says of a guest that a disk has stopped. No socket, no KVM.
+//! What the control socket says of a guest that a disk, its own panic or its watchdog has stopped. No socket, no KVM.
 
 use serde_json::Value;
-use vmm_control::{DiskFault, SaveState};
+use vmm_control::{DiskFault, OnPanic, PanicKind, SaveState, WatchdogAction};
 
 use super::*;
 use crate::devices::block::DiskFaults;
+use crate::incident::{PanicSink, WatchdogSink};
 use crate::lease::quiesce::DiskGate;
 
 struct Stopped {
     control: Arc<Control>,
     gate: Arc<RunGate>,
     io_stop: Arc<IoStop>,
+    incidents: Arc<Incidents>,
     _dir: tempfile::TempDir,
 }
 
@@ -33,7 +35,13 @@ fn control() -> Stopped {
     let console = ConsoleHub::with_log(&dir.path().join("console.log")).unwrap();
     let gate = RunGate::new();
     let (endings, _) = Endings::new(Arc::clone(&gate));
-    let control = Control::new(&config, console, crate::agent_channel::AgentChannel::new().unwrap(), endings).unwrap();
+    let agent = crate::agent_channel::AgentChannel::new().unwrap();
+    let control = Control::new(&config, console, agent, Arc::clone(&endings)).unwrap();
+    let incidents = {
+        let control = Arc::clone(&control);
+        let listener = Box::new(move |incident| control.notify(crate::process::incident_notice(incident)));
+        Incidents::new(OnPanic::Pause, WatchdogAction::Pause, Arc::clone(&gate), endings, listener)
+    };
     let io_stop = {
         let control = Arc::clone(&control);
         let listener = move || control.notify(Notice::Paused { reason: PauseReason::IoError, quiesced: false });
@@ -43,12 +51,13 @@ fn control() -> Stopped {
         lease: Lease::new(41, None, Arc::clone(&gate), DiskGate::new(), Box::new(|_| {})).unwrap(),
         gate: Arc::clone(&gate),
         io_stop: Arc::clone(&io_stop),
+        incidents: Arc::clone(&incidents),
         boot_time: BootTime::new(Instant::now()),
         exits: Arc::default(),
         saves: Saves::new(Arc::clone(&gate), DiskGate::new()),
         incoming: None,
     });
-    Stopped { control, gate, io_stop, _dir: dir }
+    Stopped { control, gate, io_stop, incidents, _dir: dir }
 }
 
 impl Stopped {
@@ -123,4 +132,30 @@ fn an_io_error_is_shown_and_told_until_somebody_resumes_the_guest() {
     assert_eq!(stopped.status().io_error, None);
     stopped.gate.open(Stop::Lease);
     assert_eq!(stopped.status().run, RunState::Running);
+}
+
+#[test]
+fn a_panic_is_shown_and_told_and_a_pause_for_it_ends_with_resume() {
+    let stopped = control();
+    assert_eq!(stopped.status().panic, None);
+    stopped.incidents.panicked(PanicKind::Panicked);
+    let reason = PauseReason::GuestPanicked;
+    let notices: Vec<_> = lock(&stopped.control.notices).drain(..).collect();
+    let told = [Notice::GuestPanicked { kind: PanicKind::Panicked }, Notice::Paused { reason, quiesced: false }];
+    assert_eq!(notices, told);
+    let status = stopped.status();
+    assert_eq!((status.run, status.panic, status.panics), (RunState::Paused { reason }, Some(PanicKind::Panicked), 1));
+
+    // A pause on request is another reason; `resume` ends both.
+    stopped.ask(Call::Pause);
+    assert_eq!(stopped.status().run, RunState::Paused { reason });
+    stopped.ask(Call::Resume);
+    assert_eq!((stopped.status().run, stopped.status().panic), (RunState::Running, Some(PanicKind::Panicked)));
+
+    stopped.incidents.expired();
+    let status = stopped.status();
+    assert_eq!((status.run, status.watchdog_expired), (RunState::Paused { reason: PauseReason::Watchdog }, 1));
+    assert_eq!(stopped.ask(Call::Metrics)["watchdog_expired"], json!(1));
+    stopped.ask(Call::Resume);
+    assert!(stopped.gate.is_open());
 }

@@ -5,6 +5,7 @@
 //! one of the other kind comes or goes; `VmmConfig::check` keeps them from meeting.
 
 use std::io;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use kvm_bindings::CpuId;
@@ -12,6 +13,7 @@ use kvm_ioctls::Kvm;
 use vmm_control::config::MAX_DISKS_AND_NICS;
 use vmm_control::{MachineType, VmmConfig};
 
+use super::fixed::{self, Base, FixedHandles};
 use super::kvm::{self, KvmError, KvmVm};
 use super::layout::{
     ECAM_BASE, ECAM_BUSES, GSI_COM1, GSI_SCI, Layout, PORT_BOOT_TIMER, PORT_COM1, PORT_DEBUG, PORT_PM_BASE, PORT_RESET,
@@ -28,6 +30,7 @@ use crate::cpu::gate::RunGate;
 use crate::cpu::regs::{self, RegsError};
 use crate::cpu::vcpu::{Shared, Vcpu};
 use crate::cpu::{cpuid, msr};
+use crate::devices::balloon::BalloonError;
 use crate::devices::block::{Block, BlockConfig, BlockError, BlockHandle};
 use crate::devices::console::{Console, ConsoleDeviceError};
 use crate::devices::legacy::boot_timer::{BootTime, BootTimerPort};
@@ -36,7 +39,11 @@ use crate::devices::legacy::pm::{self, PowerManagement};
 use crate::devices::legacy::reset::{KEYBOARD_COMMAND_PORT, KEYBOARD_DATA_PORT, KeyboardController, ResetPort};
 use crate::devices::legacy::rtc::{self, RealTimeClock};
 use crate::devices::legacy::serial::{self, SerialPort};
+use crate::devices::legacy::vmgenid::{VmGeneration, VmGenerationError};
 use crate::devices::net::{KernelTap, Net, NetConfig, NetError, NetHandle, TapError};
+use crate::devices::rng::RngError;
+use crate::devices::watchdog::WatchdogError;
+use crate::incident::Incidents;
 use crate::interrupt::InterruptError;
 use crate::io_stop::IoStop;
 use crate::lease::Lease;
@@ -91,6 +98,14 @@ pub enum MachineError {
     Nic(#[from] NetError),
     #[error(transparent)]
     Tap(#[from] TapError),
+    #[error(transparent)]
+    Generation(#[from] VmGenerationError),
+    #[error(transparent)]
+    Rng(#[from] RngError),
+    #[error(transparent)]
+    Watchdog(#[from] WatchdogError),
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     #[error("this host's KVM runs at most {limit} vCPUs a guest, not {asked}")]
     TooManyVcpus { asked: u16, limit: usize },
 }
@@ -107,6 +122,9 @@ pub struct Context {
     pub gate: Arc<RunGate>,
     pub disk_gate: Arc<DiskGate>,
     pub io_stop: Arc<IoStop>,
+    pub incidents: Arc<Incidents>,
+    /// The guest was restarted by its watchdog, and has not taken note of it.
+    pub watchdog_has_fired: Arc<AtomicBool>,
     pub lease: Arc<Lease>,
     pub endings: Arc<Endings>,
     pub boot_time: Arc<BootTime>,
@@ -136,7 +154,8 @@ pub fn build(context: &Context, beginning: Beginning) -> Result<Machine, Machine
     let mmio = MmioBus::new();
 
     let legacy = add_legacy_devices(context, &vm, &pio)?;
-    let handles = add_pci(context, &layout, &vm, &memory, msi, (&pio, &mmio), beginning)?;
+    let (handles, fixed) = add_pci(context, &layout, &vm, &memory, msi, (&pio, &mmio), beginning)?;
+    let generation = VmGeneration::place(memory.clone(), Arc::clone(&legacy.pm), config.generation())?;
     let entry = match beginning {
         Beginning::Boot => Some(load_guest(context, &memory, &layout)?),
         Beginning::Incoming => None,
@@ -153,6 +172,7 @@ pub fn build(context: &Context, beginning: Beginning) -> Result<Machine, Machine
     });
     let supported = cpuid::supported(&context.kvm)?;
     let vcpus = create_vcpus(context, &supported, &vm, &memory, entry, &shared)?;
+    let nmi = Arc::clone(&vm);
     let parts = Parts {
         memory,
         pci: handles.bus,
@@ -173,6 +193,9 @@ pub fn build(context: &Context, beginning: Beginning) -> Result<Machine, Machine
         shared_disks: handles.shared_disks,
         nics: handles.nics,
         saves: Arc::clone(&context.saves),
+        fixed,
+        generation,
+        nmi,
     })
 }
 
@@ -239,7 +262,7 @@ fn add_pci(
     msi: Arc<KvmMsi>,
     (pio, mmio): (&PioBus, &MmioBus),
     beginning: Beginning,
-) -> Result<Handles, MachineError> {
+) -> Result<(Handles, FixedHandles), MachineError> {
     let map = PciMap {
         ecam_base: ECAM_BASE,
         ecam_buses: ECAM_BUSES,
@@ -274,10 +297,13 @@ fn add_pci(
         topology.add_root_port_device(slot, connect(device)?)?;
         nics.push(handle);
     }
+    let integrate = |device: Arc<dyn VirtioDevice>| VirtioPci::integrated(device, memory.clone(), &*msi, vm.clone());
+    let base = Base { context, layout, pio };
+    let fixed = fixed::add(&mut topology, &base, &integrate)?;
     let bus = topology.build();
     bus.program()?;
     bus.insert_into(pio, mmio)?;
-    Ok(Handles { bus, disks, shared_disks, nics })
+    Ok((Handles { bus, disks, shared_disks, nics }, fixed))
 }
 
 fn add_legacy_devices(context: &Context, vm: &Arc<KvmVm>, pio: &PioBus) -> Result<LegacyParts, MachineError> {
@@ -368,7 +394,7 @@ mod tests {
     fn disks_and_network_cards_grow_towards_each_other_and_never_meet() {
         // Addresses that guests know: a change is another machine type.
         assert_eq!(disk_slots().take(3).collect::<Vec<_>>(), [1, 2, 3]);
-        assert_eq!(nic_slots().take(3).collect::<Vec<_>>(), [27, 26, 25]);
+        assert_eq!(nic_slots().take(3).collect::<Vec<_>>(), [23, 22, 21]);
         for nics in 0..=MAX_NICS {
             let disks = MAX_DISKS.min(MAX_DISKS_AND_NICS - nics);
             let taken: BTreeSet<u8> =

@@ -1,9 +1,11 @@
 //! One machine: RAM, KVM's part, buses and devices, vCPUs. Built from the configuration, run until the guest ends or resets, and
 //! taken down whole. A reset builds a new one in the same process: nothing of the old state can be forgotten.
 //!
-//! [`layout`] is the memory map, [`kvm`] and [`msi`] the kernel's side, [`build`] puts everything together.
+//! [`layout`] is the memory map, [`kvm`] and [`msi`] the kernel's side, [`build`] puts everything together, [`fixed`] the functions that
+//! every guest has.
 
 pub mod build;
+pub mod fixed;
 pub mod kvm;
 pub mod layout;
 pub mod msi;
@@ -21,14 +23,17 @@ use crate::cpu::vcpu::{Vcpu, VcpuEvent, VcpuEvents};
 use crate::devices::block::BlockHandle;
 use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
+use crate::devices::legacy::vmgenid::VmGeneration;
 use crate::devices::legacy::{PowerControl, PowerRequest};
 use crate::devices::net::NetHandle;
+use crate::incident::NmiSink;
 use crate::lease::quiesce::{Quiesce, QuiesceError};
 use crate::saved::parts::{Parts, PartsError};
 use crate::saved::payload::Payloads;
 use crate::saved::session::Saves;
 
 pub use build::{Beginning, Context, MachineError, build};
+pub use fixed::FixedHandles;
 
 /// How long the disks may take to end their I/O when a machine is taken down.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -44,6 +49,10 @@ pub enum Ending {
     GuestPoweredOff,
     /// From outside: the control socket or a signal.
     PoweredOff,
+    /// By its configuration, because it panicked.
+    GuestPanicked,
+    /// By its configuration, because its watchdog ran out.
+    WatchdogExpired,
     Fault(String),
 }
 
@@ -115,6 +124,9 @@ pub struct Machine {
     shared_disks: Vec<Arc<dyn Quiesce>>,
     nics: Vec<Arc<NetHandle>>,
     saves: Arc<Saves>,
+    fixed: FixedHandles,
+    generation: Arc<VmGeneration>,
+    nmi: Arc<dyn NmiSink>,
 }
 
 impl Machine {
@@ -134,6 +146,21 @@ impl Machine {
     /// All network cards, for their counters.
     pub fn nics(&self) -> Vec<Arc<NetHandle>> {
         self.nics.clone()
+    }
+
+    /// The functions that every guest has.
+    pub fn fixed(&self) -> FixedHandles {
+        self.fixed.clone()
+    }
+
+    /// The generation of the VM, for whoever takes the guest back to an earlier moment.
+    pub fn generation(&self) -> Arc<VmGeneration> {
+        Arc::clone(&self.generation)
+    }
+
+    /// The way to interrupt all vCPUs.
+    pub fn nmi(&self) -> Arc<dyn NmiSink> {
+        Arc::clone(&self.nmi)
     }
 
     /// The disks that other hosts can open too.
@@ -208,6 +235,7 @@ impl Machine {
             }
         }
         self.parts.disk_gate.close();
+        self.fixed.stop();
         for nic in &self.nics {
             if let Err(error) = nic.stop() {
                 tracing::error!(nic = nic.name(), %error, "the guest has ended, its network card has not");

@@ -11,13 +11,23 @@ use super::{PciAddress, PciError, PciFunction};
 use crate::interrupt::MsiSink;
 use crate::virtio::locked;
 
-/// Root ports that fit between the reserved devices and the LPC bridge.
-pub const MAX_SLOTS: u8 = 28;
+/// Root ports that fit between the reserved devices and the fixed functions.
+pub const MAX_SLOTS: u8 = 24;
 /// Device number of slot 0's root port: 1 is kept for graphics, 2 for USB.
 pub const FIRST_SLOT_DEVICE: u8 = 3;
+/// Device numbers of functions on bus 0 that are part of the root complex: never plugged, never moved.
+pub const FIRST_FIXED_DEVICE: u8 = FIRST_SLOT_DEVICE + MAX_SLOTS;
+pub const WATCHDOG_DEVICE: u8 = 0x1b;
+pub const RNG_DEVICE: u8 = 0x1c;
+pub const BALLOON_DEVICE: u8 = 0x1d;
+/// The last of the fixed devices; 0x1e itself is kept free.
+pub const LAST_FIXED_DEVICE: u8 = 0x1e;
 const LPC_DEVICE: u8 = 0x1f;
-/// The share of one slot in the 32-bit window.
-pub(super) const SLOT_WINDOW_32: u64 = 2 << 20;
+const _: () = assert!(FIRST_FIXED_DEVICE == WATCHDOG_DEVICE);
+/// Each slot and each fixed device has an equal share of both memory windows, by its device number.
+pub(super) const SHARES: u8 = LAST_FIXED_DEVICE + 1 - FIRST_SLOT_DEVICE;
+/// One share of the 32-bit window.
+pub(super) const SHARE_OF_WINDOW_32: u64 = 2 << 20;
 
 /// Where PCI is in the guest's address space. Part of the machine type and the maximum memory, never of the host.
 #[derive(Debug, Clone)]
@@ -26,9 +36,9 @@ pub struct PciMap {
     pub ecam_base: u64,
     /// 64, 128 or 256.
     pub ecam_buses: u16,
-    /// For 32-bit BARs, below 4 GiB, 2 MiB a slot.
+    /// For 32-bit BARs, below 4 GiB, 2 MiB a slot or fixed device.
     pub mmio32: Range<u64>,
-    /// For 64-bit prefetchable BARs, shared evenly between the slots.
+    /// For 64-bit prefetchable BARs, shared evenly between the slots and the fixed devices.
     pub mmio64: Range<u64>,
 }
 
@@ -38,7 +48,7 @@ impl PciMap {
     }
 
     fn check(&self) -> Result<(), PciError> {
-        let slots = u64::from(MAX_SLOTS);
+        let shares = u64::from(SHARES);
         let why = if !matches!(self.ecam_buses, 64 | 128 | 256) {
             "ECAM covers 64, 128 or 256 buses"
         } else if !self.ecam_base.is_multiple_of(self.ecam_bytes())
@@ -49,10 +59,10 @@ impl PciMap {
             "the 32-bit window must lie below 4 GiB on a megabyte"
         } else if !self.mmio64.start.is_multiple_of(1 << 20) {
             "the 64-bit window must start on a megabyte"
-        } else if self.mmio32.end.saturating_sub(self.mmio32.start) < SLOT_WINDOW_32 * slots {
-            "the 32-bit window needs 2 MiB a slot"
-        } else if self.mmio64.end.saturating_sub(self.mmio64.start) < slots << 20 {
-            "the 64-bit window needs 1 MiB a slot"
+        } else if self.mmio32.end.saturating_sub(self.mmio32.start) < SHARE_OF_WINDOW_32 * shares {
+            "the 32-bit window needs 2 MiB a slot or fixed device"
+        } else if self.mmio64.end.saturating_sub(self.mmio64.start) < shares << 20 {
+            "the 64-bit window needs 1 MiB a slot or fixed device"
         } else {
             return Ok(());
         };
@@ -78,7 +88,7 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// The fixed functions, and 28 free slots.
+    /// Host bridge and LPC bridge, with every slot and every fixed device free.
     pub fn new(map: PciMap, msi: Arc<dyn MsiSink>) -> Result<Self, PciError> {
         map.check()?;
         let host = FixedFunction::host_bridge(map.ecam_base, map.ecam_buses);
@@ -96,6 +106,18 @@ impl Topology {
     /// A root port with an empty slot, for hot plug.
     pub fn add_root_port(&mut self, slot: u8) -> Result<(), PciError> {
         self.add_port(slot, None).map(|_| ())
+    }
+
+    /// A function on bus 0, at one of the device numbers that are kept for such.
+    pub fn add_fixed(&mut self, device: u8, function: Arc<dyn PciFunction>) -> Result<PciAddress, PciError> {
+        if !(FIRST_FIXED_DEVICE..=LAST_FIXED_DEVICE).contains(&device) {
+            return Err(PciError::NotAFixedDevice { device });
+        }
+        if self.root.contains_key(&device) {
+            return Err(PciError::FixedDeviceTaken { device });
+        }
+        self.root.insert(device, function);
+        Ok(PciAddress::on_root_bus(device))
     }
 
     fn add_port(&mut self, slot: u8, child: Option<Arc<dyn PciFunction>>) -> Result<PciAddress, PciError> {

@@ -66,5 +66,5 @@ fn start_failed(error: MachineError) -> Outcome {
 }
 
 fn not_wanted() -> Outcome {
-    Outcome { reason: ExitReason::PoweredOff, detail: String::new(), ran: false, drained: true }
+    Outcome { reason: ExitReason::PoweredOff, detail: String::new(), ran: false, drained: true, panics: 0 }
 }

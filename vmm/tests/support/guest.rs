@@ -1,12 +1,14 @@
 //! A guest of some dozen instructions: 32-bit flat code in an ELF file with a PVH note, so that it runs on any KVM that opens.
 //!
 //! The first letter of its command line says what it does after it has printed `up`:
-//! `o` powers off by S5, `c` prints dots for ever, `r` resets by 0xCF9, `k` by the keyboard controller, `b` waits for the power button.
+//! `o` powers off by S5, `c` prints dots for ever, `r` resets by 0xCF9, `k` by the keyboard controller, `b` waits for the power button,
+//! `p` says that it has panicked and prints dots, `w` starts its watchdog, with two seconds, and prints dots, `d` prints `y` or `n` for
+//! each of the devices 00:1b.0 to 00:1f.0 and powers off.
 //!
 //! Guests that can be moved tell whether anything of them was lost: `m` counts in a register, in memory and in a register of COM1, compares
-//! the three, and prints the alphabet for ever; `f` does the same without a rest, so that it is nearly always at a port; `2` does so on one vCPU and counts in digits on a second; `t` waits in HLT for its timer and
-//! prints a letter at each interrupt; `i` keeps interrupts off until something is typed, and prints `P` when the power button was pressed
-//! meanwhile. What does not compare prints `!`.
+//! the three, and prints the alphabet for ever; `f` does the same without a rest, so that it is nearly always at a port; `2` does so on
+//! one vCPU and counts in digits on a second; `t` waits in HLT for its timer and prints a letter at each interrupt; `i` keeps interrupts off
+//! until something is typed, and prints `P` when the power button was pressed meanwhile. What does not compare prints `!`.
 
 use std::arch::global_asm;
 
@@ -55,6 +57,12 @@ global_asm!(
     "je .Lquorate_timer",
     "cmp al, 0x69", // i
     "je .Lquorate_interrupt",
+    "cmp al, 0x70", // p
+    "je 60f",
+    "cmp al, 0x77", // w
+    "je 70f",
+    "cmp al, 0x64", // d
+    "je 80f",
     "ud2",
     // S5.
     "10: mov dx, 0x604",
@@ -89,6 +97,43 @@ global_asm!(
     "jz 51b",
     ".Lquorate_off:",
     "jmp 10b",
+    "60: mov dx, 0x505",
+    "mov al, 1",
+    "out dx, al",
+    "jmp 20b",
+    // Registers 0x60 and 0x68 of 00:1b.0: the fast clock, on. Both timers are as long as they can be.
+    "70: mov dx, 0xcf8",
+    "mov eax, 0x8000d860",
+    "out dx, eax",
+    "mov dx, 0xcfc",
+    "mov ax, 4",
+    "out dx, ax",
+    "mov dx, 0xcf8",
+    "mov eax, 0x8000d868",
+    "out dx, eax",
+    "mov dx, 0xcfc",
+    "mov al, 2",
+    "out dx, al",
+    "jmp 20b",
+    "80: mov ecx, 0x1b",
+    "81: mov eax, ecx",
+    "shl eax, 11",
+    "or eax, 0x80000000",
+    "mov dx, 0xcf8",
+    "out dx, eax",
+    "mov dx, 0xcfc",
+    "in eax, dx",
+    "mov bl, 0x6e", // n
+    "cmp ax, 0xffff",
+    "je 82f",
+    "mov bl, 0x79", // y
+    "82: mov dx, 0x3f8",
+    "mov al, bl",
+    "out dx, al",
+    "inc ecx",
+    "cmp ecx, 0x20",
+    "jne 81b",
+    "jmp .Lquorate_off",
     // The counts: EDI, a word at 2 MiB, the scratch register of COM1.
     ".Lquorate_mover:",
     "xor edi, edi",

@@ -118,6 +118,11 @@ impl TestVm {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// What the process of now has said.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
     pub fn wait_console(&self, text: &str) {
         wait_for(text, || self.console().contains(text).then_some(()));
     }
