@@ -158,9 +158,6 @@ impl Control {
     }
 
     pub fn machine_is(&self, machine: &Machine) {
-        if let Some(bytes) = *lock(&self.balloon_target) {
-            machine.fixed().balloon.set_target(bytes);
-        }
         *lock(&self.machine) = Some(MachineHandle {
             pm: machine.pm(),
             serial: machine.serial(),
@@ -169,6 +166,9 @@ impl Control {
             nics: machine.nics(),
             fixed: machine.fixed(),
         });
+        if let Some(bytes) = *lock(&self.balloon_target) {
+            machine.fixed().balloon.set_target(bytes);
+        }
         self.bell.ring();
     }
 
@@ -249,7 +249,9 @@ impl Control {
         if let Err(error) = check_target(bytes, self.memory_bytes) {
             return Reply::error(id, ErrorCode::BadRequest, error.to_string());
         }
-        *lock(&self.balloon_target) = Some(bytes);
+        // Held until the machine knows: a machine that comes now finds either the target here, or itself asked.
+        let mut target = lock(&self.balloon_target);
+        *target = Some(bytes);
         if let Some(machine) = self.machine() {
             machine.fixed.balloon.set_target(bytes);
         }
