@@ -44,8 +44,8 @@ impl ExitReason {
             Self::AlreadyStarted => 3,
             Self::GuestFault => 4,
             Self::Internal => 5,
-            Self::GuestPanicked => 6,
-            Self::WatchdogExpired => 7,
+            Self::GuestPanicked => 7,
+            Self::WatchdogExpired => 8,
         }
     }
 }

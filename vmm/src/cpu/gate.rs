@@ -35,7 +35,7 @@ impl Stop {
             Self::Lease => 1 << 1,
             Self::End => 1 << 2,
             Self::IoError => 1 << 3,
-            Self::Incident => 1 << 4,
+            Self::Incident => 1 << 6,
         }
     }
 }
