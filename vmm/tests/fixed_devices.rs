@@ -17,7 +17,7 @@ fn a_guest_finds_its_fixed_functions_and_a_watchdog_only_if_it_has_one() {
         return;
     }
     for (watchdog, found) in [(Value::Null, "up\nnyyny"), (json!({}), "up\nyyyny")] {
-        let mut vm = TestVm::new("devices");
+        let mut vm = TestVm::new("x-ray");
         vm.set("watchdog", watchdog);
         assert_eq!(vm.start().wait_exit().code(), Some(0));
         assert_eq!(vm.console(), found);

@@ -128,10 +128,9 @@ fn a_watchdog_waits_with_its_guest() {
     let mut vm = watched("pause");
     vm.start();
     let mut client = vm.client();
-    vm.wait_console("up\n.");
+    // It starts its watchdog right after it has said so.
+    vm.wait_console("up\n");
     client.ask(Call::Pause);
-    let before = client.status().watchdog_expired;
-    assert_eq!(before, 0, "this machine is too slow for the test: two seconds have passed");
     // Longer than the watchdog.
     let until = Instant::now() + Duration::from_secs(3);
     while Instant::now() < until {

@@ -171,9 +171,6 @@ impl Control {
     }
 
     pub fn machine_is(&self, machine: &Machine) {
-        if let Some(bytes) = *lock(&self.balloon_target) {
-            machine.fixed().balloon.set_target(bytes);
-        }
         *lock(&self.machine) = Some(MachineHandle {
             parts: machine.parts(),
             pm: machine.pm(),
@@ -183,6 +180,9 @@ impl Control {
             nics: machine.nics(),
             fixed: machine.fixed(),
         });
+        if let Some(bytes) = *lock(&self.balloon_target) {
+            machine.fixed().balloon.set_target(bytes);
+        }
         self.bell.ring();
     }
 

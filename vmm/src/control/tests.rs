@@ -159,3 +159,16 @@ fn a_panic_is_shown_and_told_and_a_pause_for_it_ends_with_resume() {
     stopped.ask(Call::Resume);
     assert!(stopped.gate.is_open());
 }
+
+#[test]
+fn a_balloons_target_is_refused_where_no_guest_could_live_with_it() {
+    let stopped = control();
+    // All of it: the guest of this test is smaller than the least that a guest can be asked to live with.
+    assert_eq!(stopped.ask(Call::BalloonSet { bytes: 32 << 20 }), json!({ "target_bytes": 32 << 20 }));
+    for bytes in [0, (32 << 20) - 1, (32 << 20) + 1, u64::MAX] {
+        let Answer::Reply(reply) = stopped.control.answer(Request { id: 1, call: Call::BalloonSet { bytes } }) else {
+            panic!("a reply");
+        };
+        assert_eq!(reply.error.unwrap().code, ErrorCode::BadRequest);
+    }
+}

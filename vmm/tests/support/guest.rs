@@ -2,7 +2,7 @@
 //!
 //! The first letter of its command line says what it does after it has printed `up`:
 //! `o` powers off by S5, `c` prints dots for ever, `r` resets by 0xCF9, `k` by the keyboard controller, `b` waits for the power button,
-//! `p` says that it has panicked and prints dots, `w` starts its watchdog, with two seconds, and prints dots, `d` prints `y` or `n` for
+//! `p` says that it has panicked and prints dots, `w` starts its watchdog, with two seconds, and prints dots, `x` prints `y` or `n` for
 //! each of the devices 00:1b.0 to 00:1f.0 and powers off.
 //!
 //! Guests that can be moved tell whether anything of them was lost: `m` counts in a register, in memory and in a register of COM1, compares
@@ -61,7 +61,7 @@ global_asm!(
     "je 60f",
     "cmp al, 0x77", // w
     "je 70f",
-    "cmp al, 0x64", // d
+    "cmp al, 0x78", // x
     "je 80f",
     "ud2",
     // S5.

@@ -20,11 +20,12 @@ pub const STATS_INTERVAL: Duration = Duration::from_secs(10);
 /// Page numbers of one chain. Linux sends 256, Windows 1024.
 pub const MAX_PAGES_PER_CHAIN: usize = 1024;
 /// Of one chain of reports. Linux sends 32 buffers of at most 4 MiB; a report is advice, and what is beyond is not taken.
-pub const MAX_REPORTED_BYTES: u64 = 1 << 30;
+pub const MAX_REPORTED_BYTES: u64 = 128 << 20;
 /// Buffers of one chain.
 const MAX_BUFFERS: usize = 64;
-/// Chains of one queue and pass: a few milliseconds with the worst choice of pages.
+/// Chains of one queue and pass: a few milliseconds with the worst choice of pages. A lease that ends waits for the pass.
 const CHAINS_PER_PASS: usize = 4;
+const REPORTS_PER_PASS: usize = 1;
 
 /// The last answer of the guest, and when it came.
 pub type LastStats = Mutex<Option<(GuestMemoryStats, Duration)>>;
@@ -113,13 +114,14 @@ impl Engine {
         let taker = Taker { ram, metrics };
         let mut pass = Pass::Idle;
         if let Some(queue) = &mut active.inflate {
-            pass = pass.and(serve_chains(queue, |memory, chain| taker.inflate(memory, chain))?);
+            pass = pass.and(serve_chains(queue, CHAINS_PER_PASS, |memory, chain| taker.inflate(memory, chain))?);
         }
         if let Some(queue) = &mut active.deflate {
-            pass = pass.and(serve_chains(queue, |_, chain| metrics.deflated_pages.add(chain.readable.len() / 4))?);
+            let count = |_: &GuestMemory, chain: &Chain| metrics.deflated_pages.add(chain.readable.len() / 4);
+            pass = pass.and(serve_chains(queue, CHAINS_PER_PASS, count)?);
         }
         for queue in &mut active.reports {
-            pass = pass.and(serve_chains(queue, |memory, chain| taker.take_reported(memory, chain))?);
+            pass = pass.and(serve_chains(queue, REPORTS_PER_PASS, |memory, chain| taker.take_reported(memory, chain))?);
         }
         if let Some(statistics) = &mut active.statistics {
             pass = pass.and(statistics.serve(now, stats)?);
@@ -128,11 +130,15 @@ impl Engine {
     }
 }
 
-/// Answers up to [`CHAINS_PER_PASS`] chains, each with nothing written.
-fn serve_chains(queue: &mut DeviceQueue, mut each: impl FnMut(&GuestMemory, &Chain)) -> Result<Pass, QueueError> {
+/// Answers up to `limit` chains, each with nothing written.
+fn serve_chains(
+    queue: &mut DeviceQueue,
+    limit: usize,
+    mut each: impl FnMut(&GuestMemory, &Chain),
+) -> Result<Pass, QueueError> {
     queue.disable_doorbell()?;
     let (mut pass, mut served) = (Pass::More, 0);
-    while served < CHAINS_PER_PASS {
+    while served < limit {
         let Some(chain) = queue.pop()? else {
             if queue.enable_doorbell()? {
                 continue;
