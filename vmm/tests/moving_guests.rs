@@ -325,6 +325,10 @@ fn a_guest_that_is_saved_where_it_went_before_it_ran_is_the_same() {
     assert_eq!(second.console(), "");
 
     let ((memory, mut states), (memory_again, mut states_again)) = (contents(&saved), contents(&again));
+    // The guest has left its mark on each device, so that one that was not restored is another.
+    assert_eq!(states[&(PayloadKind::ResetPort, 0)]["value"], json!(2));
+    assert_eq!(states[&(PayloadKind::RealTimeClock, 0)]["memory"][0x40], json!(0xa5));
+    assert_eq!(states[&(PayloadKind::PowerManagement, 0)]["status"], json!(0x100));
     assert!(memory == memory_again, "the guest's memory is another");
     without_clocks(&mut states);
     without_clocks(&mut states_again);
