@@ -22,6 +22,8 @@ use crate::io_stop::IoStop;
 use crate::lease::quiesce::DiskGate;
 use crate::lease::{self, Lease, LeaseChange};
 use crate::log;
+use crate::machine::device_manager::DeviceManager;
+use crate::machine::open_device::Host;
 use crate::machine::{self, Context, Ending, Endings, EndingsReceiver, Machine, kvm};
 use crate::metrics::ExitCounters;
 use crate::start_once::{StartError, VmLock, mark_started};
@@ -52,7 +54,7 @@ impl Outcome {
 }
 
 /// An error with its causes, in one line.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
@@ -176,6 +178,16 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         let listener = move || control.notify(Notice::Paused { reason: PauseReason::IoError, quiesced: false });
         IoStop::new(Arc::clone(&gate), Box::new(listener))
     };
+    let devices = {
+        let control = Arc::clone(&control);
+        let host = Host {
+            gate: Arc::clone(&gate),
+            lease: Arc::clone(&lease),
+            disks: Host::disk_opener(Arc::clone(&disk_gate), Arc::clone(&io_stop) as _),
+            notify: Box::new(move |notice| control.notify(notice)),
+        };
+        DeviceManager::new(config, taps, host)?
+    };
     let boot_time = BootTime::new(process_start);
     let exits = Arc::new(ExitCounters::default());
     control.connect(Running {
@@ -184,6 +196,7 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         io_stop: Arc::clone(&io_stop),
         boot_time: Arc::clone(&boot_time),
         exits: Arc::clone(&exits),
+        devices: Arc::clone(&devices),
     });
     if deadline.is_some() {
         lease::thread::start(Arc::clone(&lease))?;
@@ -192,7 +205,7 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         config: config.clone(),
         kvm,
         files,
-        taps,
+        devices,
         console,
         agent,
         gate,
@@ -263,7 +276,6 @@ fn run_machines(prepared: &Prepared) -> Outcome {
             }
         };
         control.machine_is(&machine);
-        context.lease.guard_disks(machine.shared_disks());
         let ending = match run_machine(&mut machine, context, endings, &mut ran) {
             Ok(ending) => ending,
             Err(detail) => {
@@ -272,7 +284,7 @@ fn run_machines(prepared: &Prepared) -> Outcome {
             }
         };
         let drained = machine.stop();
-        context.lease.guard_disks(Vec::new());
+        context.devices.forget(drained);
         let (reason, detail) = match ending {
             Ending::Reset if drained => match endings.drain() {
                 None => {

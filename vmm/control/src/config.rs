@@ -90,6 +90,9 @@ pub struct NicConfig {
     /// Bytes of a frame behind its Ethernet header, as the guest is told. hostd gives the tap the same.
     #[serde(default = "default_mtu")]
     pub mtu: u16,
+    /// Where the guest finds the card ([`slots`](crate::slots)). The last free slot when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u8>,
 }
 
 fn default_mtu() -> u16 {
@@ -213,6 +216,7 @@ impl VmmConfig {
         check_text("identity.serial", &self.identity.serial, MAX_SMBIOS_STRING_BYTES)?;
         self.check_disks()?;
         self.check_nics()?;
+        crate::slots::check(&self.disks, &self.nics)?;
         for (field, path) in [
             ("kernel", Some(&self.kernel)),
             ("initrd", self.initrd.as_ref()),

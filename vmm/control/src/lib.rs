@@ -8,11 +8,15 @@
 //! Start reading at [`config`]. Everything here is a value or a function between values; the socket is in the vmm.
 
 pub mod config;
+pub mod descriptor;
+pub mod device;
 pub mod disk;
 pub mod exit;
 pub mod protocol;
+pub mod slots;
 
 pub use config::{ConfigError, Identity, LeaseConfig, LogLevel, MachineType, NicConfig, ReleaseClass, VmmConfig};
+pub use device::{DeviceKind, DeviceState, DeviceStatus};
 pub use disk::{BackingImage, DiskConfig, DiskFormat, OnError, RateLimit};
 pub use exit::{ExitError, ExitReason, ExitReport};
 pub use protocol::{

@@ -13,21 +13,39 @@
 //! `agent_attach` it carries the guest's port `org.qemu.guest_agent.0`: for one client at a time, and nothing is lost while both ends
 //! are there. It ends when the guest closes the port or resets; what a client sends waits until the guest opens it
 //! ([`Status::agent_open`]).
+//!
+//! Devices come and go while the guest runs. `plug_disk`, `plug_nic` and `unplug` are answered at once, with the device's slot and
+//! address; a notice tells how it went on, for storage and guests may take any time, and [`Status::devices`] shows where it stands.
+//! A client that does not know whether it was heard asks again: the same plug of the same device is answered the same and done once.
+//!
+//! ```text
+//! > {"id":2,"method":"plug_disk","params":{"config":{"id":"data","path":"/dev/nbd1"}}}
+//! < {"id":2,"result":{"id":"data","kind":"disk","slot":2,"address":"03:00.0","state":"plugging"}}
+//! < {"notice":"plugged","id":"data","slot":2,"address":"03:00.0"}
+//! > {"id":3,"method":"unplug","params":{"id":"data"}}
+//! < {"id":3,"result":{"id":"data","kind":"disk","slot":2,"address":"03:00.0","state":"unplugging"}}
+//! < {"notice":"unplugged","id":"data"}
+//! ```
+//!
+//! The line of `plug_nic` carries the descriptor of the card's tap ([`descriptor`](crate::descriptor)).
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use crate::{DeviceStatus, DiskConfig, NicConfig};
+
 /// Grows when a method or field is added that an older vmm does not know. A vmm lives as long as its guest, so a newer
-/// hostd meets older ones after each upgrade. 2: `agent_attach`, `taken`, `agent_open`.
-pub const PROTOCOL_VERSION: u32 = 2;
+/// hostd meets older ones after each upgrade. 2: `agent_attach`, `taken`, `agent_open`. 3: `plug_disk`, `plug_nic`, `unplug`, `set_link`,
+/// `not_found`, `devices`, and the `slot` of a configuration's disks and network cards.
+pub const PROTOCOL_VERSION: u32 = 3;
 /// The longest line in either direction, with its end.
 pub const MAX_LINE_BYTES: usize = 64 << 10;
 /// Clients at one time, consoles and the agent's included.
 pub const MAX_CLIENTS: usize = 8;
 
 /// What a client asks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "method", content = "params", rename_all = "snake_case")]
 pub enum Call {
     /// Who is there: [`Hello`].
@@ -52,6 +70,20 @@ pub enum Call {
     AgentAttach,
     /// Counters, as one object.
     Metrics,
+    /// Adds a disk to the running guest: [`DeviceStatus`]; then `plugged` or `plug_failed`.
+    PlugDisk { config: Box<DiskConfig> },
+    /// Adds a network card, whose tap comes with the line: [`DeviceStatus`]; then `plugged` or `plug_failed`.
+    PlugNic { config: Box<NicConfig> },
+    /// Asks the guest to give a device up: [`DeviceStatus`]; then `unplugged` when nothing of it is open any more, or `kept` when the
+    /// guest says no. A guest may never say anything: asked again it is asked again, and `force` takes the device away, as pulling
+    /// a card would. A reset ends the wait too. `not_found` when no device has the id, which is what is left of an unplug that is done.
+    Unplug {
+        id: String,
+        #[serde(default)]
+        force: bool,
+    },
+    /// Plugs the cable of a network card in, or pulls it. Holds over resets.
+    SetLink { nic: String, up: bool },
 }
 
 /// One line from a client.
@@ -124,8 +156,10 @@ pub enum ErrorCode {
     NoLease,
     /// The guest is ending or restarting.
     NotNow,
-    /// Another client has what can be had once.
+    /// Another client has what can be had once, or another device the slot or the id.
     Taken,
+    /// No device has the id.
+    NotFound,
     Failed,
 }
 
@@ -162,6 +196,25 @@ pub enum Notice {
     /// The guest ends; `exit.json` follows.
     ShuttingDown {
         reason: crate::ExitReason,
+    },
+    /// A device is in its slot, and the guest was told.
+    Plugged {
+        id: String,
+        slot: u8,
+        address: String,
+    },
+    /// A device that could not be opened. It is as if it had not been asked for.
+    PlugFailed {
+        id: String,
+        message: String,
+    },
+    /// A device is gone: its disk is closed, its tap given back.
+    Unplugged {
+        id: String,
+    },
+    /// The guest was asked for a device, and keeps it.
+    Kept {
+        id: String,
     },
 }
 
@@ -267,6 +320,9 @@ pub struct Status {
     /// Present while an I/O error holds the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_error: Option<DiskFault>,
+    /// Disks and network cards, by slot. Empty from a vmm of protocol version 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceStatus>,
 }
 
 #[cfg(test)]
@@ -282,12 +338,21 @@ mod tests {
             Call::Reset { id: 9 },
             Call::ConsoleAttach,
             Call::AgentAttach,
+            Call::PlugDisk { config: Box::new(DiskConfig { id: "data".into(), slot: Some(3), ..Default::default() }) },
+            Call::Unplug { id: "data".into(), force: true },
+            Call::SetLink { nic: "lan".into(), up: false },
         ] {
             let request = Request { id: 3, call };
             let line = request.encode();
             assert_eq!(line.iter().filter(|b| **b == b'\n').count(), 1);
             assert_eq!(Request::decode(&line).unwrap(), request);
         }
+    }
+
+    #[test]
+    fn an_unplug_asks_unless_it_says_otherwise() {
+        let request = Request::decode(br#"{"id":1,"method":"unplug","params":{"id":"data"}}"#).unwrap();
+        assert_eq!(request.call, Call::Unplug { id: "data".into(), force: false });
     }
 
     #[test]

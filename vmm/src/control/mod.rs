@@ -4,6 +4,7 @@
 //! leases end and vCPUs stop all the same.
 
 pub mod client;
+mod devices;
 pub mod server;
 
 #[cfg(test)]
@@ -11,6 +12,7 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,13 +27,12 @@ use crate::agent_channel::AgentChannel;
 use crate::bell::Bell;
 use crate::console_hub::ConsoleHub;
 use crate::cpu::gate::{RunGate, Stop};
-use crate::devices::block::BlockHandle;
 use crate::devices::legacy::boot_timer::BootTime;
 use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
-use crate::devices::net::NetHandle;
 use crate::io_stop::IoStop;
 use crate::lease::{ConfirmError, Lease, LeaseChange, Phase};
+use crate::machine::device_manager::DeviceManager;
 use crate::machine::{Ending, Endings, Machine};
 use crate::metrics::{self, ExitCounters};
 
@@ -66,6 +67,7 @@ pub struct Running {
     pub io_stop: Arc<IoStop>,
     pub boot_time: Arc<BootTime>,
     pub exits: Arc<ExitCounters>,
+    pub devices: Arc<DeviceManager>,
 }
 
 /// What belongs to the machine of now.
@@ -74,8 +76,6 @@ struct MachineHandle {
     pm: Arc<Mutex<PowerManagement>>,
     serial: Arc<Mutex<SerialPort>>,
     ram: Vec<(u64, u64)>,
-    disks: Vec<Arc<BlockHandle>>,
-    nics: Vec<Arc<NetHandle>>,
 }
 
 /// An answer, and what happens to the connection.
@@ -150,13 +150,8 @@ impl Control {
     }
 
     pub fn machine_is(&self, machine: &Machine) {
-        *lock(&self.machine) = Some(MachineHandle {
-            pm: machine.pm(),
-            serial: machine.serial(),
-            ram: machine.ram_in_host(),
-            disks: machine.disks(),
-            nics: machine.nics(),
-        });
+        *lock(&self.machine) =
+            Some(MachineHandle { pm: machine.pm(), serial: machine.serial(), ram: machine.ram_in_host() });
         self.bell.ring();
     }
 
@@ -179,7 +174,8 @@ impl Control {
         self.endings.post(Ending::PoweredOff);
     }
 
-    pub(crate) fn answer(&self, request: Request) -> Answer {
+    /// `descriptor` came with the request; what does not ask for one closes it.
+    pub(crate) fn answer(&self, request: Request, descriptor: Option<OwnedFd>) -> Answer {
         let id = request.id;
         let Some(running) = self.running.get() else {
             let reply = Reply::error(id, ErrorCode::NotNow, "the process is starting");
@@ -200,8 +196,7 @@ impl Control {
             Call::Resume => {
                 running.gate.open(Stop::Requested);
                 if running.gate.holds(Stop::IoError) {
-                    let disks = self.machine().map(|machine| machine.disks).unwrap_or_default();
-                    running.io_stop.resume(&disks);
+                    running.io_stop.resume(&running.devices.disks());
                 }
                 if running.gate.is_open() {
                     self.notify(Notice::Resumed);
@@ -226,6 +221,9 @@ impl Control {
             Call::ConsoleAttach => return Answer::Stream(Stream::Console, Reply::ok(id, json!({}))),
             Call::AgentAttach => return Answer::Stream(Stream::Agent, Reply::ok(id, json!({}))),
             Call::Metrics => Reply::ok(id, self.metrics(running)),
+            call @ (Call::PlugDisk { .. } | Call::PlugNic { .. } | Call::Unplug { .. } | Call::SetLink { .. }) => {
+                devices::answer(&running.devices, id, call, descriptor)
+            }
         };
         Answer::Reply(reply)
     }
@@ -262,6 +260,7 @@ impl Control {
             resets: self.resets.load(Ordering::Relaxed),
             agent_open: self.agent.guest_open(),
             io_error: running.io_stop.fault(),
+            devices: running.devices.status(),
         }
     }
 
@@ -276,16 +275,6 @@ impl Control {
         let bytes = metrics::overhead_bytes(&ram).ok()?;
         *known = Some((Instant::now(), bytes));
         Some(bytes)
-    }
-
-    fn disk_counters(&self) -> Value {
-        let disks = self.machine().map(|m| m.disks).unwrap_or_default();
-        disks.iter().map(|disk| (disk.name().to_owned(), json!(disk.metrics().counters()))).collect()
-    }
-
-    fn nic_counters(&self) -> Value {
-        let nics = self.machine().map(|m| m.nics).unwrap_or_default();
-        nics.iter().map(|nic| (nic.name().to_owned(), json!(nic.metrics().counters()))).collect()
     }
 
     fn metrics(&self, running: &Running) -> Value {
@@ -309,8 +298,8 @@ impl Control {
             "log_lines_lost": crate::log::lost_lines(),
             "boot_time_us": running.boot_time.microseconds(),
             "overhead_bytes": self.overhead(),
-            "disks": self.disk_counters(),
-            "nics": self.nic_counters(),
+            "disks": devices::disk_counters(&running.devices),
+            "nics": devices::nic_counters(&running.devices),
         })
     }
 }

@@ -6,6 +6,7 @@ use vmm_control::DiskFault;
 use super::*;
 use crate::devices::block::DiskFaults;
 use crate::lease::quiesce::DiskGate;
+use crate::machine::open_device::Host;
 
 struct Stopped {
     control: Arc<Control>,
@@ -39,19 +40,28 @@ fn control() -> Stopped {
         let listener = move || control.notify(Notice::Paused { reason: PauseReason::IoError, quiesced: false });
         IoStop::new(Arc::clone(&gate), Box::new(listener))
     };
+    let lease = Lease::new(41, None, Arc::clone(&gate), DiskGate::new(), Box::new(|_| {})).unwrap();
+    let host = Host {
+        gate: Arc::clone(&gate),
+        lease: Arc::clone(&lease),
+        disks: Host::disk_opener(DiskGate::new(), Arc::clone(&io_stop) as _),
+        notify: Box::new(|_| {}),
+    };
+    let devices = DeviceManager::new(&config, Vec::new(), host).unwrap();
     control.connect(Running {
-        lease: Lease::new(41, None, Arc::clone(&gate), DiskGate::new(), Box::new(|_| {})).unwrap(),
+        lease,
         gate: Arc::clone(&gate),
         io_stop: Arc::clone(&io_stop),
         boot_time: BootTime::new(Instant::now()),
         exits: Arc::default(),
+        devices,
     });
     Stopped { control, gate, io_stop, _dir: dir }
 }
 
 impl Stopped {
     fn ask(&self, call: Call) -> Value {
-        match self.control.answer(Request { id: 1, call }) {
+        match self.control.answer(Request { id: 1, call: call.clone() }, None) {
             Answer::Reply(reply) => reply.result.unwrap(),
             _ => panic!("{call:?} is answered with a reply"),
         }

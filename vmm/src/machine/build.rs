@@ -11,11 +11,13 @@ use kvm_ioctls::Kvm;
 use vmm_control::config::MAX_DISKS_AND_NICS;
 use vmm_control::{MachineType, VmmConfig};
 
+use super::device_manager::DeviceManager;
 use super::kvm::{self, KvmError, KvmVm};
 use super::layout::{
     ECAM_BASE, ECAM_BUSES, GSI_COM1, GSI_SCI, Layout, PORT_BOOT_TIMER, PORT_COM1, PORT_DEBUG, PORT_PM_BASE, PORT_RESET,
 };
 use super::msi::KvmMsi;
+use super::open_device::{Connections, PlugError};
 use super::{Endings, Machine};
 use crate::acpi::{self, AcpiError};
 use crate::agent_channel::AgentChannel;
@@ -26,7 +28,6 @@ use crate::cpu::gate::RunGate;
 use crate::cpu::regs::{self, RegsError};
 use crate::cpu::vcpu::{Shared, Vcpu};
 use crate::cpu::{cpuid, msr};
-use crate::devices::block::{Block, BlockConfig, BlockError, BlockHandle};
 use crate::devices::console::{Console, ConsoleDeviceError};
 use crate::devices::legacy::boot_timer::{BootTime, BootTimerPort};
 use crate::devices::legacy::debug_port::DebugPort;
@@ -34,19 +35,16 @@ use crate::devices::legacy::pm::{self, PowerManagement};
 use crate::devices::legacy::reset::{KEYBOARD_COMMAND_PORT, KEYBOARD_DATA_PORT, KeyboardController, ResetPort};
 use crate::devices::legacy::rtc::{self, RealTimeClock};
 use crate::devices::legacy::serial::{self, SerialPort};
-use crate::devices::net::{KernelTap, Net, NetConfig, NetError, NetHandle, TapError};
 use crate::interrupt::InterruptError;
 use crate::io_stop::IoStop;
 use crate::lease::Lease;
-use crate::lease::quiesce::{DiskGate, Quiesce};
+use crate::lease::quiesce::DiskGate;
 use crate::memory::{self, GuestMemory, MemoryError};
 use crate::metrics::ExitCounters;
 use crate::pci::topology::MAX_SLOTS;
-use crate::pci::{PciError, PciMap, Topology};
+use crate::pci::{PciBus, PciError, PciMap, Topology};
 use crate::smbios::{self, Board, SmbiosError};
-use crate::virtio::VirtioDevice;
 use crate::virtio::pci::TransportError;
-use crate::virtio::pci::VirtioPci;
 
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
@@ -77,13 +75,9 @@ pub enum MachineError {
     #[error(transparent)]
     Virtio(#[from] TransportError),
     #[error(transparent)]
-    Disk(#[from] BlockError),
+    Device(#[from] PlugError),
     #[error(transparent)]
     ConsoleDevice(#[from] ConsoleDeviceError),
-    #[error(transparent)]
-    Nic(#[from] NetError),
-    #[error(transparent)]
-    Tap(#[from] TapError),
     #[error("this host's KVM runs at most {limit} vCPUs a guest, not {asked}")]
     TooManyVcpus { asked: u16, limit: usize },
 }
@@ -93,8 +87,8 @@ pub struct Context {
     pub config: VmmConfig,
     pub kvm: Kvm,
     pub files: BootFiles,
-    /// One for each network card of the configuration, in its order.
-    pub taps: Vec<KernelTap>,
+    /// Disks and network cards, which come and go.
+    pub devices: Arc<DeviceManager>,
     pub console: Arc<ConsoleHub>,
     pub agent: Arc<AgentChannel>,
     pub gate: Arc<RunGate>,
@@ -117,7 +111,7 @@ pub fn build(context: &Context) -> Result<Machine, MachineError> {
     let mmio = MmioBus::new();
 
     let legacy = add_legacy_devices(context, &vm, &pio)?;
-    let handles = add_pci(context, &layout, &vm, &memory, msi, (&pio, &mmio))?;
+    let (bus, connections) = add_pci(context, &layout, &vm, &memory, msi, (&pio, &mmio))?;
     let entry = load_guest(context, &memory, &layout)?;
 
     let shared = Arc::new(Shared {
@@ -129,6 +123,7 @@ pub fn build(context: &Context) -> Result<Machine, MachineError> {
         exits: Arc::clone(&context.exits),
     });
     let vcpus = create_vcpus(context, &vm, &memory, entry, &shared)?;
+    context.devices.attach(bus, connections);
     Ok(Machine {
         memory,
         shared,
@@ -136,19 +131,9 @@ pub fn build(context: &Context) -> Result<Machine, MachineError> {
         threads: Vec::new(),
         pm: legacy.pm,
         serial: legacy.serial,
-        disks: handles.disks,
-        shared_disks: handles.shared_disks,
-        nics: handles.nics,
+        devices: Arc::clone(&context.devices),
         disk_gate: Arc::clone(&context.disk_gate),
     })
-}
-
-/// Disks and network cards of a machine, as those who stop and count them see them.
-#[derive(Default)]
-struct Handles {
-    disks: Vec<Arc<BlockHandle>>,
-    shared_disks: Vec<Arc<dyn Quiesce>>,
-    nics: Vec<Arc<NetHandle>>,
 }
 
 const CONSOLE_SLOT: u8 = 0;
@@ -156,23 +141,23 @@ const FIRST_DISK_SLOT: u8 = 1;
 const FIRST_NIC_SLOT: u8 = MAX_SLOTS - 1;
 const _: () = assert!(MAX_DISKS_AND_NICS == (MAX_SLOTS - FIRST_DISK_SLOT) as usize);
 
-/// Slots of the disks, in the order of the configuration: hostd writes them in the order of the VM's definition.
-fn disk_slots() -> impl Iterator<Item = u8> {
+/// Slots of the disks that name none, in the order of the configuration: hostd writes them in the order of the VM's definition.
+pub(super) fn disk_slots() -> impl Iterator<Item = u8> {
     FIRST_DISK_SLOT..MAX_SLOTS
 }
 
 /// Slots of the network cards, likewise.
-fn nic_slots() -> impl Iterator<Item = u8> {
+pub(super) fn nic_slots() -> impl Iterator<Item = u8> {
     (FIRST_DISK_SLOT..=FIRST_NIC_SLOT).rev()
 }
 
-/// The bus behind the last root port; slot n leads to bus n + 1, and `VmmConfig::check` bounds disks and network cards.
-fn last_bus(config: &VmmConfig) -> u8 {
-    let last_slot = if config.nics.is_empty() { CONSOLE_SLOT + config.disks.len() as u8 } else { FIRST_NIC_SLOT };
-    last_slot + 1
-}
+/// The bus behind the last root port: slot n leads to bus n + 1.
+const LAST_BUS: u8 = MAX_SLOTS;
 
-/// The PCI hierarchy: the fixed functions, a root port for the console and for each disk and network card.
+/// The PCI hierarchy: the fixed functions, and a root port for each slot, with its device or without.
+///
+/// An empty port costs an interrupt vector here, and the guest the time to find it; in exchange any slot can take a device at any time,
+/// and no bus number depends on how many devices there are.
 fn add_pci(
     context: &Context,
     layout: &Layout,
@@ -180,42 +165,30 @@ fn add_pci(
     memory: &GuestMemory,
     msi: Arc<KvmMsi>,
     (pio, mmio): (&PioBus, &MmioBus),
-) -> Result<Handles, MachineError> {
+) -> Result<(Arc<PciBus>, Connections), MachineError> {
     let map = PciMap {
         ecam_base: ECAM_BASE,
         ecam_buses: ECAM_BUSES,
         mmio32: layout.mmio32().base..layout.mmio32().end(),
         mmio64: layout.mmio64().base..layout.mmio64().end(),
     };
-    let mut topology = Topology::new(map, msi.clone())?;
-    let connect = |device: Arc<dyn VirtioDevice>| VirtioPci::new(device, memory.clone(), &*msi, vm.clone());
-    let mut handles = Handles::default();
+    let connections = Connections { memory: memory.clone(), msi: msi.clone(), io_events: vm.clone() };
+    let mut topology = Topology::new(map, msi)?;
+    topology.tell(context.devices.slot_events());
     let keyboard = Arc::new(context.console.device()?);
     if console_hub::keyboard_is_virtio(&context.config.cmdline) {
         context.console.focus(&keyboard);
     }
     let console = Console::open(keyboard, Arc::clone(&context.agent))?;
-    topology.add_root_port_device(CONSOLE_SLOT, connect(console)?)?;
-    for (slot, disk) in disk_slots().zip(&context.config.disks) {
-        let faults = Arc::clone(&context.io_stop) as _;
-        let (device, handle) = Block::open(BlockConfig::from(disk), Arc::clone(&context.disk_gate), faults)?;
-        topology.add_root_port_device(slot, connect(device)?)?;
-        if disk.shared {
-            handles.shared_disks.push(handle.clone());
-        }
-        handles.disks.push(handle);
+    topology.add_root_port_device(CONSOLE_SLOT, connections.connect(console)?)?;
+    for (slot, device) in context.devices.open_all()? {
+        topology.add_root_port_device(slot, connections.connect(device)?)?;
     }
-    for (slot, (nic, tap)) in nic_slots().zip(context.config.nics.iter().zip(&context.taps)) {
-        let config = NetConfig { name: nic.id.clone(), mac: nic.mac, mtu: nic.mtu };
-        tracing::info!(nic = %nic.id, mac = %nic.mac, mtu = nic.mtu, tap = tap.interface(), "network card connected");
-        let (device, handle) = Net::open(config, Box::new(tap.try_clone()?), Arc::clone(&context.gate))?;
-        topology.add_root_port_device(slot, connect(device)?)?;
-        handles.nics.push(handle);
-    }
+    topology.add_empty_root_ports()?;
     let bus = topology.build();
     bus.program()?;
     bus.insert_into(pio, mmio)?;
-    Ok(handles)
+    Ok((bus, connections))
 }
 
 struct Legacy {
@@ -257,7 +230,7 @@ fn machine_type_name(machine: MachineType) -> &'static str {
 
 fn load_guest(context: &Context, memory: &GuestMemory, layout: &Layout) -> Result<boot::Entry, MachineError> {
     let config = &context.config;
-    let rsdp = acpi::write(memory, layout, acpi::Machine { vcpus: config.vcpus, last_bus: last_bus(config) })?;
+    let rsdp = acpi::write(memory, layout, acpi::Machine { vcpus: config.vcpus, last_bus: LAST_BUS })?;
     let board = Board {
         product: machine_type_name(config.machine),
         // Of the machine type, not of this program: a guest sees the same on every host and after every upgrade.

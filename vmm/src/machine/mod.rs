@@ -1,12 +1,21 @@
 //! One machine: RAM, KVM's part, buses and devices, vCPUs. Built from the configuration, run until the guest ends or resets, and
 //! taken down whole. A reset builds a new one in the same process: nothing of the old state can be forgotten.
 //!
-//! [`layout`] is the memory map, [`kvm`] and [`msi`] the kernel's side, [`build`] puts everything together.
+//! [`layout`] is the memory map, [`kvm`] and [`msi`] the kernel's side, [`build`] puts everything together. Disks and network cards
+//! come and go while it runs: [`inventory`] says what there is, [`device_manager`] opens and closes it.
 
 pub mod build;
+pub mod device_manager;
+pub mod inventory;
 pub mod kvm;
 pub mod layout;
 pub mod msi;
+pub mod open_device;
+
+#[cfg(test)]
+mod inventory_tests;
+#[cfg(test)]
+mod plug_tests;
 
 use std::sync::mpsc::{Receiver, RecvError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -17,13 +26,12 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::cpu::gate::{RunGate, Stop};
 use crate::cpu::vcpu::{Shared, Vcpu, VcpuEvent, VcpuEvents};
-use crate::devices::block::BlockHandle;
 use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
 use crate::devices::legacy::{PowerControl, PowerRequest};
-use crate::devices::net::NetHandle;
 use crate::lease::quiesce::{DiskGate, Quiesce};
 use crate::memory::GuestMemory;
+use device_manager::DeviceManager;
 
 pub use build::{Context, MachineError, build};
 
@@ -111,9 +119,7 @@ pub struct Machine {
     threads: Vec<JoinHandle<()>>,
     pm: Arc<Mutex<PowerManagement>>,
     serial: Arc<Mutex<SerialPort>>,
-    disks: Vec<Arc<BlockHandle>>,
-    shared_disks: Vec<Arc<dyn Quiesce>>,
-    nics: Vec<Arc<NetHandle>>,
+    devices: Arc<DeviceManager>,
     disk_gate: Arc<DiskGate>,
 }
 
@@ -124,21 +130,6 @@ impl Machine {
 
     pub fn serial(&self) -> Arc<Mutex<SerialPort>> {
         Arc::clone(&self.serial)
-    }
-
-    /// All disks, for their counters.
-    pub fn disks(&self) -> Vec<Arc<BlockHandle>> {
-        self.disks.clone()
-    }
-
-    /// All network cards, for their counters.
-    pub fn nics(&self) -> Vec<Arc<NetHandle>> {
-        self.nics.clone()
-    }
-
-    /// The disks that other hosts can open too.
-    pub fn shared_disks(&self) -> Vec<Arc<dyn Quiesce>> {
-        self.shared_disks.clone()
     }
 
     /// Host address ranges of guest RAM.
@@ -184,20 +175,21 @@ impl Machine {
     /// answer. The guest's memory stays until the last request has ended.
     pub fn stop(&mut self) -> bool {
         self.shared.gate.shut(Stop::End);
+        self.devices.detach();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 tracing::error!("a vCPU thread ended by a panic");
             }
         }
         self.disk_gate.close();
-        for nic in &self.nics {
+        for nic in self.devices.nics() {
             if let Err(error) = nic.stop() {
                 tracing::error!(nic = nic.name(), %error, "the guest has ended, its network card has not");
             }
         }
         let until = Instant::now() + DRAIN;
         let mut drained = true;
-        for disk in &self.disks {
+        for disk in self.devices.disks() {
             if let Err(error) = disk.cancel_and_drain(until) {
                 tracing::error!(%error, "the guest has ended, its I/O has not");
                 drained = false;

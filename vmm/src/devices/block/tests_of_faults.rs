@@ -12,7 +12,6 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::backend::{Backend, Completion, Io, Token};
 use super::tests::{Guest, NO_ANSWER, OK, guest_on_with, pattern};
 use crate::lease::quiesce::Quiesce;
-use crate::pci::PciFunction;
 use crate::virtio::locked;
 use crate::virtio::testing::{Buffer, MEMORY_BYTES};
 

@@ -4,7 +4,7 @@
 //! disk itself, so a disk that hangs leaves it able to answer; opening a file, which can hang, happens in the caller.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -51,6 +51,8 @@ pub(super) enum Command {
     Retry,
     Look,
     Stop,
+    /// The disk leaves its guest: answered when nothing of it is open.
+    End(Sender<()>),
 }
 
 /// Reaches the thread.
@@ -60,6 +62,8 @@ pub(super) struct Link {
     metrics: Arc<BlockMetrics>,
     resets_asked: AtomicU64,
     resets_done: AtomicU64,
+    /// The thread has ended and left nothing in the kernel.
+    ended: AtomicBool,
 }
 
 impl Link {
@@ -123,6 +127,7 @@ pub(super) fn start(
         metrics,
         resets_asked: AtomicU64::new(0),
         resets_done: AtomicU64::new(0),
+        ended: AtomicBool::new(false),
     });
     let thread = DiskThread {
         name: name.to_owned(),
@@ -131,8 +136,9 @@ pub(super) fn start(
         wake: thread_wake,
         link: Arc::downgrade(&link),
         active: None,
-        drain: None,
+        drains: Vec::new(),
         reset: None,
+        end: None,
         faults,
         started: Instant::now(),
     };
@@ -155,9 +161,12 @@ struct DiskThread {
     wake: EventFd,
     link: std::sync::Weak<Link>,
     active: Option<Active>,
-    drain: Option<Sender<Drained>>,
+    /// Who waits for a drain: the lease, the end of the machine and an unplug may meet.
+    drains: Vec<Sender<Drained>>,
     /// A reset that waits for the kernel.
     reset: Option<u64>,
+    /// Who waits for the end.
+    end: Option<Sender<()>>,
     faults: Arc<dyn DiskFaults>,
     /// The engine's time begins here.
     started: Instant,
@@ -222,6 +231,10 @@ impl DiskThread {
         loop {
             match self.received.try_recv() {
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
+                Ok(Command::End(answer)) => {
+                    self.end = Some(answer);
+                    return false;
+                }
                 Err(TryRecvError::Empty) => return true,
                 Ok(command) => self.carry_out(command),
             }
@@ -241,7 +254,7 @@ impl DiskThread {
             }
             Command::Drain(answer) => {
                 self.engine.begin_drain();
-                self.drain = Some(answer);
+                self.drains.push(answer);
             }
             Command::Close(answer) => {
                 let closed = self.engine.close();
@@ -257,7 +270,7 @@ impl DiskThread {
                 let _ = answer.send(position.map(DeviceQueue::position));
             }
             Command::Retry => self.engine.retry(),
-            Command::Look | Command::Stop => {}
+            Command::Look | Command::Stop | Command::End(_) => {}
         }
     }
 
@@ -275,10 +288,11 @@ impl DiskThread {
     }
 
     fn answer_those_who_wait(&mut self) {
-        if let Some(drain) = self.engine.drained()
-            && let Some(answer) = self.drain.take()
-        {
-            let _ = answer.send(Drained { completed: drain.completed, cancelled: drain.cancelled });
+        if let Some(drain) = self.engine.drained() {
+            for answer in self.drains.drain(..) {
+                // Nobody there: the caller has given up waiting.
+                let _ = answer.send(Drained { completed: drain.completed, cancelled: drain.cancelled });
+            }
         }
         if self.engine.in_flight() == 0
             && let Some(number) = self.reset.take()
@@ -297,7 +311,16 @@ impl DiskThread {
             let reaped = self.engine.reap();
             self.judge(reaped);
         }
+        let clean = self.engine.in_flight() == 0;
         self.engine.abandon();
+        if let Some(link) = self.link.upgrade() {
+            // Commands that come from now on, an open file among them, are dropped with their channel.
+            link.ended.store(clean, Ordering::SeqCst);
+        }
+        drop(self.received);
+        if let Some(answer) = self.end {
+            let _ = answer.send(());
+        }
     }
 }
 
@@ -333,6 +356,21 @@ impl BlockHandle {
         let _ = self.link.send(Command::Retry);
     }
 
+    /// Ends the thread for good, after a drain: once it has, nothing of this disk is open and nobody opens it again. False when its
+    /// file system hangs; the thread goes on and ends when it can.
+    pub fn end(&self) -> bool {
+        let (answer, ended) = channel();
+        if self.link.send(Command::End(answer)).is_err() {
+            return self.has_ended();
+        }
+        let _ = ended.recv_timeout(ANSWER);
+        self.has_ended()
+    }
+
+    fn has_ended(&self) -> bool {
+        self.link.ended.load(Ordering::SeqCst)
+    }
+
     fn no_answer(&self) -> QuiesceError {
         QuiesceError::NoAnswer { disk: self.config.name.clone() }
     }
@@ -341,9 +379,12 @@ impl BlockHandle {
 impl Quiesce for BlockHandle {
     fn cancel_and_drain(&self, until: Instant) -> Result<Drained, QuiesceError> {
         let (answer, drained) = channel();
-        self.link.send(Command::Drain(answer)).map_err(|_| self.no_answer())?;
+        let sent = self.link.send(Command::Drain(answer));
         match drained.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(drained) => Ok(drained),
+            // A disk that was unplugged meanwhile is as quiet as one can be.
+            Err(_) if self.has_ended() => Ok(Drained::default()),
+            Err(_) if sent.is_err() => Err(self.no_answer()),
             Err(RecvTimeoutError::Disconnected) => Err(self.no_answer()),
             Err(RecvTimeoutError::Timeout) => match self.metrics().in_flight.load(Ordering::SeqCst) {
                 0 => Err(self.no_answer()),
@@ -369,6 +410,10 @@ impl Quiesce for BlockHandle {
     }
 
     fn reopen(&self) -> Result<(), QuiesceError> {
+        // The guest has no such disk any more.
+        if self.has_ended() {
+            return Ok(());
+        }
         let path = || self.config.path.display().to_string();
         let disk = disk::reopen(&self.config, self.facts).map_err(|error| match error {
             ReopenError::Open(source) => QuiesceError::Reopen { disk: self.config.name.clone(), path: path(), source },
@@ -381,7 +426,11 @@ impl Quiesce for BlockHandle {
             source: std::io::Error::other(error),
         })?;
         let (done, opened) = channel();
-        self.link.send(Command::Open { backend, direct, done }).map_err(|_| self.no_answer())?;
-        opened.recv_timeout(ANSWER).map_err(|_| self.no_answer())
+        let sent = self.link.send(Command::Open { backend, direct, done });
+        match opened.recv_timeout(ANSWER) {
+            Ok(()) => Ok(()),
+            Err(_) if sent.is_err() && self.has_ended() => Ok(()),
+            Err(_) => Err(self.no_answer()),
+        }
     }
 }
