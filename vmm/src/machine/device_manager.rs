@@ -196,7 +196,7 @@ impl DeviceManager {
             let opened = match &device {
                 DeviceConfig::Disk(disk) => self.host.open_disk(disk)?,
                 DeviceConfig::Nic(nic) => {
-                    let tap = locked(&self.state).taps.get(&place).cloned();
+                    let tap = locked(&self.state).taps.remove(&place);
                     let tap = tap.ok_or_else(|| TapError::NotHandedOver { nic: nic.id.clone() })?;
                     self.host.open_nic(nic, tap)?
                 }

@@ -90,9 +90,13 @@ fn code() -> &'static [u8] {
 
 /// The guest as a kernel file.
 pub fn elf() -> Vec<u8> {
+    elf_of(code())
+}
+
+/// Flat 32-bit code as a kernel file. It starts at its first byte.
+pub fn elf_of(code: &[u8]) -> Vec<u8> {
     const HEADER: u64 = 64;
     const PROGRAM_HEADER: u64 = 56;
-    let code = code();
     let note = note();
     let note_at = HEADER + 2 * PROGRAM_HEADER;
     let code_at = note_at + note.len() as u64;
