@@ -78,21 +78,27 @@ fn a_guest_without_a_driver_loses_its_disk_by_force_or_by_a_reset() {
     let mut client = vm.client();
     client.ask(plug_disk(&disk));
     client.wait_notice(|n| matches!(n, Notice::Plugged { slot: 2, .. }));
+    // The guest has not even powered its slot on: there is nobody to ask.
     client.ask(unplug("data", false));
-    let leaving = client.status().devices;
-    assert_eq!(leaving[1].state, DeviceState::Unplugging, "and the guest goes on");
-    client.ask(unplug("data", true));
     client.wait_notice(|n| *n == Notice::Unplugged { id: "data".into() });
-
-    client.ask(plug_disk(&disk));
-    client.wait_notice(|n| matches!(n, Notice::Plugged { slot: 2, .. }));
+    // This one had power from the start.
     client.ask(unplug("boot", false));
-    client.ask(Call::Reset { id: 1 });
+    assert_eq!(client.status().devices[0].state, DeviceState::Unplugging, "and the guest goes on");
+    client.ask(unplug("boot", true));
     client.wait_notice(|n| *n == Notice::Unplugged { id: "boot".into() });
-    wait_for("the next machine", || vm.console().contains("up\n").then_some(()));
+
+    let slot_2 = DiskConfig { id: "data".into(), path: disk.clone(), slot: Some(2), ..DiskConfig::default() };
+    client.ask(Call::PlugDisk { config: Box::new(slot_2) });
+    client.wait_notice(|n| matches!(n, Notice::Plugged { slot: 2, .. }));
+    client.ask(Call::Reset { id: 1 });
     client.wait_notice(|n| *n == Notice::Reset);
     let devices = client.status().devices;
     assert_eq!((devices.len(), devices[0].id.as_str(), devices[0].slot), (1, "data", 2));
+    wait_for("the guest to start again", || (vm.console().matches("up").count() == 2).then_some(()));
+    client.ask(unplug("data", false));
+    assert_eq!(client.status().devices[0].state, DeviceState::Unplugging);
+    client.ask(Call::Reset { id: 2 });
+    client.wait_notice(|n| *n == Notice::Unplugged { id: "data".into() });
     client.ask(Call::PowerOff);
     assert_eq!(vm.wait_exit().code(), Some(0));
 }

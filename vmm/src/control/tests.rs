@@ -1,7 +1,7 @@
 //! What the control socket says of a guest that a disk has stopped. No socket, no KVM.
 
 use serde_json::Value;
-use vmm_control::DiskFault;
+use vmm_control::{DiskConfig, DiskFault};
 
 use super::*;
 use crate::devices::block::DiskFaults;
@@ -91,4 +91,32 @@ fn an_io_error_is_shown_and_told_until_somebody_resumes_the_guest() {
     assert_eq!(stopped.status().io_error, None);
     stopped.gate.open(Stop::Lease);
     assert_eq!(stopped.status().run, RunState::Running);
+}
+
+#[test]
+fn devices_are_asked_for_in_vain_in_words() {
+    let stopped = control();
+    let nic = |id: &str| serde_json::from_value(json!({"id": id, "mac": "02:00:00:00:00:01"})).unwrap();
+    let disk = DiskConfig { id: "data".into(), path: "relative".into(), ..DiskConfig::default() };
+    for (call, code) in [
+        (Call::PlugNic { config: Box::new(nic("lan")) }, ErrorCode::BadRequest),
+        (Call::PlugDisk { config: Box::new(disk) }, ErrorCode::BadRequest),
+        (Call::Unplug { id: "data".into(), force: true }, ErrorCode::NotFound),
+        (Call::SetLink { nic: "lan".into(), up: true }, ErrorCode::NotFound),
+    ] {
+        let Answer::Reply(reply) = stopped.control.answer(Request { id: 7, call: call.clone() }, None) else {
+            panic!("{call:?} is answered with a reply");
+        };
+        assert_eq!((reply.id, reply.error.unwrap().code), (7, code), "{call:?}");
+    }
+    assert!(stopped.status().devices.is_empty());
+}
+
+#[test]
+fn a_descriptor_that_was_not_asked_for_is_closed() {
+    let stopped = control();
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    stopped.control.answer(Request { id: 1, call: Call::Status }, Some(writer.into()));
+    // Waits for ever when somebody still has the other end.
+    assert_eq!(std::io::Read::read(&mut reader, &mut [0]).unwrap(), 0);
 }

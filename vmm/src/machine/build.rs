@@ -156,8 +156,8 @@ const LAST_BUS: u8 = MAX_SLOTS;
 
 /// The PCI hierarchy: the fixed functions, and a root port for each slot, with its device or without.
 ///
-/// An empty port costs an interrupt vector here, and the guest the time to find it; in exchange any slot can take a device at any time,
-/// and no bus number depends on how many devices there are.
+/// An empty port costs 17 µs of the machine's start (28 of them 0.46 ms), 1.1 KiB, an interrupt vector with its descriptor, and the guest
+/// the time to find it; in exchange any slot can take a device at any time, and no bus number depends on how many devices there are.
 fn add_pci(
     context: &Context,
     layout: &Layout,

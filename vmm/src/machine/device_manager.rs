@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use vmm_control::{DeviceStatus, DiskConfig, NicConfig, Notice, VmmConfig};
@@ -58,7 +58,7 @@ pub struct DeviceManager {
     inventory: Mutex<Inventory>,
     state: Mutex<State>,
     machine_came: Condvar,
-    /// Held while a device is connected to the machine, and while the machine is taken away.
+    /// Held by whoever connects a device to the machine, takes one out of it, or takes the machine away.
     connecting: Mutex<()>,
     /// Held while the lease is told which disks it guards, so that no older list replaces a newer one.
     guarding: Mutex<()>,
@@ -136,11 +136,7 @@ impl DeviceManager {
             let mut inventory = locked(&self.inventory);
             (inventory.unplug(id, force, Instant::now())?, inventory.device(id)?)
         };
-        match what {
-            Unplug::Ask(slot) => self.post(Event::Ask(slot)),
-            Unplug::Pull(slot) => self.post(Event::Pull(slot)),
-            Unplug::Wait => {}
-        }
+        self.order(what);
         Ok(status)
     }
 
@@ -161,7 +157,12 @@ impl DeviceManager {
         locked(&self.inventory).status()
     }
 
-    fn post(&self, event: Event) {
+    fn order(&self, what: Unplug) {
+        let event = match what {
+            Unplug::Ask(slot) => Event::Ask(slot),
+            Unplug::Pull(slot) => Event::Pull(slot),
+            Unplug::Wait => return,
+        };
         // The receiver lives as long as we do.
         let _ = self.events.send(event);
     }
@@ -218,20 +219,40 @@ impl DeviceManager {
         {
             let mut state = locked(&self.state);
             state.machine += 1;
-            state.live = Some(Live { bus: Arc::clone(&bus), connections });
+            state.live = Some(Live { bus, connections });
             self.machine_came.notify_all();
         }
         self.guard();
+        self.follow_guest();
+    }
+
+    /// Takes over what the machine's own state says of its devices, as it does when it was restored.
+    pub fn follow_guest(&self) {
+        let Some(Live { bus, .. }) = locked(&self.state).live.clone() else {
+            return;
+        };
+        let pulled: Vec<_> = self.nics().into_iter().filter(|nic| !nic.is_link_up()).collect();
         let mut inventory = locked(&self.inventory);
+        for nic in pulled {
+            // A card that is on its way out has no cable to speak of.
+            let _ = inventory.set_link(nic.name(), false);
+        }
         // A guest that was asked for a device before its state was saved is still at it.
         let asked: Vec<u8> = bus.asked_for().into_iter().filter(|slot| inventory.leaves(*slot).is_some()).collect();
-        let not_asked = inventory.leaving().into_iter().filter(|slot| !asked.contains(slot));
-        not_asked.for_each(|slot| self.post(Event::Ask(slot)));
+        // An unplug that came while the machine was built found nobody to ask.
+        let to_do =
+            inventory.leaving().into_iter().filter(|what| !asked.iter().any(|slot| *what == Unplug::Ask(*slot)));
+        to_do.for_each(|what| self.order(what));
+    }
+
+    /// While it is held, no device is connected to the machine and none is pulled out of it.
+    pub fn hold(&self) -> MutexGuard<'_, ()> {
+        locked(&self.connecting)
     }
 
     /// The machine is about to end: nothing is connected to it any more. Its devices are still here, for those who stop them.
     pub fn detach(&self) {
-        let _nobody_connects = locked(&self.connecting);
+        let _nobody_connects = self.hold();
         locked(&self.state).live = None;
     }
 
@@ -318,7 +339,7 @@ impl DeviceManager {
     fn connect(&self, place: Place, opened: OpenDevice) -> Result<bool, PlugError> {
         let OpenDevice { device, handle } = opened;
         let connected = {
-            let _nobody_else = locked(&self.connecting);
+            let _nobody_else = self.hold();
             let live = self.wait_for_machine();
             if locked(&self.inventory).opened(place) {
                 // Guarded before the guest can write to it.
@@ -336,10 +357,6 @@ impl DeviceManager {
             end_at_last(&handle, || true);
             return connected;
         }
-        // An unplug may have come before there was anything to ask for.
-        if locked(&self.inventory).leaving().contains(&place.slot) {
-            self.post(Event::Ask(place.slot));
-        }
         Ok(true)
     }
 
@@ -356,10 +373,12 @@ impl DeviceManager {
     // -- a device goes
 
     fn handle_event(self: &Arc<Self>, event: Event) {
+        // What was asked for while a device was being connected finds it there.
+        let _nobody_connects = self.hold();
         let live = locked(&self.state).live.clone();
         let is_now = |machine: u64| locked(&self.state).machine == machine;
         let done = match (event, live) {
-            // Without a machine nobody is to be asked: the next one is built without the device, or asks for it.
+            // Without a machine nobody is to be asked: the next one is built without the device, or it is asked for then.
             (Event::Ask(_) | Event::Pull(_), None) => Ok(()),
             (Event::Ask(slot), Some(live)) => live.bus.ask_removal(slot),
             (Event::Pull(slot), Some(live)) => match live.bus.take_out(slot) {
@@ -399,8 +418,7 @@ impl DeviceManager {
         let manager = Arc::clone(self);
         let life = move || manager.end_device(place);
         if let Err(error) = std::thread::Builder::new().name("unplug".into()).spawn(life) {
-            tracing::error!(%error, "no thread that ends a device; others wait for it");
-            self.end_device(place);
+            tracing::error!(%error, slot, "no thread that ends a device: it ends with the machine");
         }
     }
 

@@ -128,7 +128,7 @@ pub struct Place {
 enum State {
     Opening { abandoned: bool },
     Present,
-    Leaving { pressed: Option<Instant> },
+    Leaving { pressed: Option<Instant>, forced: bool },
 }
 
 #[derive(Debug)]
@@ -276,13 +276,13 @@ impl Inventory {
         let Some(entry) = self.entries.get_mut(&slot) else {
             return Err(Refusal::NotFound { id: id.to_owned() });
         };
-        let pressed = match entry.state {
+        let (pressed, forced) = match entry.state {
             State::Opening { .. } => {
                 entry.state = State::Opening { abandoned: true };
                 return Ok(Unplug::Wait);
             }
-            State::Present => None,
-            State::Leaving { pressed } => pressed,
+            State::Present => (None, force),
+            State::Leaving { pressed, forced } => (pressed, forced || force),
         };
         let just_pressed = pressed.is_some_and(|pressed| now.saturating_duration_since(pressed) < PRESS_SPACING);
         let (what, pressed) = match (force, just_pressed) {
@@ -290,7 +290,7 @@ impl Inventory {
             (false, true) => (Unplug::Wait, pressed),
             (false, false) => (Unplug::Ask(slot), Some(now)),
         };
-        entry.state = State::Leaving { pressed };
+        entry.state = State::Leaving { pressed, forced };
         Ok(what)
     }
 
@@ -298,15 +298,19 @@ impl Inventory {
     pub fn leaves(&mut self, slot: u8) -> Option<Place> {
         let entry = self.entries.get_mut(&slot)?;
         if entry.state == State::Present {
-            entry.state = State::Leaving { pressed: None };
+            entry.state = State::Leaving { pressed: None, forced: false };
         }
         matches!(entry.state, State::Leaving { .. }).then_some(Place { slot, ticket: entry.ticket })
     }
 
-    /// Slots whose device has still to be asked for.
-    pub fn leaving(&self) -> Vec<u8> {
-        let leaving = self.entries.iter().filter(|(_, entry)| matches!(entry.state, State::Leaving { .. }));
-        leaving.map(|(slot, _)| *slot).collect()
+    /// What is still to be done about devices on their way out, when a machine begins that has them.
+    pub fn leaving(&self) -> Vec<Unplug> {
+        let leaving = |(slot, entry): (&u8, &Entry)| match entry.state {
+            State::Leaving { forced: true, .. } => Some(Unplug::Pull(*slot)),
+            State::Leaving { forced: false, .. } => Some(Unplug::Ask(*slot)),
+            State::Opening { .. } | State::Present => None,
+        };
+        self.entries.iter().filter_map(leaving).collect()
     }
 
     /// The guest does not give it up.
@@ -327,10 +331,8 @@ impl Inventory {
 
     /// A machine begins: those that were on their way out stay out, for the guest that used them is gone. Returns them.
     pub fn drop_leaving(&mut self) -> Vec<(Place, String)> {
-        let leaving = self.leaving();
-        let places =
-            leaving.into_iter().filter_map(|slot| Some(Place { slot, ticket: self.entries.get(&slot)?.ticket }));
-        let places: Vec<_> = places.collect();
+        let leaving = self.entries.iter().filter(|(_, entry)| matches!(entry.state, State::Leaving { .. }));
+        let places: Vec<_> = leaving.map(|(slot, entry)| Place { slot: *slot, ticket: entry.ticket }).collect();
         places.into_iter().filter_map(|place| Some((place, self.gone(place)?))).collect()
     }
 

@@ -431,6 +431,21 @@ fn a_reset_builds_the_guest_as_it_is_now() {
 }
 
 #[test]
+fn an_unplug_that_comes_while_a_machine_is_built_is_carried_out_by_it() {
+    let mut bench = bench(&["root", "data"]);
+    bench.end_machine();
+    bench.manager.unplug("root", true).unwrap();
+    bench.manager.unplug("data", false).unwrap();
+    assert!(bench.notices.recv_timeout(Duration::from_millis(20)).is_err(), "there is no machine to take it from");
+    (bench.msi, bench.io_events) = (FakeMsi::new(), FakeIoEvents::new());
+    bench.bus = build(&bench.manager, &bench.memory, &bench.msi, &bench.io_events);
+    assert_eq!(bench.next_notice(), Notice::Unplugged { id: "root".into() });
+    bench.hear_button(2);
+    bench.power_off(2);
+    assert_eq!(bench.next_notice(), Notice::Unplugged { id: "data".into() });
+}
+
+#[test]
 fn a_disk_that_opens_while_the_guest_resets_comes_into_the_next_machine() {
     let (open, may_open) = channel::<()>();
     let may_open = Mutex::new(may_open);
