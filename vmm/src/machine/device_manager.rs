@@ -27,6 +27,9 @@ use crate::pci::topology::slot_address;
 use crate::pci::{PciBus, PciError, SharedFunction, SlotEvents};
 use crate::virtio::{VirtioDevice, locked};
 
+/// A device and the slot that it is to be put into.
+pub type SlotDevice = (u8, Arc<dyn VirtioDevice>);
+
 /// The machine of now.
 #[derive(Clone)]
 struct Live {
@@ -190,7 +193,7 @@ impl DeviceManager {
     }
 
     /// Opens the devices that a new machine is built with.
-    pub fn open_all(&self) -> Result<Vec<(u8, Arc<dyn VirtioDevice>)>, PlugError> {
+    pub fn open_all(&self) -> Result<Vec<SlotDevice>, PlugError> {
         let present = locked(&self.inventory).present();
         let mut devices = Vec::with_capacity(present.len());
         for (place, device) in present {

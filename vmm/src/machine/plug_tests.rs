@@ -514,10 +514,10 @@ fn a_disk_that_was_plugged_is_closed_when_the_lease_ends() {
     let bench = bench_with(&[], Setting { disk_gate, lease_ns: Some(lease_ns), disks: None });
     let shared = DiskConfig { shared: true, ..bench.image("data") };
     let gone = DiskConfig { shared: true, ..bench.image("gone") };
-    bench.plug(shared);
     bench.plug(gone);
     bench.manager.unplug("gone", true).unwrap();
     assert_eq!(bench.next_notice(), Notice::Unplugged { id: "gone".into() });
+    bench.plug(shared);
     assert!(is_open(&bench.path("data")));
     wait_until("the end of the lease", || bench.lease.phase() == Phase::Quiesced);
     assert!(!is_open(&bench.path("data")));

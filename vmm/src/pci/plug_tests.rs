@@ -226,9 +226,9 @@ fn a_device_that_is_pulled_is_gone_at_once() {
     let mut driver = Pciehp::probe(&machine, 2);
     driver.interrupts();
     machine.bus.take_out(2).unwrap();
+    assert_eq!((*locked(&disk.resets), *locked(&disk.routed), driver.device_id()), (1, None, u32::MAX));
     assert_eq!(driver.interrupts(), 1);
     assert_eq!(driver.status(EVENTS) & (EVENTS | PRESENT), PRESENCE_CHANGED | LINK_CHANGED);
-    assert_eq!((*locked(&disk.resets), *locked(&disk.routed), driver.device_id()), (1, None, u32::MAX));
     assert!(locked(&machine.told.ejected).is_empty(), "whoever pulls knows");
     assert!(matches!(machine.bus.take_out(2), Err(PciError::SlotEmpty { slot: 2 })));
     assert!(matches!(machine.bus.take_out(MAX_SLOTS), Err(PciError::NoSuchSlot { .. })));

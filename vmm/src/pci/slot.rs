@@ -278,6 +278,18 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_blinks_for_a_plug_has_not_heard_a_press_that_it_has_not_read() {
+        let mut driver = Driver::new(false);
+        driver.slot.insert(&mut driver.registers);
+        driver.acknowledge();
+        driver.write(ATTENTION_OFF | INDICATOR_OFF, 0);
+        driver.slot.ask_removal(&mut driver.registers);
+        driver.write(ATTENTION_OFF | INDICATOR_BLINK, 0);
+        assert_eq!(driver.indicate(INDICATOR_ON), Effect::Nothing);
+        assert_eq!(driver.slot.removal(), Removal::Asked);
+    }
+
+    #[test]
     fn a_press_is_not_repeated_while_the_guest_blinks() {
         let mut driver = Driver::new(true);
         driver.slot.ask_removal(&mut driver.registers);
