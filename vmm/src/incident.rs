@@ -79,10 +79,11 @@ impl Incidents {
         })
     }
 
-    /// A new machine runs: what happened to the last one holds it no more.
-    pub fn machine_is(&self, nmi: Arc<dyn NmiSink>) {
+    /// A new machine runs: what happened to the last one holds it no more. `panic` is what the guest has reported already, where it comes
+    /// from elsewhere.
+    pub fn machine_is(&self, nmi: Arc<dyn NmiSink>, panic: Option<PanicKind>) {
         let mut state = locked(&self.state);
-        *state = State { nmi: Some(nmi), ..State::default() };
+        *state = State { nmi: Some(nmi), panic, paused: None };
         self.gate.open(Stop::Incident);
     }
 
@@ -244,7 +245,7 @@ mod tests {
         ] {
             let policy = policy(OnPanic::Report, action);
             let nmis = Arc::new(Nmis::default());
-            policy.incidents.machine_is(nmis.clone());
+            policy.incidents.machine_is(nmis.clone(), None);
             policy.incidents.expired();
             assert_eq!(*locked(&policy.told), [Incident::WatchdogExpired]);
             assert_eq!(policy.ending(), ending, "{action:?}");
@@ -269,8 +270,11 @@ mod tests {
 
         policy.incidents.expired();
         assert_eq!(policy.incidents.paused(), Some(PauseReason::Watchdog));
-        policy.incidents.machine_is(Arc::new(Nmis::default()));
+        policy.incidents.machine_is(Arc::new(Nmis::default()), None);
         assert_eq!((policy.incidents.paused(), policy.incidents.panic()), (None, None));
+        let from_elsewhere = Some(PanicKind::CrashKernel);
+        policy.incidents.machine_is(Arc::new(Nmis::default()), from_elsewhere);
+        assert_eq!((policy.incidents.panic(), policy.incidents.panics()), (from_elsewhere, 1));
         policy.gate.open(Stop::Lease);
         assert!(policy.gate.is_open());
         assert_eq!((policy.incidents.panics(), policy.incidents.watchdog_expired()), (1, 2));

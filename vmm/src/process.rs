@@ -27,6 +27,8 @@ use crate::io_stop::IoStop;
 use crate::lease::quiesce::DiskGate;
 use crate::lease::{self, Lease, LeaseChange};
 use crate::log;
+use crate::machine::device_manager::DeviceManager;
+use crate::machine::open_device::Host;
 use crate::machine::{self, Beginning, Context, Ending, Endings, EndingsReceiver, Machine, kvm};
 use crate::metrics::ExitCounters;
 use crate::saved::incoming::Incoming;
@@ -199,6 +201,16 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         let on_watchdog = config.watchdog.unwrap_or_default().action;
         Incidents::new(config.on_panic, on_watchdog, Arc::clone(&gate), Arc::clone(&endings), Box::new(listener))
     };
+    let devices = {
+        let control = Arc::clone(&control);
+        let host = Host {
+            gate: Arc::clone(&gate),
+            lease: Arc::clone(&lease),
+            disks: Host::disk_opener(Arc::clone(&disk_gate), Arc::clone(&io_stop) as _),
+            notify: Box::new(move |notice| control.notify(notice)),
+        };
+        DeviceManager::new(config, taps, host)?
+    };
     let boot_time = BootTime::new(process_start);
     let exits = Arc::new(ExitCounters::default());
     let saves = Saves::new(Arc::clone(&gate), Arc::clone(&disk_gate));
@@ -216,6 +228,7 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         exits: Arc::clone(&exits),
         saves: Arc::clone(&saves),
         incoming: incoming.clone(),
+        devices: Arc::clone(&devices),
     });
     if deadline.is_some() {
         lease::thread::start(Arc::clone(&lease))?;
@@ -224,7 +237,7 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         config: config.clone(),
         kvm,
         files,
-        taps,
+        devices,
         console,
         agent,
         gate,
@@ -323,7 +336,6 @@ fn run_machines(prepared: &Prepared, mut first: Option<Machine>) -> Outcome {
             }
         };
         control.machine_is(&machine);
-        context.lease.guard_disks(machine.shared_disks());
         let ending = match run_machine(&mut machine, prepared, &mut ran) {
             Ok(ending) => ending,
             Err(detail) => {
@@ -333,7 +345,7 @@ fn run_machines(prepared: &Prepared, mut first: Option<Machine>) -> Outcome {
         };
         let drained = machine.stop();
         let panics = context.incidents.panics();
-        context.lease.guard_disks(Vec::new());
+        context.devices.forget(drained);
         let (reason, detail) = match ending {
             Ending::Reset if drained => match endings.drain() {
                 None => {
@@ -359,7 +371,7 @@ fn run_machine(machine: &mut Machine, prepared: &Prepared, ran: &mut bool) -> Re
     let Prepared { context, endings, .. } = prepared;
     // An error of the last machine's disks went with it, and its end closed the gate.
     context.io_stop.forget();
-    context.incidents.machine_is(machine.nmi());
+    context.incidents.machine_is(machine.nmi(), machine.panic());
     context.lease.open_disks_if_valid();
     if let Some(ending) = endings.drain() {
         return Ok(ending);

@@ -391,7 +391,7 @@ fn what_does_not_fit_is_refused_in_words_and_never_runs() {
     let mut with_disk = disk;
     let path = with_disk.path("disk");
     with_disk.set("disks", json!([{"id": "root", "path": path}]));
-    refused(&mut with_disk, &saved, false, "number of disks is 0, here it is 1");
+    refused(&mut with_disk, &saved, false, "device in slot 1 is none, here it is a disk of 4096 bytes");
 
     let cut = &saved[..saved.len() - 100];
     refused(&mut target("m"), cut, true, "ends in the middle");

@@ -90,6 +90,9 @@ pub struct NicConfig {
     /// Bytes of a frame behind its Ethernet header, as the guest is told. hostd gives the tap the same.
     #[serde(default = "default_mtu")]
     pub mtu: u16,
+    /// Where the guest finds the card ([`slots`](crate::slots)). The last free slot when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u8>,
 }
 
 fn default_mtu() -> u16 {
@@ -284,8 +287,8 @@ impl VmmConfig {
         }
     }
 
-    /// Everything but the lease.
-    fn check_guest(&self) -> Result<(), ConfigError> {
+    /// Everything but the lease, which a guest from elsewhere is given when it may run.
+    pub fn check_guest(&self) -> Result<(), ConfigError> {
         check_text("name", &self.name, MAX_NAME_BYTES)?;
         if self.epoch == 0 {
             return Err(invalid("epoch", "no permit has the epoch 0"));
@@ -304,6 +307,7 @@ impl VmmConfig {
         check_text("identity.serial", &self.identity.serial, MAX_SMBIOS_STRING_BYTES)?;
         self.check_disks()?;
         self.check_nics()?;
+        crate::slots::check(&self.disks, &self.nics)?;
         for (field, path) in [
             ("kernel", Some(&self.kernel)),
             ("initrd", self.initrd.as_ref()),

@@ -10,14 +10,18 @@
 
 pub mod balloon;
 pub mod config;
+pub mod descriptor;
+pub mod device;
 pub mod disk;
 pub mod exit;
 pub mod protocol;
+pub mod slots;
 
 pub use config::{
     ConfigError, Identity, LeaseConfig, LogLevel, MachineType, NicConfig, OnPanic, ReleaseClass, VmmConfig,
     WatchdogAction, WatchdogConfig,
 };
+pub use device::{DeviceKind, DeviceState, DeviceStatus};
 pub use disk::{BackingImage, DiskConfig, DiskFormat, OnError, RateLimit};
 pub use exit::{ExitError, ExitReason, ExitReport};
 pub use protocol::{

@@ -28,6 +28,24 @@
 //! A process that was started with `--incoming` runs nothing. After the reply to `restore_attach` the connection carries a saved guest to it.
 //! When all of it is in its place (`loaded` in [`Status::incoming`], and a frame that says so on the connection), `run` names the
 //! permit and starts it. A guest that cannot be taken over ends the process with [`crate::ExitReason::RestoreFailed`].
+//!
+//! Devices come and go while the guest runs. `plug_disk`, `plug_nic` and `unplug` are answered at once, with the device's slot and
+//! address; a notice tells how it went on, for storage and guests may take any time, and [`Status::devices`] shows where it stands.
+//! A client that does not know whether it was heard asks again: the same plug of the same device is answered the same and done once.
+//!
+//! ```text
+//! > {"id":2,"method":"plug_disk","params":{"config":{"id":"data","path":"/dev/nbd1"}}}
+//! < {"id":2,"result":{"id":"data","kind":"disk","slot":2,"address":"03:00.0","state":"plugging"}}
+//! < {"notice":"plugged","id":"data","slot":2,"address":"03:00.0"}
+//! > {"id":3,"method":"unplug","params":{"id":"data"}}
+//! < {"id":3,"result":{"id":"data","kind":"disk","slot":2,"address":"03:00.0","state":"unplugging"}}
+//! < {"notice":"unplugged","id":"data"}
+//! ```
+//!
+//! The line of `plug_nic` carries the descriptor of the card's tap ([`descriptor`](crate::descriptor)).
+//!
+//! Nothing is plugged, unplugged or changed from `save_attach` until `resume`, nor saved while a device comes or is taken away: the saved
+//! guest has the devices that its header names. A guest that was asked for a device is saved with it, and still asked where it goes.
 
 use std::path::PathBuf;
 
@@ -36,11 +54,13 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::config::check_path;
+use crate::{DeviceStatus, DiskConfig, NicConfig};
 
 /// Grows when a method or field is added that an older vmm does not know. A vmm lives as long as its guest, so a newer
 /// hostd meets older ones after each upgrade. 2: `agent_attach`, `taken`, `agent_open`. 3: `save_attach`,
 /// `restore_attach`, `run`, `saving`, `incoming`; `guest_panicked`, `watchdog_expired` and the pauses for them, `panic`, `panics`,
-/// `balloon_set`.
+/// `balloon_set`; `plug_disk`, `plug_nic`, `unplug`, `set_link`, `not_found`, `devices`, and the `slot` of a configuration's disks and
+/// network cards.
 pub const PROTOCOL_VERSION: u32 = 3;
 /// The longest line in either direction, with its end.
 pub const MAX_LINE_BYTES: usize = 64 << 10;
@@ -91,6 +111,20 @@ pub enum Call {
     },
     /// Counters, as one object.
     Metrics,
+    /// Adds a disk to the running guest: [`DeviceStatus`]; then `plugged` or `plug_failed`.
+    PlugDisk { config: Box<DiskConfig> },
+    /// Adds a network card, whose tap comes with the line: [`DeviceStatus`]; then `plugged` or `plug_failed`.
+    PlugNic { config: Box<NicConfig> },
+    /// Asks the guest to give a device up: [`DeviceStatus`]; then `unplugged` when nothing of it is open any more, or `kept` when the
+    /// guest says no. A guest may never say anything: asked again it is asked again, and `force` takes the device away, as pulling
+    /// a card would. A reset ends the wait too. `not_found` when no device has the id, which is what is left of an unplug that is done.
+    Unplug {
+        id: String,
+        #[serde(default)]
+        force: bool,
+    },
+    /// Plugs the cable of a network card in, or pulls it. Holds over resets.
+    SetLink { nic: String, up: bool },
 }
 
 impl Call {
@@ -177,8 +211,10 @@ pub enum ErrorCode {
     NoLease,
     /// The guest is ending or restarting.
     NotNow,
-    /// Another client has what can be had once.
+    /// Another client has what can be had once, or another device the slot or the id.
     Taken,
+    /// No device has the id.
+    NotFound,
     Failed,
 }
 
@@ -221,6 +257,25 @@ pub enum Notice {
     /// The guest ends; `exit.json` follows.
     ShuttingDown {
         reason: crate::ExitReason,
+    },
+    /// A device is in its slot, and the guest was told.
+    Plugged {
+        id: String,
+        slot: u8,
+        address: String,
+    },
+    /// A device that could not be opened. It is as if it had not been asked for.
+    PlugFailed {
+        id: String,
+        message: String,
+    },
+    /// A device is gone: its disk is closed, its tap given back.
+    Unplugged {
+        id: String,
+    },
+    /// The guest was asked for a device, and keeps it.
+    Kept {
+        id: String,
     },
 }
 
@@ -401,6 +456,9 @@ pub struct Status {
     /// How often its watchdog ran out in this process.
     #[serde(default)]
     pub watchdog_expired: u64,
+    /// Disks and network cards, by slot. Empty from a vmm of protocol version 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceStatus>,
 }
 
 #[cfg(test)]
@@ -421,12 +479,21 @@ mod tests {
             Call::RestoreAttach,
             Call::Run { epoch: 42, deadline_ns: None, started_marker: "/started/42".into() },
             Call::Run { epoch: 42, deadline_ns: Some(7), started_marker: "/started/42".into() },
+            Call::PlugDisk { config: Box::new(DiskConfig { id: "data".into(), slot: Some(3), ..Default::default() }) },
+            Call::Unplug { id: "data".into(), force: true },
+            Call::SetLink { nic: "lan".into(), up: false },
         ] {
             let request = Request { id: 3, call };
             let line = request.encode();
             assert_eq!(line.iter().filter(|b| **b == b'\n').count(), 1);
             assert_eq!(Request::decode(&line).unwrap(), request);
         }
+    }
+
+    #[test]
+    fn an_unplug_asks_unless_it_says_otherwise() {
+        let request = Request::decode(br#"{"id":1,"method":"unplug","params":{"id":"data"}}"#).unwrap();
+        assert_eq!(request.call, Call::Unplug { id: "data".into(), force: false });
     }
 
     #[test]

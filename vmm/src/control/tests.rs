@@ -1,12 +1,13 @@
 //! What the control socket says of a guest that a disk, its own panic or its watchdog has stopped. No socket, no KVM.
 
 use serde_json::Value;
-use vmm_control::{DiskFault, OnPanic, PanicKind, SaveState, WatchdogAction};
+use vmm_control::{DiskConfig, DiskFault, OnPanic, PanicKind, SaveState, WatchdogAction};
 
 use super::*;
 use crate::devices::block::DiskFaults;
 use crate::incident::{PanicSink, WatchdogSink};
 use crate::lease::quiesce::DiskGate;
+use crate::machine::open_device::Host;
 
 struct Stopped {
     control: Arc<Control>,
@@ -47,8 +48,16 @@ fn control() -> Stopped {
         let listener = move || control.notify(Notice::Paused { reason: PauseReason::IoError, quiesced: false });
         IoStop::new(Arc::clone(&gate), Box::new(listener))
     };
+    let lease = Lease::new(41, None, Arc::clone(&gate), DiskGate::new(), Box::new(|_| {})).unwrap();
+    let host = Host {
+        gate: Arc::clone(&gate),
+        lease: Arc::clone(&lease),
+        disks: Host::disk_opener(DiskGate::new(), Arc::clone(&io_stop) as _),
+        notify: Box::new(|_| {}),
+    };
+    let devices = DeviceManager::new(&config, Vec::new(), host).unwrap();
     control.connect(Running {
-        lease: Lease::new(41, None, Arc::clone(&gate), DiskGate::new(), Box::new(|_| {})).unwrap(),
+        lease,
         gate: Arc::clone(&gate),
         io_stop: Arc::clone(&io_stop),
         incidents: Arc::clone(&incidents),
@@ -56,13 +65,14 @@ fn control() -> Stopped {
         exits: Arc::default(),
         saves: Saves::new(Arc::clone(&gate), DiskGate::new()),
         incoming: None,
+        devices,
     });
     Stopped { control, gate, io_stop, incidents, _dir: dir }
 }
 
 impl Stopped {
     fn ask(&self, call: Call) -> Value {
-        match self.control.answer(Request { id: 1, call: call.clone() }) {
+        match self.control.answer(Request { id: 1, call: call.clone() }, None) {
             Answer::Reply(reply) => reply.result.unwrap(),
             _ => panic!("{call:?} is answered with a reply"),
         }
@@ -75,7 +85,7 @@ impl Stopped {
 
 impl Stopped {
     fn refusal(&self, call: Call) -> ErrorCode {
-        match self.control.answer(Request { id: 1, call: call.clone() }) {
+        match self.control.answer(Request { id: 1, call: call.clone() }, None) {
             Answer::Reply(reply) => reply.error.unwrap().code,
             _ => panic!("{call:?} is answered with a reply"),
         }
@@ -166,9 +176,78 @@ fn a_balloons_target_is_refused_where_no_guest_could_live_with_it() {
     // All of it: the guest of this test is smaller than the least that a guest can be asked to live with.
     assert_eq!(stopped.ask(Call::BalloonSet { bytes: 32 << 20 }), json!({ "target_bytes": 32 << 20 }));
     for bytes in [0, (32 << 20) - 1, (32 << 20) + 1, u64::MAX] {
-        let Answer::Reply(reply) = stopped.control.answer(Request { id: 1, call: Call::BalloonSet { bytes } }) else {
+        let Answer::Reply(reply) = stopped.control.answer(Request { id: 1, call: Call::BalloonSet { bytes } }, None)
+        else {
             panic!("a reply");
         };
         assert_eq!(reply.error.unwrap().code, ErrorCode::BadRequest);
     }
+}
+
+#[test]
+fn devices_are_asked_for_in_vain_in_words() {
+    let stopped = control();
+    let nic = |id: &str| serde_json::from_value(json!({"id": id, "mac": "02:00:00:00:00:01"})).unwrap();
+    let disk = DiskConfig { id: "data".into(), path: "relative".into(), ..DiskConfig::default() };
+    for (call, code) in [
+        (Call::PlugNic { config: Box::new(nic("lan")) }, ErrorCode::BadRequest),
+        (Call::PlugDisk { config: Box::new(disk) }, ErrorCode::BadRequest),
+        (Call::Unplug { id: "data".into(), force: true }, ErrorCode::NotFound),
+        (Call::SetLink { nic: "lan".into(), up: true }, ErrorCode::NotFound),
+    ] {
+        let Answer::Reply(reply) = stopped.control.answer(Request { id: 7, call: call.clone() }, None) else {
+            panic!("{call:?} is answered with a reply");
+        };
+        assert_eq!((reply.id, reply.error.unwrap().code), (7, code), "{call:?}");
+    }
+    assert!(stopped.status().devices.is_empty());
+}
+
+#[test]
+fn a_descriptor_that_was_not_asked_for_is_closed() {
+    let stopped = control();
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
+    stopped.control.answer(Request { id: 1, call: Call::Status }, Some(writer.into()));
+    // An end of file, which there is none while somebody has the other end.
+    assert_eq!(std::io::Read::read(&mut reader, &mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn devices_stay_as_they_are_while_a_guest_is_saved() {
+    let stopped = control();
+    let disk = DiskConfig { id: "data".into(), path: "/data".into(), ..DiskConfig::default() };
+    let calls = [
+        Call::PlugDisk { config: Box::new(disk) },
+        Call::Unplug { id: "data".into(), force: false },
+        Call::SetLink { nic: "lan".into(), up: true },
+        Call::BalloonSet { bytes: 32 << 20 },
+    ];
+    let session = stopped.control.running.get().unwrap().saves.begin().unwrap();
+    for call in &calls {
+        assert_eq!(stopped.refusal(call.clone()), ErrorCode::NotNow, "{call:?}");
+    }
+    // What was saved stays true until somebody says that it does not matter.
+    drop(session);
+    for call in &calls {
+        assert_eq!(stopped.refusal(call.clone()), ErrorCode::NotNow, "{call:?}");
+    }
+    stopped.ask(Call::Resume);
+    assert_eq!(stopped.refusal(calls[1].clone()), ErrorCode::NotFound);
+}
+
+#[test]
+fn a_guest_is_not_saved_while_a_device_comes() {
+    let stopped = control();
+    let path = stopped._dir.path().join("data");
+    std::fs::write(&path, [0; 4096]).unwrap();
+    let config = Box::new(DiskConfig { id: "data".into(), path, ..DiskConfig::default() });
+    // There is no machine yet that it could be connected to.
+    stopped.ask(Call::PlugDisk { config });
+    let (code, words) = stopped.control.begin_save().err().unwrap();
+    assert_eq!((code, words.contains("data is being plugged")), (ErrorCode::NotNow, true), "{words}");
+    assert!(stopped.gate.is_open(), "a refusal changes nothing");
+    stopped.ask(Call::Unplug { id: "data".into(), force: false });
+    let (_, words) = stopped.control.begin_save().err().unwrap();
+    assert!(words.contains("restarting or ending"), "{words}");
 }

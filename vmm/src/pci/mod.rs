@@ -13,6 +13,9 @@
 //! which Linux would probe, and no slot. Such a function says that it is a root complex integrated endpoint, or is a conventional
 //! one (the bridges, the watchdog).
 //!
+//! Every slot has its port from the start, with or without a device: bus numbers and windows are the same in each guest, and any
+//! slot can take a device later ([`topology::PciBus::insert`]).
+//!
 //! An address follows from the slot number alone, which the VM's definition keeps: a guest finds its disk where it was, whatever
 //! was added or removed meanwhile (DESIGN §7, peers-vmm §4.2 rule 23).
 //!
@@ -43,8 +46,11 @@ pub mod firmware;
 pub mod host_bridge;
 pub mod msix;
 pub mod root_port;
+pub mod slot;
 pub mod topology;
 
+#[cfg(test)]
+mod plug_tests;
 #[cfg(test)]
 mod tests;
 
@@ -63,6 +69,8 @@ pub enum PciError {
     NoSuchSlot { slot: u8 },
     #[error("slot {slot} is taken; give the device another slot in the VM's definition")]
     SlotTaken { slot: u8 },
+    #[error("slot {slot} is empty")]
+    SlotEmpty { slot: u8 },
     #[error("device {device:#04x} of bus 0 is not one that fixed functions have")]
     NotAFixedDevice { device: u8 },
     #[error("device {device:#04x} of bus 0 is taken by another fixed function")]
@@ -123,3 +131,21 @@ pub trait PciFunction: Send + Sync {
 
 /// A function that more than one owner holds.
 pub type SharedFunction = Arc<dyn PciFunction>;
+
+/// Told what guests do with slots that they were asked to empty. Called on vCPU threads, under the lock of configuration space:
+/// must not wait, and must not come back to the bus.
+pub trait SlotEvents: Send + Sync {
+    /// The device was reset and is out of the slot. Whoever drops it last gives its doorbells and vectors back.
+    fn ejected(&self, slot: u8, device: SharedFunction);
+
+    /// The guest does not give the device up.
+    fn kept(&self, slot: u8);
+}
+
+/// For a hierarchy whose devices nobody asks for.
+pub struct NoSlotEvents;
+
+impl SlotEvents for NoSlotEvents {
+    fn ejected(&self, _slot: u8, _device: SharedFunction) {}
+    fn kept(&self, _slot: u8) {}
+}

@@ -12,17 +12,17 @@ use crate::interrupt::fake::FakeMsi;
 use crate::virtio::locked;
 
 /// A device with one 32 KiB prefetchable BAR, which is memory.
-struct FakeDevice {
+pub(super) struct FakeDevice {
     space: Mutex<ConfigSpace>,
     memory: Mutex<Vec<u8>>,
-    routed: Mutex<Option<u64>>,
-    resets: Mutex<u32>,
+    pub(super) routed: Mutex<Option<u64>>,
+    pub(super) resets: Mutex<u32>,
 }
 
 const BAR_BYTES: u64 = 0x8000;
 
 impl FakeDevice {
-    fn new() -> Arc<Self> {
+    pub(super) fn new() -> Arc<Self> {
         Self::with(express::add_endpoint)
     }
 
@@ -78,7 +78,7 @@ impl PciFunction for FakeDevice {
     }
 }
 
-fn map() -> PciMap {
+pub(super) fn map() -> PciMap {
     PciMap {
         ecam_base: 0xb000_0000,
         ecam_buses: 64,

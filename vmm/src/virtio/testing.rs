@@ -13,7 +13,7 @@ use super::pci::VirtioPci;
 use super::registers::status;
 use crate::interrupt::fake::{FakeIoEvents, FakeMsi, FakeVectors};
 use crate::memory::GuestMemory;
-use crate::pci::PciFunction;
+use crate::pci::SharedFunction;
 use crate::virtio::VirtioDevice;
 
 pub const MEMORY_BYTES: usize = 8 << 20;
@@ -61,7 +61,7 @@ struct DriverQueue {
 }
 
 pub struct FakeDriver {
-    pub function: Arc<VirtioPci>,
+    pub function: SharedFunction,
     pub memory: GuestMemory,
     pub vectors: Arc<FakeVectors>,
     queues: Vec<DriverQueue>,
@@ -74,13 +74,7 @@ pub fn attach(device: Arc<dyn VirtioDevice>) -> FakeDriver {
     let sizes = device.queue_sizes();
     let msi = FakeMsi::new();
     let function = VirtioPci::new(device, memory.clone(), &*msi, FakeIoEvents::new()).unwrap();
-    FakeDriver {
-        function,
-        memory,
-        vectors: msi.function(0).unwrap(),
-        queues: sizes.iter().map(|size| DriverQueue { size: *size, next_descriptor: 0, avail: 0, used: 0 }).collect(),
-        next_buffer: BUFFERS,
-    }
+    FakeDriver::of(function, memory, msi.function(0).unwrap(), sizes)
 }
 
 /// Keeps what the transport hands over, for a test that serves queues itself, with a clock of its own.
@@ -132,6 +126,12 @@ pub fn activated(features: u64, queue_sizes: &'static [u16]) -> (FakeDriver, Act
 }
 
 impl FakeDriver {
+    /// A driver of a function that is in a machine already.
+    pub fn of(function: SharedFunction, memory: GuestMemory, vectors: Arc<FakeVectors>, sizes: &[u16]) -> Self {
+        let queue = |size: &u16| DriverQueue { size: *size, next_descriptor: 0, avail: 0, used: 0 };
+        Self { function, memory, vectors, queues: sizes.iter().map(queue).collect(), next_buffer: BUFFERS }
+    }
+
     pub fn read(&self, offset: u64, len: usize) -> u64 {
         let mut data = [0; 8];
         self.function.bar_read(0, offset, &mut data[..len]);

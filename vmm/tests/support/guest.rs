@@ -9,6 +9,7 @@
 //! the three, and prints the alphabet for ever; `f` does the same without a rest, so that it is nearly always at a port; `2` does so on
 //! one vCPU and counts in digits on a second; `t` waits in HLT for its timer and prints a letter at each interrupt; `i` keeps interrupts off
 //! until something is typed, and prints `P` when the power button was pressed meanwhile. What does not compare prints `!`.
+//! `g` prints the first byte of its generation, then dots, and the byte again when it is told that there is another one.
 
 use std::arch::global_asm;
 
@@ -57,6 +58,8 @@ global_asm!(
     "je .Lquorate_timer",
     "cmp al, 0x69", // i
     "je .Lquorate_interrupt",
+    "cmp al, 0x67", // g
+    "je .Lquorate_generation",
     "cmp al, 0x70", // p
     "je 60f",
     "cmp al, 0x77", // w
@@ -134,6 +137,30 @@ global_asm!(
     "cmp ecx, 0x20",
     "jne 81b",
     "jmp .Lquorate_off",
+    // Enables general purpose event 5, and looks for it in the status register.
+    ".Lquorate_generation:",
+    "mov dx, 0x628",
+    "mov al, 0x20",
+    "out dx, al",
+    ".Lquorate_generation_told:",
+    "mov al, byte ptr [0xef000]",
+    "mov dx, 0x3f8",
+    "out dx, al",
+    ".Lquorate_generation_turn:",
+    "mov ecx, 100000",
+    ".Lquorate_generation_wait:",
+    "dec ecx",
+    "jnz .Lquorate_generation_wait",
+    "mov dx, 0x3f8",
+    "mov al, 0x2e",
+    "out dx, al",
+    "mov dx, 0x620",
+    "in al, dx",
+    "test al, 0x20",
+    "jz .Lquorate_generation_turn",
+    "mov al, 0x20",
+    "out dx, al",
+    "jmp .Lquorate_generation_told",
     // The counts: EDI, a word at 2 MiB, the scratch register of COM1.
     ".Lquorate_mover:",
     "xor edi, edi",
@@ -347,9 +374,13 @@ fn code() -> &'static [u8] {
 
 /// The guest as a kernel file.
 pub fn elf() -> Vec<u8> {
+    elf_of(code())
+}
+
+/// Flat 32-bit code as a kernel file. It starts at its first byte.
+pub fn elf_of(code: &[u8]) -> Vec<u8> {
     const HEADER: u64 = 64;
     const PROGRAM_HEADER: u64 = 56;
-    let code = code();
     let note = note();
     let note_at = HEADER + 2 * PROGRAM_HEADER;
     let code_at = note_at + note.len() as u64;

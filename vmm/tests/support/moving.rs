@@ -8,6 +8,7 @@ use vmm_control::{Call, IncomingState, Notice, PauseReason, RunState, SaveState}
 
 use super::{TestClient, TestVm, wait_for};
 
+/// A guest that can be moved.
 pub fn source(behaviour: &str) -> TestVm {
     let mut vm = TestVm::new(behaviour);
     vm.set("memory_bytes", json!(16u64 << 20));
@@ -75,4 +76,16 @@ pub fn run(vm: &TestVm, epoch: u64) -> TestClient {
     assert!(reply.error.is_none(), "{reply:?}");
     client.wait_notice(|notice| *notice == Notice::Resumed);
     client
+}
+
+/// A guest that this process refuses by its header, in these words. It never runs.
+pub fn refuse(target: &mut TestVm, saved: &[u8], words: &str) {
+    target.start();
+    let answers = hand_over(target, saved);
+    assert_eq!(answers.len(), 1, "refused before memory moves: {answers:?}");
+    let (kind, said) = &answers[0];
+    assert_eq!(*kind, FrameKind::Refused);
+    assert!(said.contains(words), "{said} does not say {words}");
+    assert_eq!(target.wait_exit().code(), Some(i32::from(vmm_control::ExitReason::RestoreFailed.exit_code())));
+    assert!(!target.report().unwrap().ran);
 }

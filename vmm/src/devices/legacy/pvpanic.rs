@@ -24,22 +24,16 @@ pub struct PvPanic {
 
 /// The port as it is saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SavedPvPanic {
-    pub version: u32,
     /// Events that the guest has reported.
     pub reported: u8,
 }
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PvPanicError {
-    #[error("the saved panic port has version {found}; this program reads {known}", known = SavedPvPanic::VERSION)]
-    Version { found: u32 },
     #[error("the saved panic port has reported the events {found:#04x}, and there are {EVENTS:#04x}")]
     Events { found: u8 },
-}
-
-impl SavedPvPanic {
-    pub const VERSION: u32 = 1;
 }
 
 impl PvPanic {
@@ -48,14 +42,20 @@ impl PvPanic {
     }
 
     pub fn save(&self) -> SavedPvPanic {
-        SavedPvPanic { version: SavedPvPanic::VERSION, reported: self.reported }
+        SavedPvPanic { reported: self.reported }
+    }
+
+    /// What the guest has said of its end. A kernel that says both has no crash kernel left to run.
+    pub fn reported(&self) -> Option<PanicKind> {
+        match self.reported {
+            0 => None,
+            reported if reported & PANICKED != 0 => Some(PanicKind::Panicked),
+            _ => Some(PanicKind::CrashKernel),
+        }
     }
 
     /// Takes over what was reported. Nobody is told again.
     pub fn restore(&mut self, saved: &SavedPvPanic) -> Result<(), PvPanicError> {
-        if saved.version != SavedPvPanic::VERSION {
-            return Err(PvPanicError::Version { found: saved.version });
-        }
         if saved.reported & !EVENTS != 0 {
             return Err(PvPanicError::Events { found: saved.reported });
         }
@@ -134,8 +134,8 @@ mod tests {
         new.restore(&saved).unwrap();
         new.write(0, &[1]);
         assert!(told.0.lock().unwrap().is_empty());
-        assert_eq!(new.restore(&SavedPvPanic { version: 2, reported: 0 }), Err(PvPanicError::Version { found: 2 }));
-        assert_eq!(new.restore(&SavedPvPanic { version: 1, reported: 4 }), Err(PvPanicError::Events { found: 4 }));
+        assert_eq!(new.reported(), Some(PanicKind::Panicked));
+        assert_eq!(new.restore(&SavedPvPanic { reported: 4 }), Err(PvPanicError::Events { found: 4 }));
     }
 
     proptest! {
