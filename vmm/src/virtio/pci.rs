@@ -528,9 +528,11 @@ impl PciFunction for VirtioPci {
     fn save(&self) -> Result<serde_json::Value, serde_json::Error> {
         use serde::ser::Error as _;
         let mut inner = locked(&self.inner);
-        self.fold_events(&mut inner);
         let positions =
             if inner.active { self.device.positions().map_err(serde_json::Error::custom)? } else { Vec::new() };
+        let device = self.device.save().map_err(serde_json::Error::custom)?;
+        // Last: the device's thread may report something while it is asked.
+        self.fold_events(&mut inner);
         serde_json::to_value(SavedVirtioPci {
             version: SavedVirtioPci::VERSION,
             config: inner.space.save(),
@@ -538,7 +540,7 @@ impl PciFunction for VirtioPci {
             registers: inner.registers.clone(),
             isr: self.irq.isr.load(Ordering::Acquire),
             positions,
-            device: self.device.save().map_err(serde_json::Error::custom)?,
+            device,
         })
     }
 
