@@ -11,7 +11,8 @@
 //! A guest that moves to another process, or into a file, does so by [`saved`].
 //!
 //! Threads: the main one owns the machine, `control` serves the socket, `lease` quiesces, `vcpu-N` run the guest, each device that does I/O has
-//! its own, `log` and `console-log` write to disk. A vCPU waits for none of them.
+//! its own, `plug` has devices come and go with a thread for each that opens or ends, `log` and `console-log` write to disk. A vCPU
+//! waits for none of them.
 //!
 //! Start reading at [`process`] for the whole, or at [`bus`] and [`interrupt`] for devices: those two are the border
 //! between devices and KVM, and every device is tested with a fake on its side of it.
@@ -26,6 +27,7 @@ pub mod console_hub;
 pub mod control;
 pub mod cpu;
 pub mod devices;
+pub mod incident;
 pub mod interrupt;
 pub mod io_stop;
 pub mod lease;
@@ -39,4 +41,5 @@ pub mod saved;
 pub mod smbios;
 pub mod start_once;
 pub mod sys;
+pub mod token_bucket;
 pub mod virtio;

@@ -22,10 +22,13 @@ use crate::control::{Control, ControlServer, Running};
 use crate::cpu::gate::{RunGate, Stop};
 use crate::devices::legacy::boot_timer::BootTime;
 use crate::devices::net::{TapFd, tap};
+use crate::incident::{Incident, Incidents};
 use crate::io_stop::IoStop;
 use crate::lease::quiesce::DiskGate;
 use crate::lease::{self, Lease, LeaseChange};
 use crate::log;
+use crate::machine::device_manager::DeviceManager;
+use crate::machine::open_device::Host;
 use crate::machine::{self, Beginning, Context, Ending, Endings, EndingsReceiver, Machine, kvm};
 use crate::metrics::ExitCounters;
 use crate::saved::incoming::Incoming;
@@ -51,11 +54,12 @@ struct Outcome {
     detail: String,
     ran: bool,
     drained: bool,
+    panics: u64,
 }
 
 impl Outcome {
     fn not_started(reason: ExitReason, error: &(dyn std::error::Error + 'static)) -> Self {
-        Self { reason, detail: chain(error), ran: false, drained: true }
+        Self { reason, detail: chain(error), ran: false, drained: true, panics: 0 }
     }
 }
 
@@ -131,14 +135,24 @@ fn report(config: &VmmConfig, epoch: u64, outcome: Outcome) {
         ExitReason::GuestPoweredOff | ExitReason::PoweredOff => {
             tracing::info!(reason = ?outcome.reason, "the guest has ended");
         }
+        ExitReason::GuestPanicked | ExitReason::WatchdogExpired => {
+            tracing::warn!(reason = ?outcome.reason, "the guest has been ended");
+        }
         ExitReason::AlreadyStarted => tracing::warn!("{detail}"),
         ExitReason::GuestFault | ExitReason::StartFailed | ExitReason::Internal | ExitReason::RestoreFailed => {
             tracing::error!(reason = ?outcome.reason, "{detail}");
             eprintln!("vmm: {detail}");
         }
     }
-    let report =
-        ExitReport { vm: config.vm, epoch, reason: outcome.reason, detail, ran: outcome.ran, drained: outcome.drained };
+    let report = ExitReport {
+        vm: config.vm,
+        epoch,
+        reason: outcome.reason,
+        detail,
+        ran: outcome.ran,
+        drained: outcome.drained,
+        panics: outcome.panics,
+    };
     // A second start of a used epoch must not hide how the first one ended.
     let earlier = ExitReport::read(&config.run_dir).ok().flatten();
     if report.reason == ExitReason::AlreadyStarted && earlier.is_some_and(|e| e.epoch == report.epoch) {
@@ -181,6 +195,22 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         let listener = move || control.notify(Notice::Paused { reason: PauseReason::IoError, quiesced: false });
         IoStop::new(Arc::clone(&gate), Box::new(listener))
     };
+    let incidents = {
+        let control = Arc::clone(&control);
+        let listener = move |incident| control.notify(incident_notice(incident));
+        let on_watchdog = config.watchdog.unwrap_or_default().action;
+        Incidents::new(config.on_panic, on_watchdog, Arc::clone(&gate), Arc::clone(&endings), Box::new(listener))
+    };
+    let devices = {
+        let control = Arc::clone(&control);
+        let host = Host {
+            gate: Arc::clone(&gate),
+            lease: Arc::clone(&lease),
+            disks: Host::disk_opener(Arc::clone(&disk_gate), Arc::clone(&io_stop) as _),
+            notify: Box::new(move |notice| control.notify(notice)),
+        };
+        DeviceManager::new(config, taps, host)?
+    };
     let boot_time = BootTime::new(process_start);
     let exits = Arc::new(ExitCounters::default());
     let saves = Saves::new(Arc::clone(&gate), Arc::clone(&disk_gate));
@@ -193,10 +223,12 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         lease: Arc::clone(&lease),
         gate: Arc::clone(&gate),
         io_stop: Arc::clone(&io_stop),
+        incidents: Arc::clone(&incidents),
         boot_time: Arc::clone(&boot_time),
         exits: Arc::clone(&exits),
         saves: Arc::clone(&saves),
         incoming: incoming.clone(),
+        devices: Arc::clone(&devices),
     });
     if deadline.is_some() {
         lease::thread::start(Arc::clone(&lease))?;
@@ -205,12 +237,14 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         config: config.clone(),
         kvm,
         files,
-        taps,
+        devices,
         console,
         agent,
         gate,
         disk_gate,
         io_stop,
+        incidents,
+        watchdog_has_fired: Arc::default(),
         lease,
         endings,
         boot_time,
@@ -293,24 +327,25 @@ fn run_machines(prepared: &Prepared, mut first: Option<Machine>) -> Outcome {
     let Prepared { context, control, endings, .. } = prepared;
     let mut ran = false;
     loop {
+        let panics = context.incidents.panics();
         let built = first.take().map_or_else(|| machine::build(context, Beginning::Boot), Ok);
         let mut machine = match built {
             Ok(machine) => machine,
             Err(error) => {
-                return Outcome { reason: ExitReason::StartFailed, detail: chain(&error), ran, drained: true };
+                return Outcome { reason: ExitReason::StartFailed, detail: chain(&error), ran, drained: true, panics };
             }
         };
         control.machine_is(&machine);
-        context.lease.guard_disks(machine.shared_disks());
         let ending = match run_machine(&mut machine, prepared, &mut ran) {
             Ok(ending) => ending,
             Err(detail) => {
                 machine.stop();
-                return Outcome { reason: ExitReason::Internal, detail, ran, drained: true };
+                return Outcome { reason: ExitReason::Internal, detail, ran, drained: true, panics };
             }
         };
         let drained = machine.stop();
-        context.lease.guard_disks(Vec::new());
+        let panics = context.incidents.panics();
+        context.devices.forget(drained);
         let (reason, detail) = match ending {
             Ending::Reset if drained => match endings.drain() {
                 None => {
@@ -323,10 +358,12 @@ fn run_machines(prepared: &Prepared, mut first: Option<Machine>) -> Outcome {
             Ending::Reset => (ExitReason::Internal, "the guest reset, and its storage does not answer".to_owned()),
             Ending::GuestPoweredOff => (ExitReason::GuestPoweredOff, String::new()),
             Ending::PoweredOff => (ExitReason::PoweredOff, String::new()),
+            Ending::GuestPanicked => (ExitReason::GuestPanicked, "the guest's kernel panicked".to_owned()),
+            Ending::WatchdogExpired => (ExitReason::WatchdogExpired, "the guest did not feed its watchdog".to_owned()),
             Ending::Fault(detail) => (ExitReason::GuestFault, detail),
         };
         control.machine_is_gone();
-        return Outcome { reason, detail, ran, drained };
+        return Outcome { reason, detail, ran, drained, panics };
     }
 }
 
@@ -334,6 +371,7 @@ fn run_machine(machine: &mut Machine, prepared: &Prepared, ran: &mut bool) -> Re
     let Prepared { context, endings, .. } = prepared;
     // An error of the last machine's disks went with it, and its end closed the gate.
     context.io_stop.forget();
+    context.incidents.machine_is(machine.nmi(), machine.panic());
     context.lease.open_disks_if_valid();
     if let Some(ending) = endings.drain() {
         return Ok(ending);
@@ -351,5 +389,14 @@ pub(crate) fn lease_notice(change: LeaseChange) -> Notice {
         LeaseChange::Expired => Notice::Paused { reason, quiesced: false },
         LeaseChange::Quiesced => Notice::Paused { reason, quiesced: true },
         LeaseChange::Resumed => Notice::Resumed,
+    }
+}
+
+/// What hostd is told about a guest in trouble.
+pub(crate) fn incident_notice(incident: Incident) -> Notice {
+    match incident {
+        Incident::Panic(kind) => Notice::GuestPanicked { kind },
+        Incident::WatchdogExpired => Notice::WatchdogExpired,
+        Incident::Paused(reason) => Notice::Paused { reason, quiesced: false },
     }
 }

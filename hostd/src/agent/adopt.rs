@@ -99,7 +99,10 @@ fn ended(report: &ExitReport) -> Ended {
         vmm_control::ExitReason::PoweredOff => ExitReason::PoweredOff,
         // The vmm found its epoch used: how that use ended is not known.
         vmm_control::ExitReason::AlreadyStarted => ExitReason::Lost,
-        vmm_control::ExitReason::GuestFault | vmm_control::ExitReason::Internal => ExitReason::GuestFault,
+        vmm_control::ExitReason::GuestFault
+        | vmm_control::ExitReason::GuestPanicked
+        | vmm_control::ExitReason::WatchdogExpired
+        | vmm_control::ExitReason::Internal => ExitReason::GuestFault,
         vmm_control::ExitReason::StartFailed | vmm_control::ExitReason::RestoreFailed => ExitReason::StartFailed,
     };
     Ended { reason, detail: bounded(&report.detail) }

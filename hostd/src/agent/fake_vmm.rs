@@ -71,7 +71,8 @@ fn note(config: &VmmConfig, line: &str) {
 }
 
 fn leave(config: &VmmConfig, reason: ExitReason, ran: bool) -> ! {
-    let report = ExitReport { vm: config.vm, epoch: config.epoch, reason, detail: String::new(), ran, drained: true };
+    let report =
+        ExitReport { vm: config.vm, epoch: config.epoch, reason, detail: String::new(), ran, drained: true, panics: 0 };
     report.write(&config.run_dir).expect("an exit report");
     std::process::exit(i32::from(reason.exit_code()));
 }
@@ -113,5 +114,9 @@ fn status(config: &VmmConfig) -> Status {
         io_error: None,
         saving: None,
         incoming: None,
+        panic: None,
+        panics: 0,
+        watchdog_expired: 0,
+        devices: Vec::new(),
     }
 }

@@ -93,6 +93,8 @@ impl Seen {
             RunState::Running => GuestStatus::Up,
             RunState::Paused { reason: PauseReason::LeaseExpired } => GuestStatus::PausedLease,
             RunState::Paused { reason: PauseReason::Requested } => GuestStatus::PausedUser,
+            // Policies that no definition can choose yet.
+            RunState::Paused { reason: PauseReason::GuestPanicked | PauseReason::Watchdog } => GuestStatus::PausedUser,
             RunState::Paused { reason: PauseReason::IoError } => GuestStatus::PausedIo,
             // For the moment in which it goes over; the log says that it moves.
             RunState::Paused { reason: PauseReason::Saved } => GuestStatus::Up,

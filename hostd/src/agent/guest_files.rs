@@ -80,7 +80,7 @@ pub fn vmm_config(
     for disk in &spec.disks {
         disks.push(disk_config(disk, allowed)?);
     }
-    let nic = |nic: &Nic| NicConfig { id: nic.id.clone(), mac: nic.mac_of(identity.vm), mtu: DEFAULT_MTU };
+    let nic = |nic: &Nic| NicConfig { id: nic.id.clone(), mac: nic.mac_of(identity.vm), mtu: DEFAULT_MTU, slot: None };
     let release = release_class(identity.release);
     let config = VmmConfig {
         vm: identity.vm.0,
@@ -104,6 +104,9 @@ pub fn vmm_config(
         lease: (release == vmm_control::ReleaseClass::Lease && identity.incoming.is_none())
             .then(|| LeaseConfig { deadline_boottime_ns: identity.deadline.as_ns() }),
         log_level: vmm_control::LogLevel::Info,
+        on_panic: Default::default(),
+        generation: None,
+        watchdog: None,
     };
     check(&config, identity.incoming)?;
     Ok(config)
@@ -136,6 +139,7 @@ fn disk_config(disk: &Disk, allowed: &[PathBuf]) -> Result<DiskConfig, GuestFile
         path: place(&what, &disk.path)?,
         read_only: disk.read_only,
         serial: disk.id.clone(),
+        slot: None,
         // Nothing here can know that no other host reaches the same storage.
         shared: true,
         format: disk_format(disk.format),

@@ -59,7 +59,8 @@ pub(super) fn site(context: &Context<'_>, generation: u32, ca: Fingerprint) -> R
         let managed = context.state.data_centers.iter().filter(|(_, it)| it.spm.is_some_and(|spm| spm.host == gone));
         events.extend(managed.map(|(data_center, _)| SpmReleased { data_center: *data_center, host: gone }.into()));
         let held = |event: &Event| events.contains(event);
-        let stranded: Vec<Event> = migration::abort_into(context.state, gone, AbortReason::TargetLost).filter(|event| !held(event)).collect();
+        let stranded: Vec<Event> =
+            migration::abort_into(context.state, gone, AbortReason::TargetLost).filter(|event| !held(event)).collect();
         events.extend(stranded);
         events.push(HostRemoved { host: gone }.into());
     }

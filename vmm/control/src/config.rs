@@ -22,11 +22,11 @@ pub const MAX_MEMORY_BYTES: u64 = 16 << 40;
 pub const MEMORY_GRANULE_BYTES: u64 = 2 << 20;
 /// Linux on x86 takes 2047 bytes; the vmm appends nothing.
 pub const MAX_CMDLINE_BYTES: usize = 2047;
-/// One root port a disk, on bus 0 beside the fixed devices.
-pub const MAX_DISKS: usize = 24;
+/// One root port a disk. As many as there are without network cards.
+pub const MAX_DISKS: usize = MAX_DISKS_AND_NICS;
 pub const MAX_NICS: usize = 8;
 /// Root ports for disks and network cards together; the console has one more.
-pub const MAX_DISKS_AND_NICS: usize = 27;
+pub const MAX_DISKS_AND_NICS: usize = 23;
 /// Every IPv6 link carries this much, and virtio asks devices for no less (virtio 1.2, 5.1.4.1).
 pub const MIN_MTU: u16 = 1280;
 /// The most that Linux lets a tap have: 65535 bytes less the Ethernet header.
@@ -90,10 +90,55 @@ pub struct NicConfig {
     /// Bytes of a frame behind its Ethernet header, as the guest is told. hostd gives the tap the same.
     #[serde(default = "default_mtu")]
     pub mtu: u16,
+    /// Where the guest finds the card ([`slots`](crate::slots)). The last free slot when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u8>,
 }
 
 fn default_mtu() -> u16 {
     DEFAULT_MTU
+}
+
+/// What follows when the guest's kernel says that it has panicked, beside the notice. A crash kernel that takes over is let
+/// go on in any case.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnPanic {
+    /// Nothing: the guest restarts by itself, or stays as it is for somebody to look at its console.
+    #[default]
+    Report,
+    Reset,
+    /// Ends the guest, with `guest_panicked` as the reason.
+    PowerOff,
+    Pause,
+}
+
+impl OnPanic {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A watchdog that the guest's own software feeds (Linux: i6300esb). One that is not started does nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WatchdogConfig {
+    #[serde(default)]
+    pub action: WatchdogAction,
+}
+
+/// What follows when the watchdog runs out, beside the notice.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WatchdogAction {
+    #[default]
+    Reset,
+    /// Ends the guest, with `watchdog_expired` as the reason.
+    PowerOff,
+    Pause,
+    /// A non-maskable interrupt to every vCPU, on which a kernel can panic and dump.
+    InjectNmi,
+    None,
 }
 
 /// What SMBIOS tells the guest about itself.
@@ -147,6 +192,15 @@ pub struct VmmConfig {
     pub lease: Option<LeaseConfig>,
     #[serde(default)]
     pub log_level: LogLevel,
+    #[serde(default, skip_serializing_if = "OnPanic::is_default")]
+    pub on_panic: OnPanic,
+    /// The VM generation ID. Another one than when the guest was saved tells it that it was taken back to an earlier moment or copied,
+    /// and must not use its random numbers again; a guest that is migrated keeps its own. Left out, it is the VM's id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<Uuid>,
+    /// A guest without one has no such device; its address stays free.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<WatchdogConfig>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -210,6 +264,11 @@ impl VmmConfig {
         self.max_memory_bytes.unwrap_or(self.memory_bytes)
     }
 
+    /// The VM generation ID.
+    pub fn generation(&self) -> Uuid {
+        self.generation.unwrap_or(self.vm)
+    }
+
     /// Every bound of this module.
     pub fn check(&self) -> Result<(), ConfigError> {
         self.check_guest()?;
@@ -234,8 +293,8 @@ impl VmmConfig {
         }
     }
 
-    /// Everything but the lease.
-    fn check_guest(&self) -> Result<(), ConfigError> {
+    /// Everything but the lease, which a guest from elsewhere is given when it may run.
+    pub fn check_guest(&self) -> Result<(), ConfigError> {
         check_text("name", &self.name, MAX_NAME_BYTES)?;
         if self.epoch == 0 {
             return Err(invalid("epoch", "no permit has the epoch 0"));
@@ -254,6 +313,7 @@ impl VmmConfig {
         check_text("identity.serial", &self.identity.serial, MAX_SMBIOS_STRING_BYTES)?;
         self.check_disks()?;
         self.check_nics()?;
+        crate::slots::check(&self.disks, &self.nics)?;
         for (field, path) in [
             ("kernel", Some(&self.kernel)),
             ("initrd", self.initrd.as_ref()),
@@ -408,10 +468,30 @@ mod tests {
             (0..8).map(|i| json!({"id": format!("n{i}"), "mac": format!("02:00:00:00:00:0{i}")})).collect();
         let mut config = example();
         config["nics"] = json!(nics);
-        config["disks"] = json!(disks(19));
+        config["disks"] = json!(disks(15));
         VmmConfig::parse(config.to_string().as_bytes()).unwrap();
-        config["disks"] = json!(disks(20));
+        config["disks"] = json!(disks(16));
         assert!(matches!(VmmConfig::parse(config.to_string().as_bytes()), Err(ConfigError::Invalid { .. })));
+    }
+
+    #[test]
+    fn panics_are_reported_and_watchdogs_reset_unless_said_otherwise() {
+        let plain = VmmConfig::parse(example().to_string().as_bytes()).unwrap();
+        assert_eq!((plain.on_panic, plain.watchdog), (OnPanic::Report, None));
+        assert_eq!(plain.generation(), plain.vm);
+        let text = serde_json::to_string(&plain).unwrap();
+        assert!(
+            ["panic", "watchdog", "generation"].iter().all(|field| !text.contains(field)),
+            "as it was before: {text}"
+        );
+        let watched = with("watchdog", json!({})).unwrap();
+        assert_eq!(watched.watchdog.unwrap().action, WatchdogAction::Reset);
+        let watched = with("watchdog", json!({"action": "inject_nmi"})).unwrap();
+        assert_eq!(watched.watchdog.unwrap().action, WatchdogAction::InjectNmi);
+        assert_eq!(with("on_panic", json!("power_off")).unwrap().on_panic, OnPanic::PowerOff);
+        for (field, value) in [("on_panic", json!("explode")), ("watchdog", json!({"action": "reset", "more": 1}))] {
+            assert!(matches!(with(field, value), Err(ConfigError::Parse(_))));
+        }
     }
 
     #[test]

@@ -95,6 +95,9 @@ pub struct DiskConfig {
     pub on_error: OnError,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limit: Option<RateLimit>,
+    /// Where the guest finds the disk ([`slots`](crate::slots)). The first free slot when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u8>,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {

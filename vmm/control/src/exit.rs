@@ -25,6 +25,10 @@ pub enum ExitReason {
     AlreadyStarted,
     /// The guest did what this KVM or machine cannot carry out. `detail` holds the registers.
     GuestFault,
+    /// The guest's kernel panicked, and its configuration says to end it then.
+    GuestPanicked,
+    /// The guest's watchdog ran out, likewise.
+    WatchdogExpired,
     /// The vmm could not start the guest. `detail` says why.
     StartFailed,
     /// The vmm itself failed while the guest ran. `detail` says how.
@@ -43,6 +47,8 @@ impl ExitReason {
             Self::GuestFault => 4,
             Self::Internal => 5,
             Self::RestoreFailed => 6,
+            Self::GuestPanicked => 7,
+            Self::WatchdogExpired => 8,
         }
     }
 }
@@ -59,6 +65,9 @@ pub struct ExitReport {
     pub ran: bool,
     /// Whether all I/O had ended when the process left. False means that a write may still be in the kernel.
     pub drained: bool,
+    /// How often the guest's kernel panicked under this epoch, whatever followed.
+    #[serde(default)]
+    pub panics: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +145,7 @@ mod tests {
             detail: "rip=0x10".into(),
             ran: true,
             drained: true,
+            panics: 1,
         };
         report.write(dir.path()).unwrap();
         assert_eq!(ExitReport::read(dir.path()).unwrap(), Some(report));

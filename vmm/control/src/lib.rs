@@ -8,16 +8,24 @@
 //!
 //! Start reading at [`config`]. Everything here is a value or a function between values; the socket is in the vmm.
 
+pub mod balloon;
 pub mod config;
+pub mod descriptor;
+pub mod device;
 pub mod disk;
 pub mod exit;
 pub mod protocol;
+pub mod slots;
 
-pub use config::{ConfigError, Identity, LeaseConfig, LogLevel, MachineType, NicConfig, ReleaseClass, VmmConfig};
+pub use config::{
+    ConfigError, Identity, LeaseConfig, LogLevel, MachineType, NicConfig, OnPanic, ReleaseClass, VmmConfig,
+    WatchdogAction, WatchdogConfig,
+};
+pub use device::{DeviceKind, DeviceState, DeviceStatus};
 pub use disk::{BackingImage, DiskConfig, DiskFormat, OnError, RateLimit};
 pub use exit::{ExitError, ExitReason, ExitReport};
 pub use protocol::{
-    Call, DiskFault, ErrorCode, Fault, Hello, IncomingState, IncomingStatus, Message, Notice, PauseReason,
+    Call, DiskFault, ErrorCode, Fault, Hello, IncomingState, IncomingStatus, Message, Notice, PanicKind, PauseReason,
     ProtocolError, Reply, Request, RunState, SaveState, SaveStatus, Status,
 };
 

@@ -28,6 +28,24 @@
 //! A process that was started with `--incoming` runs nothing. After the reply to `restore_attach` the connection carries a saved guest to it.
 //! When all of it is in its place (`loaded` in [`Status::incoming`], and a frame that says so on the connection), `run` names the
 //! permit and starts it. A guest that cannot be taken over ends the process with [`crate::ExitReason::RestoreFailed`].
+//!
+//! Devices come and go while the guest runs. `plug_disk`, `plug_nic` and `unplug` are answered at once, with the device's slot and
+//! address; a notice tells how it went on, for storage and guests may take any time, and [`Status::devices`] shows where it stands.
+//! A client that does not know whether it was heard asks again: the same plug of the same device is answered the same and done once.
+//!
+//! ```text
+//! > {"id":2,"method":"plug_disk","params":{"config":{"id":"data","path":"/dev/nbd1"}}}
+//! < {"id":2,"result":{"id":"data","kind":"disk","slot":2,"address":"03:00.0","state":"plugging"}}
+//! < {"notice":"plugged","id":"data","slot":2,"address":"03:00.0"}
+//! > {"id":3,"method":"unplug","params":{"id":"data"}}
+//! < {"id":3,"result":{"id":"data","kind":"disk","slot":2,"address":"03:00.0","state":"unplugging"}}
+//! < {"notice":"unplugged","id":"data"}
+//! ```
+//!
+//! The line of `plug_nic` carries the descriptor of the card's tap ([`descriptor`](crate::descriptor)).
+//!
+//! Nothing is plugged, unplugged or changed from `save_attach` until `resume`, nor saved while a device comes or is taken away: the saved
+//! guest has the devices that its header names. A guest that was asked for a device is saved with it, and still asked where it goes.
 
 use std::path::PathBuf;
 
@@ -36,10 +54,13 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::config::check_path;
+use crate::{DeviceStatus, DiskConfig, NicConfig};
 
 /// Grows when a method or field is added that an older vmm does not know. A vmm lives as long as its guest, so a newer
 /// hostd meets older ones after each upgrade. 2: `agent_attach`, `taken`, `agent_open`. 3: `save_attach`,
-/// `restore_attach`, `run`, `saving`, `incoming`.
+/// `restore_attach`, `run`, `saving`, `incoming`; `guest_panicked`, `watchdog_expired` and the pauses for them, `panic`, `panics`,
+/// `balloon_set`; `plug_disk`, `plug_nic`, `unplug`, `set_link`, `not_found`, `devices`, and the `slot` of a configuration's disks and
+/// network cards.
 pub const PROTOCOL_VERSION: u32 = 3;
 /// The longest line in either direction, with its end.
 pub const MAX_LINE_BYTES: usize = 64 << 10;
@@ -67,6 +88,9 @@ pub enum Call {
     PowerOff,
     /// Resets the guest. A repeated `id` is answered and does nothing, so a retry is safe.
     Reset { id: u64 },
+    /// Asks the guest to make do with so much of its memory, from [`crate::balloon::MIN_BALLOON_TARGET_BYTES`] to all of it. It gives what
+    /// it can when it can: `metrics.balloon` tells how far it is. Stays through a reset.
+    BalloonSet { bytes: u64 },
     /// Turns this connection into the guest's console.
     ConsoleAttach,
     /// Turns this connection into the guest agent's port. Refused as `taken` while another client has it.
@@ -91,6 +115,20 @@ pub enum Call {
     },
     /// Counters, as one object.
     Metrics,
+    /// Adds a disk to the running guest: [`DeviceStatus`]; then `plugged` or `plug_failed`.
+    PlugDisk { config: Box<DiskConfig> },
+    /// Adds a network card, whose tap comes with the line: [`DeviceStatus`]; then `plugged` or `plug_failed`.
+    PlugNic { config: Box<NicConfig> },
+    /// Asks the guest to give a device up: [`DeviceStatus`]; then `unplugged` when nothing of it is open any more, or `kept` when the
+    /// guest says no. A guest may never say anything: asked again it is asked again, and `force` takes the device away, as pulling
+    /// a card would. A reset ends the wait too. `not_found` when no device has the id, which is what is left of an unplug that is done.
+    Unplug {
+        id: String,
+        #[serde(default)]
+        force: bool,
+    },
+    /// Plugs the cable of a network card in, or pulls it. Holds over resets.
+    SetLink { nic: String, up: bool },
 }
 
 impl Call {
@@ -179,8 +217,10 @@ pub enum ErrorCode {
     NoLease,
     /// The guest is ending or restarting.
     NotNow,
-    /// Another client has what can be had once.
+    /// Another client has what can be had once, or another device the slot or the id.
     Taken,
+    /// No device has the id.
+    NotFound,
     Failed,
 }
 
@@ -214,9 +254,34 @@ pub enum Notice {
     Resumed,
     /// The guest restarts within this process, under the same epoch.
     Reset,
+    /// The guest's kernel says so. What follows is the configuration's to decide. Once of each kind until the guest restarts.
+    GuestPanicked {
+        kind: PanicKind,
+    },
+    /// The guest has not kept its watchdog from running out. What follows is the configuration's to decide.
+    WatchdogExpired,
     /// The guest ends; `exit.json` follows.
     ShuttingDown {
         reason: crate::ExitReason,
+    },
+    /// A device is in its slot, and the guest was told.
+    Plugged {
+        id: String,
+        slot: u8,
+        address: String,
+    },
+    /// A device that could not be opened. It is as if it had not been asked for.
+    PlugFailed {
+        id: String,
+        message: String,
+    },
+    /// A device is gone: its disk is closed, its tap given back.
+    Unplugged {
+        id: String,
+    },
+    /// The guest was asked for a device, and keeps it.
+    Kept {
+        id: String,
     },
 }
 
@@ -278,12 +343,27 @@ pub enum PauseReason {
     Requested,
     /// The lease ended. Goes before the others when several hold.
     LeaseExpired,
-    /// A disk whose policy is to stop met an error; [`Status::io_error`] has it. Goes before `requested`. `resume` tries again.
+    /// A disk whose policy is to stop met an error; [`Status::io_error`] has it. Goes before the following. `resume` tries again.
     IoError,
-    /// The guest is being saved, or was; [`Status::saving`] says which. Goes before `requested`.
+    /// The guest is being saved, or was; [`Status::saving`] says which. Goes before the following.
     Saved,
-    /// The guest has not been given to this process yet, or not been told to run; [`Status::incoming`] says which.
+    /// The guest has not been given to this process yet, or not been told to run; [`Status::incoming`] says which. Goes before
+    /// the following.
     Incoming,
+    /// The guest panicked, and the configuration says to pause it then. Goes before `requested`, and ends with `resume`.
+    GuestPanicked,
+    /// The guest's watchdog ran out, likewise.
+    Watchdog,
+}
+
+/// What a guest's kernel reports at its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PanicKind {
+    /// It has panicked, and stays where it is or restarts by itself.
+    Panicked,
+    /// It has panicked, and its crash kernel takes over to write a dump. Never a reason to stop it.
+    CrashKernel,
 }
 
 /// How far a save is.
@@ -376,6 +456,18 @@ pub struct Status {
     /// Present in a process that was started with `--incoming`, until its guest runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub incoming: Option<IncomingStatus>,
+    /// Present when the guest's kernel has panicked since it last started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub panic: Option<PanicKind>,
+    /// How often it panicked in this process.
+    #[serde(default)]
+    pub panics: u64,
+    /// How often its watchdog ran out in this process.
+    #[serde(default)]
+    pub watchdog_expired: u64,
+    /// Disks and network cards, by slot. Empty from a vmm of protocol version 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceStatus>,
 }
 
 #[cfg(test)]
@@ -389,6 +481,7 @@ mod tests {
             Call::Status,
             Call::Confirm { epoch: 4, deadline_ns: u64::MAX },
             Call::Reset { id: 9 },
+            Call::BalloonSet { bytes: 1 << 40 },
             Call::ConsoleAttach,
             Call::AgentAttach,
             Call::SaveAttach { migration: None },
@@ -396,12 +489,21 @@ mod tests {
             Call::RestoreAttach,
             Call::Run { epoch: 42, deadline_ns: None, started_marker: "/started/42".into() },
             Call::Run { epoch: 42, deadline_ns: Some(7), started_marker: "/started/42".into() },
+            Call::PlugDisk { config: Box::new(DiskConfig { id: "data".into(), slot: Some(3), ..Default::default() }) },
+            Call::Unplug { id: "data".into(), force: true },
+            Call::SetLink { nic: "lan".into(), up: false },
         ] {
             let request = Request { id: 3, call };
             let line = request.encode();
             assert_eq!(line.iter().filter(|b| **b == b'\n').count(), 1);
             assert_eq!(Request::decode(&line).unwrap(), request);
         }
+    }
+
+    #[test]
+    fn an_unplug_asks_unless_it_says_otherwise() {
+        let request = Request::decode(br#"{"id":1,"method":"unplug","params":{"id":"data"}}"#).unwrap();
+        assert_eq!(request.call, Call::Unplug { id: "data".into(), force: false });
     }
 
     #[test]

@@ -2,13 +2,15 @@
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Arg, CreateDWordField, Device, EISAName, Equal, IO, If, Interrupt, Local,
-    Memory32Fixed, Method, Name, Or, Package, Path, ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
+    Memory32Fixed, Method, Name, Notify, Or, Package, Path, ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes_of};
-use crate::devices::legacy::pm::S5_SLEEP_TYPE;
-use crate::machine::layout::{ECAM_BASE, ECAM_SIZE, GSI_COM1, Layout, PORT_COM1, PORT_PM_BASE};
+use crate::devices::legacy::pm::{GPE_VM_GENERATION, S5_SLEEP_TYPE};
+use crate::machine::layout::{
+    ECAM_BASE, ECAM_SIZE, GSI_COM1, Layout, PORT_COM1, PORT_PM_BASE, PORT_PVPANIC, VM_GENERATION_ID,
+};
 
 /// The interface of _OSC for PCI host bridges (PCI Firmware Specification 4.5.1).
 const OSC_PCI_UUID: &str = "33db4d5b-1ff7-401c-9657-7441c03dd766";
@@ -18,6 +20,7 @@ const OSC_UNRECOGNIZED: u8 = 4;
 pub(super) fn build(layout: &Layout, last_bus: u8) -> Vec<u8> {
     let mut table = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     table.append_slice(&system_bus(layout, last_bus));
+    table.append_slice(&generation());
     table.append_slice(&soft_off());
     table.as_slice().to_vec()
 }
@@ -78,9 +81,17 @@ fn system_bus(layout: &Layout, last_bus: u8) -> Vec<u8> {
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&IO::new(0x70, 0x70, 0, 2)])),
         ],
     ));
+    // The name by which Linux and Windows know the panic port.
+    let panic = bytes_of(&Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&IO::new(PORT_PVPANIC, PORT_PVPANIC, 1, 1)])),
+        ],
+    ));
     let bridge = bytes_of(&Device::new(
         "ISA_".into(),
-        vec![&Name::new("_ADR".into(), &0x001f_0000u32), &Raw(serial), &Raw(clock)],
+        vec![&Name::new("_ADR".into(), &0x001f_0000u32), &Raw(serial), &Raw(clock), &Raw(panic)],
     ));
 
     // Ports and memory that no PCI device may be given. Linux trusts ECAM only when something like this holds it.
@@ -115,6 +126,33 @@ fn system_bus(layout: &Layout, last_bus: u8) -> Vec<u8> {
     ));
 
     bytes_of(&Scope::new("_SB_".into(), vec![&Raw(host_bridge), &Raw(board)]))
+}
+
+/// Where the generation of the VM is, and the event that says that it changed (Microsoft, "Virtual Machine Generation ID"): guests know
+/// the device by its compatible id.
+fn generation() -> Vec<u8> {
+    let device = bytes_of(&Device::new(
+        "VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMUVGID"),
+            &Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new(
+                "ADDR".into(),
+                &Package::new(vec![&(VM_GENERATION_ID as u32), &((VM_GENERATION_ID >> 32) as u32)]),
+            ),
+        ],
+    ));
+    let method = format!("_E{GPE_VM_GENERATION:02X}");
+    let event = bytes_of(&Method::new(
+        method.as_str().into(),
+        0,
+        false,
+        vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &0x80u8)],
+    ));
+    let mut aml = bytes_of(&Scope::new("_SB_".into(), vec![&Raw(device)]));
+    aml.extend(bytes_of(&Scope::new("_GPE".into(), vec![&Raw(event)])));
+    aml
 }
 
 fn soft_off() -> Vec<u8> {

@@ -11,7 +11,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::machine::layout::{Layout, SMBIOS_START, TABLES_START};
+use crate::machine::layout::{Layout, TABLES_START, VM_GENERATION_ID};
 use crate::memory::GuestMemory;
 
 const OEM_ID: [u8; 6] = *b"QUORAT";
@@ -22,7 +22,7 @@ const ALIGN: u64 = 64;
 
 #[derive(Debug, thiserror::Error)]
 pub enum AcpiError {
-    #[error("the ACPI tables do not fit below {SMBIOS_START:#x}")]
+    #[error("the ACPI tables do not fit below {VM_GENERATION_ID:#x}")]
     TooLarge,
     #[error("cannot write the ACPI tables into guest memory")]
     Memory(#[source] vm_memory::GuestMemoryError),
@@ -38,7 +38,7 @@ impl Writer<'_> {
     fn place(&mut self, bytes: &[u8]) -> Result<u64, AcpiError> {
         let at = self.next.next_multiple_of(ALIGN);
         let end = at + bytes.len() as u64;
-        if end > SMBIOS_START {
+        if end > VM_GENERATION_ID {
             return Err(AcpiError::TooLarge);
         }
         self.memory.write_slice(bytes, GuestAddress(at)).map_err(AcpiError::Memory)?;
@@ -108,7 +108,7 @@ mod tests {
     fn every_table_is_reached_from_the_rsdp_and_sums_to_zero() {
         let layout = Layout::new(1 << 30, 1 << 30);
         let memory = crate::memory::allocate(&layout).unwrap();
-        let rsdp = write(&memory, &layout, Machine { vcpus: 254, last_bus: 28 }).unwrap();
+        let rsdp = write(&memory, &layout, Machine { vcpus: 254, last_bus: 24 }).unwrap();
         let root = read(&memory, rsdp, 36);
         assert_eq!(&root[..8], b"RSD PTR ");
         let xsdt = table(&memory, u64_at(&root, 24));
@@ -126,5 +126,13 @@ mod tests {
         assert_eq!(u32_at(&fadt, 76), 0x608, "PM timer");
         let dsdt = table(&memory, u64_at(&fadt, 140));
         assert_eq!(&dsdt[..4], b"DSDT");
+        assert_eq!((u32_at(&fadt, 80), fadt[92]), (0x620, 16), "GPE0 block");
+        let has = |bytes: &[u8]| dsdt.windows(bytes.len()).any(|window| window == bytes);
+        assert!(has(b"_HID\x0dQEMU0001\0"), "the panic port");
+        assert!(has(b"_CID\x0dVM_Gen_Counter\0") && has(b"_E05"));
+        // Name ADDR, a package of two: a double word, and zero.
+        assert!(has(b"\x08ADDR\x12\x08\x02\x0c\x00\xf0\x0e\x00\x00"));
+        // Notify(\\_SB.VGEN, 0x80).
+        assert!(has(b"\x86\\\x2e_SB_VGEN\x0a\x80"));
     }
 }

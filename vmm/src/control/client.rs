@@ -1,9 +1,17 @@
-//! One connection to the control socket: bytes in, lines out, both bounded.
+//! One connection to the control socket: bytes in, lines out, both bounded. A descriptor may come with a line
+//! ([`vmm_control::descriptor`]).
 
-use std::io::{self, Read, Write};
+use std::collections::VecDeque;
+use std::io::{self, IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use vmm_control::protocol::MAX_LINE_BYTES;
+
+/// Descriptors of lines that are not whole yet: of one that was begun, and of the next one, whose beginning came with the end of it.
+const MAX_DESCRIPTORS: usize = 2;
 
 /// Answers that a client may leave unread. A client that asks and does not read is closed.
 const MAX_UNSENT_BYTES: usize = 4 * MAX_LINE_BYTES;
@@ -11,8 +19,13 @@ const MAX_UNSENT_BYTES: usize = 4 * MAX_LINE_BYTES;
 pub(super) struct Client {
     stream: UnixStream,
     received: Vec<u8>,
+    /// Each belongs to the line that holds this byte of `received`.
+    descriptors: VecDeque<(usize, OwnedFd)>,
     unsent: Vec<u8>,
 }
+
+/// A line without its end, and what came with it.
+pub(super) type Line = (Vec<u8>, Option<OwnedFd>);
 
 /// Why a connection ends.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +34,8 @@ pub(super) enum ClientError {
     HungUp,
     #[error("sent a line longer than {MAX_LINE_BYTES} bytes")]
     LongLine,
+    #[error("sent more than one descriptor with a line")]
+    Descriptors,
     #[error("does not read its answers")]
     TooSlow,
     #[error(transparent)]
@@ -30,7 +45,7 @@ pub(super) enum ClientError {
 impl Client {
     pub(super) fn new(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { stream, received: Vec::new(), unsent: Vec::new() })
+        Ok(Self { stream, received: Vec::new(), descriptors: VecDeque::new(), unsent: Vec::new() })
     }
 
     pub(super) fn stream(&self) -> &UnixStream {
@@ -41,29 +56,56 @@ impl Client {
         !self.unsent.is_empty()
     }
 
-    /// Reads what is there, up to a line.
+    /// Reads what is there. The kernel ends a read behind the bytes that a descriptor came with.
     pub(super) fn receive(&mut self) -> Result<(), ClientError> {
         let mut buffer = [0; 4096];
-        match self.stream.read(&mut buffer) {
-            Ok(0) => Err(ClientError::HungUp),
-            Ok(count) => {
-                self.received.extend_from_slice(&buffer[..count]);
-                Ok(())
-            }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(()),
-            Err(e) => Err(e.into()),
+        // The kernel rounds the room for one up to the room for two.
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut slices = [IoSliceMut::new(&mut buffer)];
+        let got = match recvmsg(&self.stream, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Ok(got) => got,
+            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => return Ok(()),
+            Err(error) => return Err(io::Error::from(error).into()),
+        };
+        // Whatever is not kept is closed with the iterator.
+        let mut came = ancillary.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
+            _ => None,
+        });
+        let mut came = came.by_ref().flatten();
+        let (first, second) = (came.next(), came.next());
+        if second.is_some() || got.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(ClientError::Descriptors);
         }
+        if got.bytes == 0 {
+            return Err(ClientError::HungUp);
+        }
+        self.received.extend_from_slice(&buffer[..got.bytes]);
+        if let Some(descriptor) = first {
+            if self.descriptors.len() == MAX_DESCRIPTORS {
+                return Err(ClientError::Descriptors);
+            }
+            self.descriptors.push_back((self.received.len() - 1, descriptor));
+        }
+        Ok(())
     }
 
-    /// The next whole line, without its end.
-    pub(super) fn next_line(&mut self) -> Result<Option<Vec<u8>>, ClientError> {
+    /// The next whole line.
+    pub(super) fn next_line(&mut self) -> Result<Option<Line>, ClientError> {
         match self.received.iter().position(|b| *b == b'\n') {
             Some(end) if end <= MAX_LINE_BYTES => {
                 let rest = self.received.split_off(end + 1);
                 let mut line = std::mem::replace(&mut self.received, rest);
                 line.truncate(end);
-                Ok(Some(line))
+                let descriptor = self.descriptors.pop_front_if(|(at, _)| *at <= end).map(|(_, fd)| fd);
+                if self.descriptors.front().is_some_and(|(at, _)| *at <= end) {
+                    return Err(ClientError::Descriptors);
+                }
+                for (at, _) in &mut self.descriptors {
+                    *at -= end + 1;
+                }
+                Ok(Some((line, descriptor)))
             }
             None if self.received.len() <= MAX_LINE_BYTES => Ok(None),
             _ => Err(ClientError::LongLine),
@@ -100,7 +142,20 @@ impl Client {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{IoSlice, Read};
+    use std::os::fd::AsFd;
+
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    use vmm_control::descriptor::send_line;
+
     use super::*;
+
+    fn text(client: &mut Client) -> Option<Vec<u8>> {
+        client.next_line().unwrap().map(|(line, descriptor)| {
+            assert!(descriptor.is_none());
+            line
+        })
+    }
 
     #[test]
     fn lines_come_out_whole_however_they_arrive() {
@@ -108,13 +163,106 @@ mod tests {
         let mut client = Client::new(far).unwrap();
         near.write_all(b"one\ntw").unwrap();
         client.receive().unwrap();
-        assert_eq!(client.next_line().unwrap(), Some(b"one".to_vec()));
-        assert_eq!(client.next_line().unwrap(), None);
+        assert_eq!(text(&mut client), Some(b"one".to_vec()));
+        assert_eq!(text(&mut client), None);
         near.write_all(b"o\n").unwrap();
         client.receive().unwrap();
-        assert_eq!(client.next_line().unwrap(), Some(b"two".to_vec()));
+        assert_eq!(text(&mut client), Some(b"two".to_vec()));
         drop(near);
         assert!(matches!(client.receive(), Err(ClientError::HungUp)));
+    }
+
+    /// A descriptor that is known again: its other end reads the end of file once it is closed here.
+    fn pipe() -> (std::io::PipeReader, std::io::PipeWriter) {
+        std::io::pipe().unwrap()
+    }
+
+    fn is_closed(reader: &mut std::io::PipeReader) -> bool {
+        nix::fcntl::fcntl(&*reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
+        matches!(reader.read(&mut [0]), Ok(0))
+    }
+
+    #[test]
+    fn a_descriptor_belongs_to_its_line_whatever_else_is_read_with_it() {
+        let (mut near, far) = UnixStream::pair().unwrap();
+        let mut client = Client::new(far).unwrap();
+        let (mut reader, writer) = pipe();
+        near.write_all(b"before\n").unwrap();
+        send_line(&near, b"with\n", writer.as_fd()).unwrap();
+        near.write_all(b"after\n").unwrap();
+        drop(writer);
+        client.receive().unwrap();
+        assert_eq!(text(&mut client), Some(b"before".to_vec()));
+        let (line, descriptor) = client.next_line().unwrap().unwrap();
+        assert_eq!(line, b"with");
+        assert!(!is_closed(&mut reader));
+        drop(descriptor.unwrap());
+        assert!(is_closed(&mut reader));
+        client.receive().unwrap();
+        assert_eq!(text(&mut client), Some(b"after".to_vec()));
+    }
+
+    #[test]
+    fn a_long_line_keeps_its_descriptor_until_it_is_whole() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let mut client = Client::new(far).unwrap();
+        let (mut reader, writer) = pipe();
+        let line = [&[b'x'; 10_000][..], b"\n"].concat();
+        send_line(&near, &line, writer.as_fd()).unwrap();
+        send_line(&near, b"next\n", writer.as_fd()).unwrap();
+        drop(writer);
+        let mut lines = Vec::new();
+        while lines.len() < 2 {
+            client.receive().unwrap();
+            while let Some((line, descriptor)) = client.next_line().unwrap() {
+                assert!(descriptor.is_some());
+                lines.push(line.len());
+            }
+        }
+        assert_eq!(lines, [10_000, 4]);
+        assert!(is_closed(&mut reader));
+    }
+
+    #[test]
+    fn more_descriptors_than_lines_cost_the_connection() {
+        let (mut near, far) = UnixStream::pair().unwrap();
+        let mut client = Client::new(far).unwrap();
+        let (mut reader, writer) = pipe();
+        for _ in 0..2 {
+            send_line(&near, b"part", writer.as_fd()).unwrap();
+            client.receive().unwrap();
+        }
+        near.write_all(b"\n").unwrap();
+        client.receive().unwrap();
+        assert!(matches!(client.next_line(), Err(ClientError::Descriptors)));
+
+        let (near, far) = UnixStream::pair().unwrap();
+        let mut client_of_many = Client::new(far).unwrap();
+        let many = [writer.as_fd(); 5];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(5))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&many)));
+        sendmsg(&near, &[IoSlice::new(b"{}\n")], &mut ancillary, SendFlags::empty()).unwrap();
+        assert!(matches!(client_of_many.receive(), Err(ClientError::Descriptors)));
+        drop((writer, client, client_of_many));
+        assert!(is_closed(&mut reader));
+    }
+
+    #[test]
+    fn endless_descriptors_without_a_line_are_bounded() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let mut client = Client::new(far).unwrap();
+        let (_reader, writer) = pipe();
+        let mut held = 0;
+        let end = loop {
+            send_line(&near, b"x", writer.as_fd()).unwrap();
+            match client.receive() {
+                Ok(()) => held += 1,
+                Err(end) => break end,
+            }
+        };
+        assert!(matches!(end, ClientError::Descriptors));
+        assert_eq!(held, MAX_DESCRIPTORS);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! leases end and vCPUs stop all the same.
 
 pub mod client;
+mod devices;
 pub mod server;
 
 #[cfg(test)]
@@ -11,6 +12,7 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,21 +20,21 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use vmm_control::{
     Call, ErrorCode, Hello, Notice, PauseReason, ReleaseClass, Reply, Request, RunState, Status, VmmConfig,
-    protocol::PROTOCOL_VERSION,
+    balloon::check_target, protocol::PROTOCOL_VERSION,
 };
 
 use crate::agent_channel::AgentChannel;
 use crate::bell::Bell;
 use crate::console_hub::ConsoleHub;
 use crate::cpu::gate::{RunGate, Stop};
-use crate::devices::block::BlockHandle;
 use crate::devices::legacy::boot_timer::BootTime;
 use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
-use crate::devices::net::NetHandle;
+use crate::incident::Incidents;
 use crate::io_stop::IoStop;
 use crate::lease::{self, ConfirmError, Lease, LeaseChange, Phase};
-use crate::machine::{Ending, Endings, Machine};
+use crate::machine::device_manager::DeviceManager;
+use crate::machine::{Ending, Endings, FixedHandles, Machine};
 use crate::metrics::{self, ExitCounters};
 use crate::saved::incoming::{Incoming, IncomingRefusal, RunOrder};
 use crate::saved::parts::Parts;
@@ -62,6 +64,9 @@ pub struct Control {
     ending: AtomicBool,
     resets: AtomicU64,
     last_reset_id: Mutex<Option<u64>>,
+    memory_bytes: u64,
+    /// What the guest was asked to make do with.
+    balloon_target: Mutex<Option<u64>>,
     overhead: Mutex<Option<(Instant, u64)>>,
 }
 
@@ -70,11 +75,13 @@ pub struct Running {
     pub lease: Arc<Lease>,
     pub gate: Arc<RunGate>,
     pub io_stop: Arc<IoStop>,
+    pub incidents: Arc<Incidents>,
     pub boot_time: Arc<BootTime>,
     pub exits: Arc<ExitCounters>,
     pub saves: Arc<Saves>,
     /// In a process that waits for its guest to come from elsewhere.
     pub incoming: Option<Arc<Incoming>>,
+    pub devices: Arc<DeviceManager>,
 }
 
 /// What belongs to the machine of now.
@@ -84,8 +91,7 @@ struct MachineHandle {
     pm: Arc<Mutex<PowerManagement>>,
     serial: Arc<Mutex<SerialPort>>,
     ram: Vec<(u64, u64)>,
-    disks: Vec<Arc<BlockHandle>>,
-    nics: Vec<Arc<NetHandle>>,
+    fixed: FixedHandles,
 }
 
 /// An answer, and what happens to the connection.
@@ -135,6 +141,8 @@ impl Control {
             ending: AtomicBool::new(false),
             resets: AtomicU64::new(0),
             last_reset_id: Mutex::new(None),
+            memory_bytes: config.memory_bytes,
+            balloon_target: Mutex::new(None),
             overhead: Mutex::new(None),
         }))
     }
@@ -168,13 +176,19 @@ impl Control {
             pm: machine.pm(),
             serial: machine.serial(),
             ram: machine.ram_in_host(),
-            disks: machine.disks(),
-            nics: machine.nics(),
+            fixed: machine.fixed(),
         });
+        let balloon = machine.fixed().balloon;
+        // A guest from elsewhere was asked for something there.
+        let mut target = lock(&self.balloon_target);
+        balloon.set_target(*target.get_or_insert_with(|| balloon.counters().target_bytes));
+        drop(target);
         self.bell.ring();
     }
 
     pub fn machine_was_reset(&self) {
+        // Its memory goes with it: the next machine has its own.
+        *lock(&self.machine) = None;
         self.resets.fetch_add(1, Ordering::Relaxed);
         self.notify(Notice::Reset);
     }
@@ -196,7 +210,8 @@ impl Control {
         }
     }
 
-    pub(crate) fn answer(&self, request: Request) -> Answer {
+    /// `descriptor` came with the request; what does not ask for one closes it.
+    pub(crate) fn answer(&self, request: Request, descriptor: Option<OwnedFd>) -> Answer {
         let id = request.id;
         let Some(running) = self.running.get() else {
             let reply = Reply::error(id, ErrorCode::NotNow, "the process is starting");
@@ -220,9 +235,9 @@ impl Control {
                 }
                 running.gate.open(Stop::Requested);
                 if running.gate.holds(Stop::IoError) {
-                    let disks = self.machine().map(|machine| machine.disks).unwrap_or_default();
-                    running.io_stop.resume(&disks);
+                    running.io_stop.resume(&running.devices.disks());
                 }
+                running.incidents.resume();
                 if running.gate.is_open() {
                     self.notify(Notice::Resumed);
                 }
@@ -246,6 +261,10 @@ impl Control {
                 self.reset_once(reset_id);
                 Reply::ok(id, json!({}))
             }
+            Call::BalloonSet { bytes } => match self.may_change(running) {
+                Ok(()) => self.set_balloon(id, bytes),
+                Err(words) => Reply::error(id, ErrorCode::NotNow, words),
+            },
             Call::ConsoleAttach => return Answer::Stream(Stream::Console, Reply::ok(id, json!({}))),
             Call::AgentAttach => return Answer::Stream(Stream::Agent, Reply::ok(id, json!({}))),
             Call::SaveAttach { migration } => {
@@ -259,6 +278,12 @@ impl Control {
                 }
             }
             Call::Metrics => Reply::ok(id, self.metrics(running)),
+            call @ (Call::PlugDisk { .. } | Call::PlugNic { .. } | Call::Unplug { .. } | Call::SetLink { .. }) => {
+                match self.may_change(running) {
+                    Ok(()) => devices::answer(&running.devices, id, call, descriptor),
+                    Err(words) => Reply::error(id, ErrorCode::NotNow, words),
+                }
+            }
         };
         Answer::Reply(reply)
     }
@@ -286,6 +311,7 @@ impl Control {
         if running.incoming.as_ref().is_some_and(|incoming| incoming.status().is_some()) {
             return Err(not_now(NOT_HERE_YET));
         }
+        running.devices.check_settled().map_err(|refusal| not_now(&refusal.to_string()))?;
         let machine = self.machine().ok_or_else(|| not_now("the guest is restarting or ending"))?;
         let session = running.saves.begin(migration).map_err(|refusal| (ErrorCode::Taken, refusal.to_string()))?;
         self.notify(Notice::Paused { reason: PauseReason::Saved, quiesced: false });
@@ -304,6 +330,31 @@ impl Control {
         Ok(incoming)
     }
 
+    /// Whether the guest's devices may change: what is saved, or on its way here, stays what it is.
+    fn may_change(&self, running: &Running) -> Result<(), &'static str> {
+        if running.incoming.as_ref().is_some_and(|incoming| incoming.status().is_some()) {
+            return Err(NOT_HERE_YET);
+        }
+        match running.saves.status() {
+            None => Ok(()),
+            Some(_) => Err("the guest is being saved, or was; resume it first"),
+        }
+    }
+
+    /// A guest that resets is asked for the same afterwards.
+    fn set_balloon(&self, id: u64, bytes: u64) -> Reply {
+        if let Err(error) = check_target(bytes, self.memory_bytes) {
+            return Reply::error(id, ErrorCode::BadRequest, error.to_string());
+        }
+        // Held until the machine knows: a machine that comes now finds either the target here, or itself asked.
+        let mut target = lock(&self.balloon_target);
+        *target = Some(bytes);
+        if let Some(machine) = self.machine() {
+            machine.fixed.balloon.set_target(bytes);
+        }
+        Reply::ok(id, json!({ "target_bytes": bytes }))
+    }
+
     fn reset_once(&self, reset_id: u64) {
         let mut last = lock(&self.last_reset_id);
         if *last != Some(reset_id) {
@@ -318,14 +369,16 @@ impl Control {
         let incoming = running.incoming.as_ref().and_then(|incoming| incoming.status());
         let run = if self.ending.load(Ordering::SeqCst) {
             RunState::ShuttingDown
-        } else if incoming.is_some() {
-            paused(PauseReason::Incoming)
         } else if phase != Phase::Valid {
             paused(PauseReason::LeaseExpired)
         } else if running.gate.holds(Stop::IoError) {
             paused(PauseReason::IoError)
         } else if running.gate.holds(Stop::Saved) {
             paused(PauseReason::Saved)
+        } else if incoming.is_some() {
+            paused(PauseReason::Incoming)
+        } else if let Some(reason) = running.incidents.paused() {
+            paused(reason)
         } else if running.gate.holds(Stop::Requested) {
             paused(PauseReason::Requested)
         } else {
@@ -343,6 +396,10 @@ impl Control {
             io_error: running.io_stop.fault(),
             saving: running.saves.status(),
             incoming,
+            panic: running.incidents.panic(),
+            panics: running.incidents.panics(),
+            watchdog_expired: running.incidents.watchdog_expired(),
+            devices: running.devices.status(),
         }
     }
 
@@ -359,16 +416,6 @@ impl Control {
         Some(bytes)
     }
 
-    fn disk_counters(&self) -> Value {
-        let disks = self.machine().map(|m| m.disks).unwrap_or_default();
-        disks.iter().map(|disk| (disk.name().to_owned(), json!(disk.metrics().counters()))).collect()
-    }
-
-    fn nic_counters(&self) -> Value {
-        let nics = self.machine().map(|m| m.nics).unwrap_or_default();
-        nics.iter().map(|nic| (nic.name().to_owned(), json!(nic.metrics().counters()))).collect()
-    }
-
     fn metrics(&self, running: &Running) -> Value {
         let exits = &running.exits;
         let lease = running.lease.counters();
@@ -379,6 +426,8 @@ impl Control {
             "exits_interrupted": exits.interrupted.get(),
             "guest_faults": exits.faults.get(),
             "resets": self.resets.load(Ordering::Relaxed),
+            "guest_panics": running.incidents.panics(),
+            "watchdog_expired": running.incidents.watchdog_expired(),
             "lease_confirmed": lease.confirmed.get(),
             "lease_refused": lease.refused.get(),
             "lease_expired": lease.expired.get(),
@@ -390,8 +439,10 @@ impl Control {
             "log_lines_lost": crate::log::lost_lines(),
             "boot_time_us": running.boot_time.microseconds(),
             "overhead_bytes": self.overhead(),
-            "disks": self.disk_counters(),
-            "nics": self.nic_counters(),
+            "disks": devices::disk_counters(&running.devices),
+            "nics": devices::nic_counters(&running.devices),
+            "balloon": self.machine().map(|machine| machine.fixed.balloon.counters()),
+            "rng": self.machine().map(|machine| machine.fixed.rng.counters()),
         })
     }
 }

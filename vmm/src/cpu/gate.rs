@@ -9,7 +9,7 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::bell::Bell;
 use crate::sys::ThreadId;
@@ -29,6 +29,8 @@ pub enum Stop {
     Saved,
     /// The guest is one that comes from elsewhere, and nobody has said yet that it may run here.
     Incoming,
+    /// The guest panicked, or its watchdog ran out, and somebody is to look at it.
+    Incident,
 }
 
 impl Stop {
@@ -40,6 +42,7 @@ impl Stop {
             Self::IoError => 1 << 3,
             Self::Saved => 1 << 4,
             Self::Incoming => 1 << 5,
+            Self::Incident => 1 << 6,
         }
     }
 }
@@ -70,6 +73,31 @@ struct Threads {
     errands: u64,
     /// Of device threads that wait for the gate.
     bells: Vec<Weak<Bell>>,
+    clock: RunClock,
+}
+
+/// How long the gate was open.
+#[derive(Debug, Default)]
+struct RunClock {
+    before: Duration,
+    open_since: Option<Instant>,
+}
+
+impl RunClock {
+    fn gate_is(&mut self, open: bool) {
+        match self.open_since {
+            None if open => self.open_since = Some(Instant::now()),
+            Some(since) if !open => {
+                self.before += since.elapsed();
+                self.open_since = None;
+            }
+            _ => {}
+        }
+    }
+
+    fn read(&self) -> Duration {
+        self.before + self.open_since.map(|since| since.elapsed()).unwrap_or_default()
+    }
 }
 
 /// A vCPU thread's place at the gate; given back when it is dropped.
@@ -89,8 +117,11 @@ pub struct Inside<'a> {
 }
 
 impl RunGate {
+    /// A gate that is open.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self::default())
+        let gate = Self::default();
+        gate.threads().clock.gate_is(true);
+        Arc::new(gate)
     }
 
     fn threads(&self) -> MutexGuard<'_, Threads> {
@@ -114,7 +145,8 @@ impl RunGate {
     /// Adds a reason to stop and interrupts the vCPUs. Does not wait.
     pub fn shut(&self, reason: Stop) {
         self.reasons.fetch_or(reason.bit(), Ordering::SeqCst);
-        let threads = self.threads();
+        let mut threads = self.threads();
+        threads.clock.gate_is(self.is_open());
         for thread in &threads.running {
             thread.kick();
         }
@@ -126,6 +158,7 @@ impl RunGate {
         self.reasons.fetch_and(!reason.bit(), Ordering::SeqCst);
         // Under the lock, so that a vCPU that is about to park sees the change or the wake-up.
         let mut threads = self.threads();
+        threads.clock.gate_is(self.is_open());
         self.changed.notify_all();
         threads.bells.retain(|bell| bell.upgrade().inspect(|bell| bell.ring()).is_some());
     }
@@ -141,6 +174,12 @@ impl RunGate {
     /// Rings `bell`, for as long as somebody holds it, whenever a reason to stop is gone.
     pub fn ring_when_open(&self, bell: &Arc<Bell>) {
         self.threads().bells.push(Arc::downgrade(bell));
+    }
+
+    /// How long the guest was let run, as far as this gate goes: the clock of what counts the guest's time (peers-vmm §4.2
+    /// rule 32). It stands while the gate is shut, and while the host sleeps.
+    pub fn ran_for(&self) -> Duration {
+        self.threads().clock.read()
     }
 
     pub fn holds(&self, reason: Stop) -> bool {
@@ -294,6 +333,25 @@ mod tests {
         });
         drop(inside);
         assert!(waiter.join().unwrap());
+    }
+
+    #[test]
+    fn the_guests_time_stands_while_any_reason_holds() {
+        let gate = RunGate::new();
+        let first = gate.ran_for();
+        while gate.ran_for() == first {}
+        gate.shut(Stop::Requested);
+        let stood = gate.ran_for();
+        assert!(stood > first);
+        gate.shut(Stop::Lease);
+        gate.open(Stop::Requested);
+        let until = Instant::now() + Duration::from_millis(20);
+        while Instant::now() < until {
+            assert_eq!(gate.ran_for(), stood);
+        }
+        gate.open(Stop::Lease);
+        while gate.ran_for() == stood {}
+        assert!(gate.ran_for() - stood < Duration::from_millis(20));
     }
 
     #[test]

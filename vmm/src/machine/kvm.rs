@@ -3,12 +3,13 @@
 use std::io;
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_msi, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::layout::{KVM_IDENTITY_MAP, KVM_TSS};
+use super::layout::{KVM_IDENTITY_MAP, KVM_TSS, LAPIC_BASE};
+use crate::incident::NmiSink;
 use crate::interrupt::{IoEvents, IrqLine, LevelLine};
 use crate::memory::GuestMemory;
 
@@ -50,6 +51,7 @@ pub fn open() -> Result<Kvm, KvmError> {
         (Cap::IoeventfdNoLength, "ioeventfd of any length"),
         (Cap::Irqfd, "irqfd"),
         (Cap::IrqRouting, "interrupt routing"),
+        (Cap::SignalMsi, "message-signalled interrupts"),
         (Cap::Pit2, "a timer chip in the kernel"),
         (Cap::UserMemory, "user memory slots"),
         (Cap::ExtCpuid, "CPUID control"),
@@ -148,6 +150,23 @@ struct HeldLine {
 impl LevelLine for HeldLine {
     fn set(&self, asserted: bool) -> io::Result<()> {
         self.vm.fd.set_irq_line(self.gsi, asserted).map_err(to_io)
+    }
+}
+
+/// A message with delivery mode NMI to all local APICs (Intel SDM 3A, 11.11): unlike KVM_NMI, which is a call on a vCPU, it waits for
+/// none of them to leave the guest.
+const NMI_TO_ALL: kvm_msi = kvm_msi {
+    address_lo: LAPIC_BASE as u32 | 0xff << 12,
+    address_hi: 0,
+    data: 0b100 << 8,
+    flags: 0,
+    devid: 0,
+    pad: [0; 12],
+};
+
+impl NmiSink for KvmVm {
+    fn inject(&self) -> io::Result<()> {
+        self.fd.signal_msi(NMI_TO_ALL).map(drop).map_err(to_io)
     }
 }
 

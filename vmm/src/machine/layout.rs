@@ -16,6 +16,8 @@
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI and SMBIOS tables live where a BIOS puts them.
 pub const TABLES_START: u64 = 0xe_0000;
+/// The page that holds the generation of the VM, and nothing else: reserved in the memory map, as the tables around it.
+pub const VM_GENERATION_ID: u64 = 0xe_f000;
 pub const SMBIOS_START: u64 = 0xf_0000;
 pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 /// A constant, 1 GiB aligned split: huge pages fit, and the 32-bit map does not depend on the guest's size.
@@ -40,6 +42,8 @@ pub const MMIO64_SIZE: u64 = 32 << 30;
 // Ports. 0x60/0x64, 0x70/0x71 and 0xcf8..0xcff are where a PC has them; 0x510..0x51b stays free for fw_cfg.
 pub const PORT_COM1: u16 = 0x3f8;
 pub const PORT_DEBUG: u16 = 0x402;
+/// pvpanic's place in QEMU's machines.
+pub const PORT_PVPANIC: u16 = 0x505;
 pub const PORT_BOOT_TIMER: u16 = 0x5f0;
 pub const PORT_PM_BASE: u16 = 0x600;
 pub const PORT_RESET: u16 = 0xcf9;
@@ -139,6 +143,16 @@ mod tests {
         let sizes: Vec<u64> = layout.ram().iter().map(|w| w.size / GIB).collect();
         assert_eq!(sizes, [2, 3]);
         assert_eq!(layout.mmio64().base, 32 * GIB);
+    }
+
+    #[test]
+    fn the_generation_has_a_reserved_page_of_its_own() {
+        let page = Window { base: VM_GENERATION_ID, size: 4096 };
+        assert!(page.base.is_multiple_of(4096) && page.end() <= SMBIOS_START);
+        for (range, kind) in Layout::new(GIB, GIB).memory_map() {
+            let apart = range.end() <= page.base || range.base >= page.end();
+            assert!(apart || (kind == RangeKind::Reserved && range.base <= page.base && range.end() >= page.end()));
+        }
     }
 
     #[test]

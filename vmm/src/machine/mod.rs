@@ -1,12 +1,23 @@
 //! One machine: RAM, KVM's part, buses and devices, vCPUs. Built from the configuration, run until the guest ends or resets, and
 //! taken down whole. A reset builds a new one in the same process: nothing of the old state can be forgotten.
 //!
-//! [`layout`] is the memory map, [`kvm`] and [`msi`] the kernel's side, [`build`] puts everything together.
+//! [`layout`] is the memory map, [`kvm`] and [`msi`] the kernel's side, [`build`] puts everything together, [`fixed`] the functions that
+//! every guest has. Disks and network cards come and go while it runs: [`inventory`] says what there is, [`device_manager`] opens and
+//! closes it.
 
 pub mod build;
+pub mod device_manager;
+pub mod fixed;
+pub mod inventory;
 pub mod kvm;
 pub mod layout;
 pub mod msi;
+pub mod open_device;
+
+#[cfg(test)]
+mod inventory_tests;
+#[cfg(test)]
+mod plug_tests;
 
 use std::sync::mpsc::{Receiver, RecvError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -15,20 +26,22 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::CpuId;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_control::PanicKind;
 
 use crate::cpu::gate::{RunGate, Stop};
 use crate::cpu::vcpu::{Vcpu, VcpuEvent, VcpuEvents};
-use crate::devices::block::BlockHandle;
 use crate::devices::legacy::pm::PowerManagement;
 use crate::devices::legacy::serial::SerialPort;
 use crate::devices::legacy::{PowerControl, PowerRequest};
-use crate::devices::net::NetHandle;
+use crate::incident::NmiSink;
 use crate::lease::quiesce::{Quiesce, QuiesceError};
 use crate::saved::parts::{Parts, PartsError};
 use crate::saved::payload::Payloads;
 use crate::saved::session::Saves;
+use crate::virtio::locked;
 
 pub use build::{Beginning, Context, MachineError, build};
+pub use fixed::FixedHandles;
 
 /// How long the disks may take to end their I/O when a machine is taken down.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -44,6 +57,10 @@ pub enum Ending {
     GuestPoweredOff,
     /// From outside: the control socket or a signal.
     PoweredOff,
+    /// By its configuration, because it panicked.
+    GuestPanicked,
+    /// By its configuration, because its watchdog ran out.
+    WatchdogExpired,
     Fault(String),
 }
 
@@ -112,9 +129,9 @@ pub struct Machine {
     parts: Arc<Parts>,
     vcpus: Vec<Vcpu>,
     threads: Vec<JoinHandle<()>>,
-    shared_disks: Vec<Arc<dyn Quiesce>>,
-    nics: Vec<Arc<NetHandle>>,
     saves: Arc<Saves>,
+    fixed: FixedHandles,
+    nmi: Arc<dyn NmiSink>,
 }
 
 impl Machine {
@@ -126,19 +143,19 @@ impl Machine {
         Arc::clone(&self.parts.legacy.serial)
     }
 
-    /// All disks, for their counters.
-    pub fn disks(&self) -> Vec<Arc<BlockHandle>> {
-        self.parts.disks.clone()
+    /// The functions that every guest has.
+    pub fn fixed(&self) -> FixedHandles {
+        self.fixed.clone()
     }
 
-    /// All network cards, for their counters.
-    pub fn nics(&self) -> Vec<Arc<NetHandle>> {
-        self.nics.clone()
+    /// What the guest's kernel has reported of its end; of one from elsewhere, where it was.
+    pub fn panic(&self) -> Option<PanicKind> {
+        locked(&self.parts.legacy.pvpanic).reported()
     }
 
-    /// The disks that other hosts can open too.
-    pub fn shared_disks(&self) -> Vec<Arc<dyn Quiesce>> {
-        self.shared_disks.clone()
+    /// The way to interrupt all vCPUs.
+    pub fn nmi(&self) -> Arc<dyn NmiSink> {
+        Arc::clone(&self.nmi)
     }
 
     /// Host address ranges of guest RAM.
@@ -165,7 +182,7 @@ impl Machine {
 
     /// Opens the disks that were built closed.
     pub fn open_disks(&self) -> Result<(), QuiesceError> {
-        self.parts.disks.iter().try_for_each(|disk| disk.reopen())
+        self.parts.devices.open_disks()
     }
 
     /// Starts the vCPU threads, and returns when each of them can be stopped.
@@ -202,20 +219,22 @@ impl Machine {
         self.parts.shared.gate.shut(Stop::End);
         // Who saves this machine lets go of it first: it asks the vCPUs and the disks.
         self.saves.give_up();
+        self.parts.devices.detach();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 tracing::error!("a vCPU thread ended by a panic");
             }
         }
         self.parts.disk_gate.close();
-        for nic in &self.nics {
+        self.fixed.stop();
+        for nic in self.parts.devices.nics() {
             if let Err(error) = nic.stop() {
                 tracing::error!(nic = nic.name(), %error, "the guest has ended, its network card has not");
             }
         }
         let until = Instant::now() + DRAIN;
         let mut drained = true;
-        for disk in &self.parts.disks {
+        for disk in self.parts.devices.disks() {
             if let Err(error) = disk.cancel_and_drain(until) {
                 tracing::error!(%error, "the guest has ended, its I/O has not");
                 drained = false;

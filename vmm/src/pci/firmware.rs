@@ -1,14 +1,16 @@
 //! What firmware would have done before a direct boot: number the buses, open the ports' windows, place the BARs.
 //!
 //! It works through configuration space alone, as firmware does, so it holds for every function; and its result
-//! depends on the slot and the map alone, so a guest finds the same addresses at every start. Linux keeps what it
+//! depends on the device number on bus 0 and the map alone, so a guest finds the same addresses at every start. Linux keeps what it
 //! finds when it is consistent: no `pci=` option is needed.
 
 use super::config_space::{command, register};
 use super::root_port::bridge_register::{
     MEMORY_BASE, MEMORY_LIMIT, PREFETCH_BASE, PREFETCH_BASE_HIGH, PREFETCH_LIMIT, PREFETCH_LIMIT_HIGH, PRIMARY_BUS,
 };
-use super::topology::{FIRST_SLOT_DEVICE, MAX_SLOTS, SLOT_WINDOW_32, secondary_bus};
+use super::topology::{
+    FIRST_FIXED_DEVICE, FIRST_SLOT_DEVICE, LAST_FIXED_DEVICE, SHARE_OF_WINDOW_32, SHARES, secondary_bus,
+};
 use super::{PciAddress, PciBus, PciError};
 
 const MIB: u64 = 1 << 20;
@@ -41,7 +43,7 @@ struct FoundBar {
 }
 
 impl PciBus {
-    /// Programs every port and the device behind it. For the start of a guest and after its reset.
+    /// Programs every port and the device behind it, and the fixed functions. For the start of a guest and after its reset.
     pub fn program(&self) -> Result<(), PciError> {
         let ports: Vec<PciAddress> = self
             .root_functions()
@@ -51,13 +53,22 @@ impl PciBus {
         for port in ports {
             self.program_port(port)?;
         }
+        let fixed: Vec<PciAddress> = self
+            .root_functions()
+            .map(|(address, _)| address)
+            .filter(|address| (FIRST_FIXED_DEVICE..=LAST_FIXED_DEVICE).contains(&address.device()))
+            .collect();
+        for function in fixed {
+            let (mut low, mut high) = self.share_of(function.device());
+            self.program_function(function, &mut low, &mut high)?;
+        }
         Ok(())
     }
 
     fn program_port(&self, port: PciAddress) -> Result<(), PciError> {
         let slot = port.device() - FIRST_SLOT_DEVICE;
         let bus = secondary_bus(slot)?;
-        let (mut low, mut high) = self.slot_windows(slot);
+        let (mut low, mut high) = self.share_of(port.device());
         // Primary 0, secondary and subordinate the same: one device, no bridge behind it.
         self.config_write(port, PRIMARY_BUS, &[0, bus, bus]);
         self.write_u16(port, MEMORY_BASE, (low.next >> 16) as u16);
@@ -74,31 +85,40 @@ impl PciBus {
         if self.read_u32(child, register::VENDOR_ID) == u32::MAX {
             return Ok(());
         }
-        let mut bars = self.size_bars(child);
+        self.program_function(child, &mut low, &mut high)
+    }
+
+    /// Places the BARs of one function and switches them on.
+    fn program_function(&self, function: PciAddress, low: &mut Window, high: &mut Window) -> Result<(), PciError> {
+        let mut bars = self.size_bars(function);
         // Largest first leaves no holes.
         bars.sort_by_key(|bar| std::cmp::Reverse(bar.size));
         for bar in bars {
-            let window = if bar.is_64_bit && bar.prefetchable { &mut high } else { &mut low };
-            let base =
-                window.take(bar.size).ok_or(PciError::NoWindow { address: child, bar: bar.index, size: bar.size })?;
+            let window = if bar.is_64_bit && bar.prefetchable { &mut *high } else { &mut *low };
+            let base = window.take(bar.size).ok_or(PciError::NoWindow {
+                address: function,
+                bar: bar.index,
+                size: bar.size,
+            })?;
             let at = register::BAR0 + 4 * u16::from(bar.index);
-            self.write_u32(child, at, base as u32);
+            self.write_u32(function, at, base as u32);
             if bar.is_64_bit {
-                self.write_u32(child, at + 4, (base >> 32) as u32);
+                self.write_u32(function, at + 4, (base >> 32) as u32);
             }
         }
         // Bus mastering is the driver's to enable.
-        self.write_u16(child, register::COMMAND, command::MEMORY);
+        self.write_u16(function, register::COMMAND, command::MEMORY);
         Ok(())
     }
 
-    /// The two windows of a slot: fixed shares of the machine's.
-    fn slot_windows(&self, slot: u8) -> (Window, Window) {
+    /// The two windows of a slot or a fixed device: its shares of the machine's.
+    fn share_of(&self, device: u8) -> (Window, Window) {
         let map = self.map();
-        let low = map.mmio32.start + u64::from(slot) * SLOT_WINDOW_32;
-        let share = (map.mmio64.end - map.mmio64.start) / u64::from(MAX_SLOTS) / MIB * MIB;
-        let high = map.mmio64.start + u64::from(slot) * share;
-        (Window { next: low, end: low + SLOT_WINDOW_32 }, Window { next: high, end: high + share })
+        let number = u64::from(device - FIRST_SLOT_DEVICE);
+        let low = map.mmio32.start + number * SHARE_OF_WINDOW_32;
+        let share = (map.mmio64.end - map.mmio64.start) / u64::from(SHARES) / MIB * MIB;
+        let high = map.mmio64.start + number * share;
+        (Window { next: low, end: low + SHARE_OF_WINDOW_32 }, Window { next: high, end: high + share })
     }
 
     fn size_bars(&self, address: PciAddress) -> Vec<FoundBar> {

@@ -3,8 +3,18 @@
 //! ```text
 //! 00:00.0  8086:29c0  Q35 host bridge, PCIEXBAR        00:01.0  kept for graphics
 //! 00:1f.0  8086:2918  ICH9 LPC, PMBASE 0x600           00:02.0  kept for USB
-//! 00:03.0 .. 00:1e.0  root ports: slot n is device 3+n, its bus is n+1, one device each
+//! 00:03.0 .. 00:1a.0  root ports: slot n (0 to 23) is device 3+n, its bus is n+1, one device each
+//! 00:1b.0  8086:25ab  watchdog, where the guest has one
+//! 00:1c.0  1af4:1044  entropy                          00:1d.0  1af4:1045  balloon
+//! 00:1e.0  kept for another fixed function
 //! ```
+//!
+//! What can be plugged sits behind a root port. What every guest has is a function of the root complex: it needs no bus of its own,
+//! which Linux would probe, and no slot. Such a function says that it is a root complex integrated endpoint, or is a conventional
+//! one (the bridges, the watchdog).
+//!
+//! Every slot has its port from the start, with or without a device: bus numbers and windows are the same in each guest, and any
+//! slot can take a device later ([`topology::PciBus::insert`]).
 //!
 //! An address follows from the slot number alone, which the VM's definition keeps: a guest finds its disk where it was, whatever
 //! was added or removed meanwhile (DESIGN §7, peers-vmm §4.2 rule 23).
@@ -36,8 +46,11 @@ pub mod firmware;
 pub mod host_bridge;
 pub mod msix;
 pub mod root_port;
+pub mod slot;
 pub mod topology;
 
+#[cfg(test)]
+mod plug_tests;
 #[cfg(test)]
 mod tests;
 
@@ -56,6 +69,12 @@ pub enum PciError {
     NoSuchSlot { slot: u8 },
     #[error("slot {slot} is taken; give the device another slot in the VM's definition")]
     SlotTaken { slot: u8 },
+    #[error("slot {slot} is empty")]
+    SlotEmpty { slot: u8 },
+    #[error("device {device:#04x} of bus 0 is not one that fixed functions have")]
+    NotAFixedDevice { device: u8 },
+    #[error("device {device:#04x} of bus 0 is taken by another fixed function")]
+    FixedDeviceTaken { device: u8 },
     #[error(
         "the PCI map is not usable: {why} (ECAM {ecam_base:#x}, 32-bit window {mmio32:x?}, 64-bit window {mmio64:x?})"
     )]
@@ -112,3 +131,21 @@ pub trait PciFunction: Send + Sync {
 
 /// A function that more than one owner holds.
 pub type SharedFunction = Arc<dyn PciFunction>;
+
+/// Told what guests do with slots that they were asked to empty. Called on vCPU threads, under the lock of configuration space:
+/// must not wait, and must not come back to the bus.
+pub trait SlotEvents: Send + Sync {
+    /// The device was reset and is out of the slot. Whoever drops it last gives its doorbells and vectors back.
+    fn ejected(&self, slot: u8, device: SharedFunction);
+
+    /// The guest does not give the device up.
+    fn kept(&self, slot: u8);
+}
+
+/// For a hierarchy whose devices nobody asks for.
+pub struct NoSlotEvents;
+
+impl SlotEvents for NoSlotEvents {
+    fn ejected(&self, _slot: u8, _device: SharedFunction) {}
+    fn kept(&self, _slot: u8) {}
+}

@@ -1,17 +1,17 @@
 //! A PCI Express root port with one slot: the place of every hot-pluggable device (DESIGN §7).
 //!
-//! Its slot has the standard controls of native hot plug (attention button, power controller, power indicator,
-//! presence, link state), so that adding a device to a running guest changes no address. A slot that the guest
-//! powers off resets its device and hides it.
+//! Its slot has the controls of native hot plug ([`slot`](super::slot)), so that adding a device to a running guest changes no
+//! address. A slot that the guest powers off resets its device and hides it; one that the guest was asked to give up loses it.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::{Deserialize, Serialize};
 
-use super::PciFunction;
 use super::bar::BarRange;
 use super::config_space::{ConfigError, ConfigSpace, Identity, SavedConfigSpace, command, register};
 use super::express::{self, offset as express_offset};
+use super::slot::{Effect, Registers, Removal, Slot, bits};
+use super::{PciFunction, SharedFunction, SlotEvents};
 use crate::interrupt::MsiVectors;
 use crate::virtio::locked;
 
@@ -38,30 +38,6 @@ const PREFETCH_64_BIT: u16 = 0x1;
 /// Parity, SERR, secondary bus reset.
 const BRIDGE_CONTROL_WRITABLE: u16 = 0x0043;
 const SECONDARY_BUS_RESET: u16 = 1 << 6;
-
-mod slot {
-    //! Bits of the slot registers (PCI Express Base 7.5.3.9 to 7.5.3.11).
-    pub const ATTENTION_BUTTON: u32 = 1 << 0;
-    pub const POWER_CONTROLLER: u32 = 1 << 1;
-    pub const POWER_INDICATOR: u32 = 1 << 4;
-    pub const SURPRISE: u32 = 1 << 5;
-    pub const HOT_PLUG: u32 = 1 << 6;
-    pub const NO_COMMAND_COMPLETED: u32 = 1 << 18;
-    pub const NUMBER_SHIFT: u32 = 19;
-
-    pub const CONTROL_WRITABLE: u16 = 0x17ff;
-    pub const ENABLE_PRESENCE: u16 = 1 << 3;
-    pub const ENABLE_HOT_PLUG: u16 = 1 << 5;
-    pub const INDICATOR_ON: u16 = 0b01 << 8;
-    pub const INDICATOR_OFF: u16 = 0b11 << 8;
-    pub const POWERED_OFF: u16 = 1 << 10;
-    pub const ENABLE_LINK: u16 = 1 << 12;
-
-    pub const STATUS_CLEARABLE: u16 = 0x011f;
-    pub const PRESENCE_CHANGED: u16 = 1 << 3;
-    pub const PRESENT: u16 = 1 << 6;
-    pub const LINK_CHANGED: u16 = 1 << 8;
-}
 const LINK_ACTIVE: u16 = 1 << 13;
 
 mod msi {
@@ -81,8 +57,10 @@ mod msi {
 
 /// A root port and what is in its slot.
 pub struct RootPort {
+    /// As the machine counts slots, from 0.
+    slot: u8,
+    events: Arc<dyn SlotEvents>,
     inner: Mutex<Inner>,
-    child: Option<Arc<dyn PciFunction>>,
 }
 
 struct Inner {
@@ -90,14 +68,21 @@ struct Inner {
     express: u16,
     msi: u16,
     vectors: Arc<dyn MsiVectors>,
+    slot: Slot,
+    child: Option<SharedFunction>,
+    /// The hot-plug interrupt was due when last looked at: a message is sent when it becomes so.
+    asserted: bool,
 }
 
-/// [`RootPort`] as it is saved, without its child.
+/// [`RootPort`] as it is saved.
 #[derive(Debug, Serialize, Deserialize)]
 struct SavedRootPort {
     version: u32,
     config: SavedConfigSpace,
     child: Option<serde_json::Value>,
+    /// An unplug that the guest was asked for goes on after a restore.
+    #[serde(default)]
+    removal: Removal,
 }
 
 impl SavedRootPort {
@@ -118,11 +103,12 @@ impl Window {
 }
 
 impl RootPort {
-    /// `slot_number` is what the guest shows to its operator; 1..=31.
+    /// `slot` is the machine's number, 0..=30. `events` is told when the guest gives a device up.
     pub fn new(
-        slot_number: u8,
-        child: Option<Arc<dyn PciFunction>>,
+        slot: u8,
+        child: Option<SharedFunction>,
         vectors: Arc<dyn MsiVectors>,
+        events: Arc<dyn SlotEvents>,
     ) -> Result<Self, ConfigError> {
         let mut space = ConfigSpace::bridge(IDENTITY);
         space.allow_u16(PRIMARY_BUS, 0xffff);
@@ -137,24 +123,18 @@ impl RootPort {
         space.allow_u32(PREFETCH_LIMIT_HIGH, u32::MAX);
         space.allow_u16(BRIDGE_CONTROL, BRIDGE_CONTROL_WRITABLE);
 
-        let express = express::add_root_port(&mut space, slot_number)?;
-        let capabilities = slot::ATTENTION_BUTTON
-            | slot::POWER_CONTROLLER
-            | slot::POWER_INDICATOR
-            | slot::SURPRISE
-            | slot::HOT_PLUG
-            | slot::NO_COMMAND_COMPLETED
-            | u32::from(slot_number) << slot::NUMBER_SHIFT;
+        // The operator counts slots from 1, as slot number 0 means "none" to Linux.
+        let number = slot + 1;
+        let express = express::add_root_port(&mut space, number)?;
+        let capabilities = bits::ATTENTION_BUTTON
+            | bits::POWER_CONTROLLER
+            | bits::ATTENTION_INDICATOR
+            | bits::POWER_INDICATOR
+            | bits::HOT_PLUG
+            | u32::from(number) << bits::NUMBER_SHIFT;
         space.init_u32(express + express_offset::SLOT_CAPABILITIES, capabilities);
-        space.allow_u16(express + express_offset::SLOT_CONTROL, slot::CONTROL_WRITABLE);
-        space.clear_on_one_u16(express + express_offset::SLOT_STATUS, slot::STATUS_CLEARABLE);
-        if child.is_some() {
-            space.init_u16(express + express_offset::SLOT_CONTROL, slot::INDICATOR_ON);
-            space.init_u16(express + express_offset::SLOT_STATUS, slot::PRESENT);
-            space.init_u16(express + express_offset::LINK_STATUS, express::LINK_SPEED_AND_WIDTH | LINK_ACTIVE);
-        } else {
-            space.init_u16(express + express_offset::SLOT_CONTROL, slot::INDICATOR_OFF | slot::POWERED_OFF);
-        }
+        space.allow_u16(express + express_offset::SLOT_CONTROL, bits::CONTROL_WRITABLE);
+        space.clear_on_one_u16(express + express_offset::SLOT_STATUS, bits::STATUS_CLEARABLE);
 
         let msi = space.add_capability(msi::CAPABILITY_ID, &[0; msi::BODY_BYTES])?;
         space.init_u16(msi + msi::CONTROL, msi::IS_64_BIT | msi::MASKABLE);
@@ -163,7 +143,15 @@ impl RootPort {
         space.allow_u32(msi + msi::ADDRESS_HIGH, u32::MAX);
         space.allow_u16(msi + msi::DATA, u16::MAX);
         space.allow_u32(msi + msi::MASK, 1);
-        Ok(Self { inner: Mutex::new(Inner { space, express, msi, vectors }), child })
+        let (state, registers) = Slot::power_on(child.is_some());
+        let mut inner = Inner { space, express, msi, vectors, slot: state, child, asserted: false };
+        inner.show(registers);
+        Ok(Self { slot, events, inner: Mutex::new(inner) })
+    }
+
+    /// The machine's number of the slot.
+    pub fn slot(&self) -> u8 {
+        self.slot
     }
 
     /// The bus behind this port, as the guest numbered it. 0 while it has not.
@@ -172,9 +160,72 @@ impl RootPort {
     }
 
     /// The device in the slot, while the slot has power.
-    pub fn child(&self) -> Option<&Arc<dyn PciFunction>> {
-        let powered = !locked(&self.inner).powered_off();
-        self.child.as_ref().filter(|_| powered)
+    pub fn child(&self) -> Option<SharedFunction> {
+        let inner = locked(&self.inner);
+        inner.child.clone().filter(|_| inner.registers().is_powered())
+    }
+
+    pub fn is_occupied(&self) -> bool {
+        locked(&self.inner).child.is_some()
+    }
+
+    /// Whether the guest was asked for the device.
+    pub fn removal(&self) -> Removal {
+        locked(&self.inner).slot.removal()
+    }
+
+    /// Puts a device into the slot of a running guest. A device that finds the slot taken is given back.
+    pub(super) fn insert(&self, device: SharedFunction) -> Result<(), SharedFunction> {
+        let mut inner = locked(&self.inner);
+        if inner.child.is_some() {
+            return Err(device);
+        }
+        inner.child = Some(device);
+        inner.change(Slot::insert);
+        Ok(())
+    }
+
+    /// Asks the guest for the device. One that has no power comes out at once.
+    pub(super) fn ask_removal(&self) {
+        let mut inner = locked(&self.inner);
+        let effect = inner.change(Slot::ask_removal);
+        self.carry_out(effect, inner);
+    }
+
+    /// Pulls the device out, without asking.
+    pub(super) fn take_out(&self) -> Option<SharedFunction> {
+        let mut inner = locked(&self.inner);
+        let child = inner.child.take()?;
+        inner.change(Slot::take_out);
+        drop(inner);
+        child.reset();
+        Some(child)
+    }
+
+    /// Tells the device and whoever waits for it, outside of the lock: a device's reset may take its own.
+    fn carry_out(&self, effect: Effect, mut inner: MutexGuard<'_, Inner>) {
+        match effect {
+            Effect::Nothing => {}
+            Effect::PoweredOff => {
+                let child = inner.child.clone();
+                drop(inner);
+                if let Some(child) = child {
+                    child.reset();
+                }
+            }
+            Effect::Ejected => {
+                let child = inner.child.take();
+                drop(inner);
+                if let Some(child) = child {
+                    child.reset();
+                    self.events.ejected(self.slot, child);
+                }
+            }
+            Effect::Kept => {
+                drop(inner);
+                self.events.kept(self.slot);
+            }
+        }
     }
 
     /// Open windows: none while the port's memory decoding is off.
@@ -197,37 +248,35 @@ impl RootPort {
 }
 
 impl Inner {
-    fn powered_off(&self) -> bool {
-        let control = self.space.u16(self.express + express_offset::SLOT_CONTROL);
-        control & slot::POWERED_OFF != 0
-    }
-
-    /// The link follows power and presence.
-    fn follow_power(&mut self, present: bool) {
-        let at = self.express + express_offset::LINK_STATUS;
-        let link = if present && !self.powered_off() {
-            express::LINK_SPEED_AND_WIDTH | LINK_ACTIVE
-        } else {
-            express::LINK_SPEED_AND_WIDTH
-        };
-        if self.space.u16(at) != link {
-            self.space.set_u16(at, link);
-            let status = self.express + express_offset::SLOT_STATUS;
-            self.space.set_u16(status, self.space.u16(status) | slot::LINK_CHANGED);
-            self.notify();
+    fn registers(&self) -> Registers {
+        Registers {
+            control: self.space.u16(self.express + express_offset::SLOT_CONTROL),
+            status: self.space.u16(self.express + express_offset::SLOT_STATUS),
         }
     }
 
-    /// Interrupts for the slot events that the guest enabled.
-    fn notify(&mut self) {
-        let control = self.space.u16(self.express + express_offset::SLOT_CONTROL);
-        let status = self.space.u16(self.express + express_offset::SLOT_STATUS);
-        let wanted = [(slot::ENABLE_PRESENCE, slot::PRESENCE_CHANGED), (slot::ENABLE_LINK, slot::LINK_CHANGED)]
-            .iter()
-            .any(|(enable, event)| control & enable != 0 && status & event != 0);
-        if !wanted || control & slot::ENABLE_HOT_PLUG == 0 {
-            return;
+    /// Shows the guest the registers, and the link that follows from them.
+    fn show(&mut self, registers: Registers) {
+        self.space.set_u16(self.express + express_offset::SLOT_CONTROL, registers.control);
+        self.space.set_u16(self.express + express_offset::SLOT_STATUS, registers.status);
+        let active = if self.slot.link_is_active(registers) { LINK_ACTIVE } else { 0 };
+        self.space.set_u16(self.express + express_offset::LINK_STATUS, express::LINK_SPEED_AND_WIDTH | active);
+    }
+
+    /// One step of the slot, with its interrupt.
+    fn change<T>(&mut self, step: impl FnOnce(&mut Slot, &mut Registers) -> T) -> T {
+        let mut registers = self.registers();
+        let result = step(&mut self.slot, &mut registers);
+        self.show(registers);
+        let due = registers.wants_interrupt();
+        if due && !self.asserted {
+            self.interrupt();
         }
+        self.asserted = due;
+        result
+    }
+
+    fn interrupt(&mut self) {
         if self.space.u16(self.msi + msi::CONTROL) & msi::ENABLE == 0 {
             return;
         }
@@ -263,32 +312,36 @@ impl Inner {
     }
 }
 
+/// Whether a write of `len` bytes at `register` reaches the register of two bytes at `field`.
+fn touches(register: u16, len: usize, field: u16) -> bool {
+    register < field + 2 && usize::from(register) + len > usize::from(field)
+}
+
 impl PciFunction for RootPort {
     fn config_read(&self, register: u16, data: &mut [u8]) {
         locked(&self.inner).space.read(register, data);
     }
 
     fn config_write(&self, register: u16, data: &[u8]) {
-        let present = self.child.is_some();
-        let reset_child = {
-            let mut inner = locked(&self.inner);
-            let msi_before = inner.msi_registers();
-            let off_before = inner.powered_off();
-            inner.space.write(register, data);
-            if inner.msi_registers() != msi_before {
-                inner.apply_msi();
-            }
-            let off = inner.powered_off();
-            if off != off_before {
-                inner.follow_power(present);
-            }
-            let bus_reset = inner.space.u16(BRIDGE_CONTROL) & SECONDARY_BUS_RESET != 0;
-            bus_reset || (off && !off_before)
-        };
-        // Outside of the lock: a device's reset may take its own.
-        if let Some(child) = self.child.as_ref().filter(|_| reset_child) {
-            child.reset();
+        let mut inner = locked(&self.inner);
+        let msi_before = inner.msi_registers();
+        let before = inner.registers();
+        inner.space.write(register, data);
+        if inner.msi_registers() != msi_before {
+            inner.apply_msi();
         }
+        let control = inner.express + express_offset::SLOT_CONTROL;
+        let command = touches(register, data.len(), control);
+        let status = touches(register, data.len(), control + 2);
+        let mut effect = Effect::Nothing;
+        if command || status {
+            effect = inner.change(|slot, registers| slot.written(before, registers, command));
+        }
+        if effect == Effect::Nothing && inner.space.u16(BRIDGE_CONTROL) & SECONDARY_BUS_RESET != 0 {
+            // What a reset of the bus does to a device is what a loss of power does.
+            effect = Effect::PoweredOff;
+        }
+        self.carry_out(effect, inner);
     }
 
     fn decoded(&self) -> Vec<BarRange> {
@@ -306,11 +359,12 @@ impl PciFunction for RootPort {
     fn reset(&self) {
         let mut inner = locked(&self.inner);
         inner.space.reset();
+        let (slot, registers) = Slot::power_on(inner.child.is_some());
+        inner.slot = slot;
+        inner.show(registers);
+        inner.asserted = false;
         inner.apply_msi();
-        drop(inner);
-        if let Some(child) = &self.child {
-            child.reset();
-        }
+        self.carry_out(Effect::PoweredOff, inner);
     }
 
     fn bridge(&self) -> Option<&RootPort> {
@@ -318,12 +372,12 @@ impl PciFunction for RootPort {
     }
 
     fn save(&self) -> Result<serde_json::Value, serde_json::Error> {
-        let child = self.child.as_ref().map(|c| c.save()).transpose()?;
-        serde_json::to_value(SavedRootPort {
-            version: SavedRootPort::VERSION,
-            config: locked(&self.inner).space.save(),
-            child,
-        })
+        let (config, removal, child) = {
+            let inner = locked(&self.inner);
+            (inner.space.save(), inner.slot.removal(), inner.child.clone())
+        };
+        let child = child.map(|c| c.save()).transpose()?;
+        serde_json::to_value(SavedRootPort { version: SavedRootPort::VERSION, config, child, removal })
     }
 
     fn restore(&self, saved: serde_json::Value) -> Result<(), super::PciError> {
@@ -336,13 +390,22 @@ impl PciFunction for RootPort {
             });
         }
         let mut inner = locked(&self.inner);
+        if inner.child.is_some() != saved.child.is_some() {
+            return Err(super::PciError::SlotDiffers);
+        }
         inner.space.restore(&saved.config)?;
         inner.apply_msi();
+        let mut registers = inner.registers();
+        inner.slot = Slot::restored(inner.child.is_some(), saved.removal, &mut registers);
+        inner.show(registers);
+        // A message that was on its way when the state was saved is lost: it is sent again (peers-vmm §4.2 rule 25).
+        inner.asserted = false;
+        inner.change(|_, _| ());
+        let child = inner.child.clone();
         drop(inner);
-        match (&self.child, saved.child) {
+        match (child, saved.child) {
             (Some(child), Some(state)) => child.restore(state),
-            (None, None) => Ok(()),
-            _ => Err(super::PciError::SlotDiffers),
+            _ => Ok(()),
         }
     }
 }

@@ -12,17 +12,21 @@ use crate::interrupt::fake::FakeMsi;
 use crate::virtio::locked;
 
 /// A device with one 32 KiB prefetchable BAR, which is memory.
-struct FakeDevice {
+pub(super) struct FakeDevice {
     space: Mutex<ConfigSpace>,
     memory: Mutex<Vec<u8>>,
-    routed: Mutex<Option<u64>>,
-    resets: Mutex<u32>,
+    pub(super) routed: Mutex<Option<u64>>,
+    pub(super) resets: Mutex<u32>,
 }
 
 const BAR_BYTES: u64 = 0x8000;
 
 impl FakeDevice {
-    fn new() -> Arc<Self> {
+    pub(super) fn new() -> Arc<Self> {
+        Self::with(express::add_endpoint)
+    }
+
+    fn with(add_express: fn(&mut ConfigSpace) -> Result<u16, config_space::ConfigError>) -> Arc<Self> {
         let mut space = ConfigSpace::endpoint(Identity {
             vendor: 0x1af4,
             device: 0x1042,
@@ -31,7 +35,7 @@ impl FakeDevice {
             subsystem: None,
         });
         space.add_bar(Bar { index: 0, kind: BarKind::Prefetchable64, size: BAR_BYTES });
-        express::add_endpoint(&mut space).unwrap();
+        add_express(&mut space).unwrap();
         Arc::new(Self {
             space: Mutex::new(space),
             memory: Mutex::new(vec![0; BAR_BYTES as usize]),
@@ -74,7 +78,7 @@ impl PciFunction for FakeDevice {
     }
 }
 
-fn map() -> PciMap {
+pub(super) fn map() -> PciMap {
     PciMap {
         ecam_base: 0xb000_0000,
         ecam_buses: 64,
@@ -88,20 +92,23 @@ struct Machine {
     pio: Arc<PioBus>,
     mmio: Arc<MmioBus>,
     disk: Arc<FakeDevice>,
+    fixed: Arc<FakeDevice>,
 }
 
-/// A disk in slot 0, an empty slot 5.
+/// A disk in slot 0, an empty slot 5, a fixed function at 00:1c.0.
 fn machine() -> Machine {
     let disk = FakeDevice::new();
     let mut topology = Topology::new(map(), FakeMsi::new()).unwrap();
     let address = topology.add_root_port_device(0, disk.clone()).unwrap();
     assert_eq!(address.to_string(), "01:00.0");
     topology.add_root_port(5).unwrap();
+    let fixed = FakeDevice::with(express::add_integrated_endpoint);
+    assert_eq!(topology.add_fixed(topology::RNG_DEVICE, fixed.clone()).unwrap().to_string(), "00:1c.0");
     let bus = topology.build();
     bus.program().unwrap();
     let (pio, mmio) = (PioBus::new(), MmioBus::new());
     bus.insert_into(&pio, &mmio).unwrap();
-    Machine { bus, pio, mmio, disk }
+    Machine { bus, pio, mmio, disk, fixed }
 }
 
 impl Machine {
@@ -116,6 +123,16 @@ impl Machine {
         let mut data = [0; 4];
         self.mmio.read(0xb000_0000 + (bus << 20 | device << 15 | register), &mut data);
         u32::from_le_bytes(data)
+    }
+
+    /// Where a function has its PCI Express capability.
+    fn express(&self, bus: u64, device: u64) -> u64 {
+        let mut at = self.ecam_read(bus, device, 0x34) & 0xff;
+        while self.ecam_read(bus, device, u64::from(at)) & 0xff != 0x10 {
+            at = self.ecam_read(bus, device, u64::from(at)) >> 8 & 0xff;
+            assert_ne!(at, 0, "a PCI Express capability");
+        }
+        u64::from(at)
     }
 
     fn ecam_write_u16(&self, bus: u64, device: u64, register: u16, value: u16) {
@@ -218,16 +235,8 @@ fn a_bus_renumbered_by_the_guest_is_found_at_its_new_number() {
 #[test]
 fn an_empty_slot_is_off_and_a_full_one_is_on() {
     let machine = machine();
-    let express = |device: u64| {
-        let mut at = u64::from(machine.ecam_read(0, device, 0x34) & 0xff);
-        while machine.ecam_read(0, device, at) & 0xff != 0x10 {
-            at = u64::from(machine.ecam_read(0, device, at) >> 8 & 0xff);
-            assert_ne!(at, 0, "a root port has the PCI Express capability");
-        }
-        at
-    };
     for (device, slot_number, present) in [(3, 1, true), (8, 6, false)] {
-        let at = express(device);
+        let at = machine.express(0, device);
         let capabilities = machine.ecam_read(0, device, at + 0x14);
         assert_eq!(capabilities >> 19, slot_number);
         assert_ne!(capabilities & 1 << 6, 0, "hot plug capable");
@@ -242,10 +251,7 @@ fn an_empty_slot_is_off_and_a_full_one_is_on() {
 #[test]
 fn a_slot_that_loses_power_resets_its_device_and_hides_it() {
     let machine = machine();
-    let mut at = machine.ecam_read(0, 3, 0x34) as u16 & 0xff;
-    while machine.ecam_read(0, 3, u64::from(at)) & 0xff != 0x10 {
-        at = machine.ecam_read(0, 3, u64::from(at)) as u16 >> 8;
-    }
+    let at = machine.express(0, 3) as u16;
     machine.ecam_write_u16(0, 3, at + 0x18, 1 << 10);
     assert_eq!(*locked(&machine.disk.resets), 1);
     assert_eq!(*locked(&machine.disk.routed), None);
@@ -253,6 +259,47 @@ fn a_slot_that_loses_power_resets_its_device_and_hides_it() {
     machine.ecam_write_u16(0, 3, at + 0x18, 0);
     assert_eq!(machine.ecam_read(1, 0, 0), 0x1042_1af4);
     assert_eq!(machine.ecam_read(1, 0, 0x10), 0xc, "as after power-on");
+}
+
+#[test]
+fn a_fixed_function_is_reachable_without_a_port_and_has_no_link() {
+    let machine = machine();
+    let low = machine.ecam_read(0, 0x1c, 0x10) & !0xf;
+    let bar = u64::from(low) | u64::from(machine.ecam_read(0, 0x1c, 0x14)) << 32;
+    // Its share of the window, which is that of no slot: an address that guests know.
+    let share = (0x10_0000_0000 / 28) >> 20 << 20;
+    assert_eq!(bar, map().mmio64.start + 25 * share);
+    assert_eq!(*locked(&machine.fixed.routed), Some(bar));
+    machine.mmio.write(bar, &[5, 6, 7, 8]);
+    assert_eq!(locked(&machine.fixed.memory)[..4], [5, 6, 7, 8]);
+
+    let kind = |bus, device| machine.ecam_read(bus, device, machine.express(bus, device)) >> 20 & 0xf;
+    assert_eq!((kind(0, 0x1c), kind(0, 3), kind(1, 0)), (9, 4, 0));
+    let link = |bus, device| {
+        let at = machine.express(bus, device);
+        [0x0c, 0x10, 0x2c, 0x30].map(|register| machine.ecam_read(bus, device, at + register))
+    };
+    assert_eq!(link(0, 0x1c), [0; 4]);
+    machine.ecam_write_u16(0, 0x1c, machine.express(0, 0x1c) as u16 + 0x10, 0xffff);
+    assert_eq!(link(0, 0x1c), [0; 4]);
+    assert_ne!(link(1, 0), [0; 4]);
+}
+
+#[test]
+fn fixed_functions_have_their_own_device_numbers() {
+    let mut topology = Topology::new(map(), FakeMsi::new()).unwrap();
+    for device in topology::FIRST_FIXED_DEVICE..=topology::LAST_FIXED_DEVICE {
+        topology.add_fixed(device, FakeDevice::new()).unwrap();
+        let again = topology.add_fixed(device, FakeDevice::new());
+        assert!(matches!(again, Err(PciError::FixedDeviceTaken { .. })));
+    }
+    for device in [0, 3, 0x1a, 0x1f, 0xff] {
+        assert!(matches!(topology.add_fixed(device, FakeDevice::new()), Err(PciError::NotAFixedDevice { .. })));
+    }
+    for slot in 0..topology::MAX_SLOTS {
+        topology.add_root_port(slot).unwrap();
+    }
+    topology.build().program().unwrap();
 }
 
 #[test]
@@ -292,7 +339,7 @@ fn slots_are_unique_and_bounded() {
     let mut topology = Topology::new(map(), FakeMsi::new()).unwrap();
     topology.add_root_port(3).unwrap();
     assert!(matches!(topology.add_root_port_device(3, FakeDevice::new()), Err(PciError::SlotTaken { slot: 3 })));
-    assert!(matches!(topology.add_root_port(28), Err(PciError::NoSuchSlot { slot: 28 })));
+    assert!(matches!(topology.add_root_port(24), Err(PciError::NoSuchSlot { slot: 24 })));
     let mut small = map();
     small.mmio32 = 0xc000_0000..0xc010_0000;
     assert!(matches!(Topology::new(small, FakeMsi::new()), Err(PciError::BadMap { .. })));
@@ -306,7 +353,7 @@ proptest! {
     #[test]
     fn hostile_configuration_never_leaves_the_windows(
         writes in prop::collection::vec(
-            (prop_oneof![Just((0u8, 0u8)), Just((0, 3)), Just((0, 8)), Just((0, 0x1f)), Just((1, 0)), any::<(u8, u8)>()],
+            (prop_oneof![Just((0u8, 0u8)), Just((0, 3)), Just((0, 8)), Just((0, 0x1c)), Just((0, 0x1f)), Just((1, 0)), any::<(u8, u8)>()],
              0u16..256, prop::collection::vec(any::<u8>(), 1..9)),
             0..150),
         probes in prop::collection::vec(any::<u64>(), 0..20),
@@ -317,7 +364,7 @@ proptest! {
                 machine.bus.config_write(address, register, &data);
             }
         }
-        if let Some(base) = *locked(&machine.disk.routed) {
+        for base in [&machine.disk, &machine.fixed].into_iter().filter_map(|device| *locked(&device.routed)) {
             let last = base + (BAR_BYTES - 1);
             let inside = |w: &std::ops::Range<u64>| w.contains(&base) && w.contains(&last);
             prop_assert!(inside(&map().mmio32) || inside(&map().mmio64), "{base:#x}");

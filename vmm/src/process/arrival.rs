@@ -45,9 +45,7 @@ pub(super) fn let_go(prepared: &Prepared) {
     if incoming.is_running() {
         context.disk_gate.release();
         context.gate.open(Stop::Incoming);
-        if let Err(error) = announce::start(&context.config.nics, &context.taps) {
-            tracing::warn!(%error, "the network is not told where the guest is now");
-        }
+        announce::start(context.devices.cables());
         tracing::info!(epoch = context.lease.epoch(), "the guest goes on here");
         prepared.control.notify(Notice::Resumed);
     }
@@ -70,5 +68,5 @@ fn start_failed(error: MachineError) -> Outcome {
 }
 
 fn not_wanted() -> Outcome {
-    Outcome { reason: ExitReason::PoweredOff, detail: String::new(), ran: false, drained: true }
+    Outcome { reason: ExitReason::PoweredOff, detail: String::new(), ran: false, drained: true, panics: 0 }
 }

@@ -1,6 +1,7 @@
 //! The header of a saved guest: everything that decides whether a host can run it, before a byte of memory moves.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use pnet_base::MacAddr;
 use serde::{Deserialize, Serialize};
@@ -25,8 +26,30 @@ pub struct Shape {
     pub max_memory_bytes: u64,
     /// COM1 or virtio takes what is typed on the console.
     pub virtio_keyboard: bool,
-    pub disks: Vec<DiskShape>,
-    pub nics: Vec<NicShape>,
+    /// The watchdog is the one fixed function that a guest can be without.
+    pub watchdog: bool,
+    /// By slot. An address that a guest knows has the same device everywhere.
+    pub slots: BTreeMap<u8, DeviceShape>,
+}
+
+/// What is in a slot. The console, which every guest has in slot 0, is not named.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceShape {
+    Disk(DiskShape),
+    Nic(NicShape),
+}
+
+impl fmt::Display for DeviceShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Disk(DiskShape { bytes, serial, read_only }) => {
+                let kind = if *read_only { "a read-only disk" } else { "a disk" };
+                write!(f, "{kind} of {bytes} bytes with the serial {serial:?}")
+            }
+            Self::Nic(NicShape { mac, mtu }) => write!(f, "a network card {mac} with an MTU of {mtu}"),
+        }
+    }
 }
 
 /// A disk as the guest knows it. Its name and its file are the host's.
@@ -148,13 +171,16 @@ impl Shape {
         same("memory in bytes", &self.memory_bytes, &here.memory_bytes)?;
         same("most memory in bytes", &self.max_memory_bytes, &here.max_memory_bytes)?;
         same("keyboard on virtio", &self.virtio_keyboard, &here.virtio_keyboard)?;
-        same("number of disks", &self.disks.len(), &here.disks.len())?;
-        for (at, (saved, here)) in self.disks.iter().zip(&here.disks).enumerate() {
-            same(&format!("disk {at}"), saved, here)?;
-        }
-        same("number of network cards", &self.nics.len(), &here.nics.len())?;
-        for (at, (saved, here)) in self.nics.iter().zip(&here.nics).enumerate() {
-            same(&format!("network card {at}"), saved, here)?;
+        same("watchdog", &self.watchdog, &here.watchdog)?;
+        let slots: BTreeSet<u8> = self.slots.keys().chain(here.slots.keys()).copied().collect();
+        for slot in slots {
+            let (saved, here) = (self.slots.get(&slot), here.slots.get(&slot));
+            if saved != here {
+                let words =
+                    |device: Option<&DeviceShape>| device.map_or_else(|| "none".to_owned(), DeviceShape::to_string);
+                let what = format!("device in slot {slot}");
+                return Err(HeaderError::Differs { what, saved: words(saved), here: words(here) });
+            }
         }
         Ok(())
     }
@@ -164,6 +190,14 @@ impl Shape {
 pub(super) mod tests {
     use super::super::processor::tests::processor;
     use super::*;
+
+    fn disk(bytes: u64, serial: &str, read_only: bool) -> DeviceShape {
+        DeviceShape::Disk(DiskShape { bytes, serial: serial.into(), read_only })
+    }
+
+    fn nic(last: u8, mtu: u16) -> DeviceShape {
+        DeviceShape::Nic(NicShape { mac: MacAddr::new(2, 0, 0, 0, 0, last), mtu })
+    }
 
     pub fn here() -> Here {
         let cpuid = processor();
@@ -175,8 +209,8 @@ pub(super) mod tests {
                 memory_bytes: 32 << 20,
                 max_memory_bytes: 64 << 20,
                 virtio_keyboard: false,
-                disks: vec![DiskShape { bytes: 1 << 20, serial: "d1".into(), read_only: false }],
-                nics: vec![NicShape { mac: MacAddr::new(2, 0, 0, 0, 0, 1), mtu: 1500 }],
+                watchdog: false,
+                slots: BTreeMap::from([(1, disk(1 << 20, "d1", false)), (23, nic(1, 1500))]),
             },
             host: HostFacts { kernel: "6.18.0".into(), processor: Model::of(&cpuid) },
             cpuid,
@@ -203,18 +237,24 @@ pub(super) mod tests {
     #[test]
     fn whatever_the_guest_would_see_differ_is_refused_by_name() {
         type Change = fn(&mut Header);
-        let changes: [(Change, &str); 12] = [
+        let changes: [(Change, &str); 15] = [
             (|h| h.shape.vcpus = 3, "number of vCPUs is 3, here it is 2"),
             (|h| h.shape.memory_bytes = 64 << 20, "memory in bytes is 67108864"),
             (|h| h.shape.max_memory_bytes = 32 << 20, "most memory"),
             (|h| h.shape.virtio_keyboard = true, "keyboard"),
-            (|h| h.shape.disks.clear(), "number of disks is 0, here it is 1"),
-            (|h| h.shape.disks[0].bytes += 512, "disk 0"),
-            (|h| h.shape.disks[0].serial.push('x'), "d1x"),
-            (|h| h.shape.disks[0].read_only = true, "disk 0"),
-            (|h| h.shape.nics.clear(), "number of network cards"),
-            (|h| h.shape.nics[0].mtu = 9000, "network card 0"),
-            (|h| h.shape.nics[0].mac = MacAddr::new(2, 0, 0, 0, 0, 2), "02:00:00:00:00:02"),
+            (|h| h.shape.watchdog = true, "watchdog is true, here it is false"),
+            (|h| drop(h.shape.slots.remove(&1)), "slot 1 is none, here it is a disk of 1048576 bytes"),
+            (|h| drop(h.shape.slots.insert(1, disk((1 << 20) + 512, "d1", false))), "a disk of 1049088 bytes"),
+            (|h| drop(h.shape.slots.insert(1, disk(1 << 20, "d1x", false))), "d1x"),
+            (|h| drop(h.shape.slots.insert(1, disk(1 << 20, "d1", true))), "a read-only disk"),
+            (|h| drop(h.shape.slots.insert(5, disk(1 << 20, "d2", false))), "slot 5 is a disk of 1048576 bytes"),
+            (|h| drop(h.shape.slots.insert(1, nic(1, 1500))), "slot 1 is a network card"),
+            (
+                |h| h.shape.slots = BTreeMap::from([(2, disk(1 << 20, "d1", false)), (23, nic(1, 1500))]),
+                "slot 1 is none",
+            ),
+            (|h| drop(h.shape.slots.insert(23, nic(1, 9000))), "MTU of 9000, here it is"),
+            (|h| drop(h.shape.slots.insert(23, nic(2, 1500))), "02:00:00:00:00:02"),
             (|h| h.shape.vm = Uuid::nil(), "this process is for"),
         ];
         for (change, words) in changes {

@@ -1,6 +1,6 @@
 //! A machine as far as it is saved, and the orders in which its parts are read and written.
 //!
-//! Read: vCPUs stand and have finished what KVM left them with, disks are drained, then devices, then vCPUs and KVM's interrupt controllers:
+//! Read: no device comes or goes, vCPUs stand and have finished what KVM left them with, disks are drained, then devices, then vCPUs and KVM's interrupt controllers:
 //! an interrupt that a device raised last is in one of those by then (rules 25 and 26 of reference peers-vmm §4.2). Written: vCPUs,
 //! interrupt controllers, clock, then the devices, which raise their interrupts again; each of them does that itself, because only it
 //! knows what its driver may wait for (rules 25, 27, 28).
@@ -20,12 +20,14 @@ use super::processor::{Leaves, Model};
 use super::vcpu::{self, SavedVcpu, VcpuAbilities, VcpuStateError};
 use super::vm::{SavedClock, SavedIrqchip, SavedPit};
 use crate::cpu::vcpu::{Shared, Vcpu};
-use crate::devices::block::BlockHandle;
 use crate::devices::legacy::pm::PowerManagement;
+use crate::devices::legacy::pvpanic::{PvPanic, PvPanicError};
 use crate::devices::legacy::reset::ResetPort;
 use crate::devices::legacy::rtc::{NoClock, RealTimeClock};
 use crate::devices::legacy::serial::{NoSerial, SerialPort};
+use crate::devices::legacy::vmgenid::{VmGeneration, VmGenerationError};
 use crate::lease::quiesce::{DiskGate, Quiesce, QuiesceError};
+use crate::machine::device_manager::DeviceManager;
 use crate::machine::kvm::{KvmError, KvmVm};
 use crate::memory::GuestMemory;
 use crate::pci::{PciBus, PciError};
@@ -59,6 +61,10 @@ pub enum PartsError {
     RealTimeClock(#[from] NoClock),
     #[error(transparent)]
     Serial(#[from] NoSerial),
+    #[error(transparent)]
+    PanicPort(#[from] PvPanicError),
+    #[error(transparent)]
+    Generation(#[from] VmGenerationError),
 }
 
 /// Devices that are not on the PCI bus.
@@ -68,6 +74,8 @@ pub struct LegacyParts {
     pub clock: Arc<Mutex<RealTimeClock>>,
     pub serial: Arc<Mutex<SerialPort>>,
     pub reset: Arc<Mutex<ResetPort>>,
+    pub pvpanic: Arc<Mutex<PvPanic>>,
+    pub generation: Arc<VmGeneration>,
 }
 
 pub struct Parts {
@@ -76,8 +84,9 @@ pub struct Parts {
     pub pci: Arc<PciBus>,
     pub legacy: LegacyParts,
     pub shared: Arc<Shared>,
-    pub disks: Vec<Arc<BlockHandle>>,
+    pub devices: Arc<DeviceManager>,
     pub disk_gate: Arc<DiskGate>,
+    /// But for its slots, whose devices come and go.
     pub shape: Shape,
     /// What KVM supports here.
     pub supported: Leaves,
@@ -103,10 +112,15 @@ impl Parts {
         HostFacts { kernel, processor: Model::of(&self.supported) }
     }
 
+    /// With the devices of now.
+    fn shape(&self) -> Shape {
+        Shape { slots: self.devices.shapes(&self.pci), ..self.shape.clone() }
+    }
+
     /// What this machine can take over. Before it has.
     pub fn here(&self) -> Here {
         Here {
-            shape: self.shape.clone(),
+            shape: self.shape(),
             host: self.host(),
             cpuid: self.supported.clone(),
             tsc_khz: self.given().tsc_khz,
@@ -116,7 +130,7 @@ impl Parts {
 
     pub fn header(&self) -> Header {
         let GivenProcessor { cpuid, tsc_khz } = self.given();
-        let (shape, host) = (self.shape.clone(), self.host());
+        let (shape, host) = (self.shape(), self.host());
         Header { shape, host, cpuid, tsc_khz, payloads: PayloadKind::versions() }
     }
 
@@ -166,10 +180,16 @@ impl Parts {
             }
             std::thread::sleep(PAUSE);
         }
-        for disk in &self.disks {
+        // Those too that the guest has given up and that still read into its memory.
+        for disk in self.devices.disks() {
             disk.cancel_and_drain(until)?;
         }
         Ok(())
+    }
+
+    /// An unplug that was asked for is one of the guest's states from here on.
+    pub fn ask_for_leaving(&self) -> Result<(), PartsError> {
+        Ok(self.devices.ask_for_leaving(&self.pci)?)
     }
 
     /// Everything but memory, of a guest that was settled. Devices may have written to memory until this returns (rule 4).
@@ -181,6 +201,8 @@ impl Parts {
             Payload::new(Kind::RealTimeClock, 0, &locked(&legacy.clock).save())?,
             Payload::new(Kind::Serial, 0, &locked(&legacy.serial).save())?,
             Payload::new(Kind::ResetPort, 0, &locked(&legacy.reset).save())?,
+            Payload::new(Kind::PanicPort, 0, &locked(&legacy.pvpanic).save())?,
+            Payload::new(Kind::Generation, 0, &legacy.generation.save())?,
             Payload::new(Kind::Pci, 0, &self.pci.save()?)?,
         ];
         let abilities = self.abilities.clone();
@@ -222,8 +244,12 @@ impl Parts {
         locked(&legacy.clock).restore(payloads.take(Kind::RealTimeClock, 0)?)?;
         locked(&legacy.serial).restore(payloads.take(Kind::Serial, 0)?)?;
         locked(&legacy.reset).restore(payloads.take(Kind::ResetPort, 0)?);
+        locked(&legacy.pvpanic).restore(&payloads.take(Kind::PanicPort, 0)?)?;
+        // It raises an event of power management, which is in its place.
+        legacy.generation.restore(payloads.take(Kind::Generation, 0)?)?;
         self.pci.restore(payloads.take(Kind::Pci, 0)?)?;
         payloads.finish()?;
+        self.devices.follow_guest();
         Ok(given)
     }
 }

@@ -25,12 +25,15 @@ pub enum PayloadKind {
     RealTimeClock,
     Serial,
     ResetPort,
+    PanicPort,
+    /// The VM generation ID.
+    Generation,
     /// Everything on the PCI bus. Its functions have versions of their own inside.
     Pci,
 }
 
 impl PayloadKind {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Vcpu,
         Self::Irqchip,
         Self::Pit,
@@ -39,6 +42,8 @@ impl PayloadKind {
         Self::RealTimeClock,
         Self::Serial,
         Self::ResetPort,
+        Self::PanicPort,
+        Self::Generation,
         Self::Pci,
     ];
 
@@ -64,6 +69,8 @@ impl fmt::Display for PayloadKind {
             Self::RealTimeClock => "CMOS clock",
             Self::Serial => "serial port",
             Self::ResetPort => "reset port",
+            Self::PanicPort => "panic port",
+            Self::Generation => "VM generation",
             Self::Pci => "PCI bus",
         })
     }

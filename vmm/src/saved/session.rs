@@ -214,9 +214,14 @@ impl Session {
         socket.set_write_timeout(Some(NO_PROGRESS)).map_err(SaveError::Connection)?;
         saves.state().stream = Some(socket.try_clone().map_err(SaveError::Connection)?);
         parts.settle()?;
-        let payloads = parts.save()?;
+        let (header, payloads) = {
+            // What the header names is what there is a state of. Not for the time of the drain: whoever takes the machine down waits for it.
+            let _nobody_connects = parts.devices.hold();
+            parts.ask_for_leaving()?;
+            (parts.header(), parts.save()?)
+        };
         // From here on nothing writes to the guest's memory: it is sent once, after the states (rule 4 of reference peers-vmm §4.2).
-        let mut writer = GuestWriter::start(BufWriter::with_capacity(BUFFER_BYTES, socket), &parts.header())?;
+        let mut writer = GuestWriter::start(BufWriter::with_capacity(BUFFER_BYTES, socket), &header)?;
         memory::send_all(&parts.memory, &mut writer, |done, writer| {
             progress.pages_done.store(done, Ordering::Relaxed);
             progress.pages_sent.store(writer.totals().pages, Ordering::Relaxed);

@@ -7,6 +7,7 @@
 //! - [`registers`]: the common configuration as a pure state machine (features, status, queues).
 //! - [`pci`]: the transport: capabilities, BAR, MSI-X, ISR, doorbells around those registers.
 //! - [`device`]: what a device implements, and what it is given when the driver is ready.
+//! - [`worker`]: the thread of a device that needs nothing special of one.
 //! - [`queue`], [`chain`]: rings and descriptor chains with every length checked (DESIGN §7: guest input is hostile).
 //!
 //! A driver's error (a chain that loops, leaves memory or changes direction) sets DEVICE_NEEDS_RESET and stops the device
@@ -20,6 +21,7 @@ mod irq;
 pub mod pci;
 pub mod queue;
 pub mod registers;
+pub mod worker;
 
 #[cfg(test)]
 pub mod testing;

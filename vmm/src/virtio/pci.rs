@@ -25,7 +25,7 @@ use super::locked;
 use super::registers::{Effect, NO_VECTOR, Registers, status};
 use crate::interrupt::{IoEvents, MsiSink};
 use crate::memory::GuestMemory;
-use crate::pci::config_space::{ConfigSpace, Identity, SavedConfigSpace};
+use crate::pci::config_space::{ConfigError, ConfigSpace, Identity, SavedConfigSpace};
 use crate::pci::msix::{self, Msix, SavedMsix};
 use crate::pci::{Bar, BarKind, BarRange, PciError, PciFunction, express};
 
@@ -69,7 +69,7 @@ pub enum TransportError {
     Config {
         device: &'static str,
         #[source]
-        source: crate::pci::config_space::ConfigError,
+        source: ConfigError,
     },
     #[error("no interrupt vectors for the {device} device")]
     Vectors {
@@ -128,12 +128,36 @@ impl SavedVirtioPci {
     pub const VERSION: u32 = 1;
 }
 
+/// What a function says of its place: the layout of its PCI Express capability.
+type AddExpress = fn(&mut ConfigSpace) -> Result<u16, ConfigError>;
+
 impl VirtioPci {
+    /// A function for the slot of a root port.
     pub fn new(
         device: Arc<dyn VirtioDevice>,
         memory: GuestMemory,
         msi: &dyn MsiSink,
         io_events: Arc<dyn IoEvents>,
+    ) -> Result<Arc<Self>, TransportError> {
+        Self::with(device, memory, msi, io_events, express::add_endpoint)
+    }
+
+    /// A function for bus 0, part of the root complex.
+    pub fn integrated(
+        device: Arc<dyn VirtioDevice>,
+        memory: GuestMemory,
+        msi: &dyn MsiSink,
+        io_events: Arc<dyn IoEvents>,
+    ) -> Result<Arc<Self>, TransportError> {
+        Self::with(device, memory, msi, io_events, express::add_integrated_endpoint)
+    }
+
+    fn with(
+        device: Arc<dyn VirtioDevice>,
+        memory: GuestMemory,
+        msi: &dyn MsiSink,
+        io_events: Arc<dyn IoEvents>,
+        add_express: AddExpress,
     ) -> Result<Arc<Self>, TransportError> {
         let kind = device.kind();
         let sizes = device.queue_sizes();
@@ -150,7 +174,7 @@ impl VirtioPci {
             .collect::<io::Result<Vec<_>>>()
             .map_err(|source| TransportError::Doorbell { device: kind.name, source })?;
         let registers = Registers::new(device.features(), sizes, vector_count);
-        let inner = Self::config_space(&*device, vector_count, sizes.len())
+        let inner = Self::config_space(&*device, vector_count, sizes.len(), add_express)
             .map(|(space, [msix_at, express_at, window_at])| Inner {
                 space,
                 registers,
@@ -186,7 +210,8 @@ impl VirtioPci {
         device: &dyn VirtioDevice,
         vector_count: u16,
         queues: usize,
-    ) -> Result<(ConfigSpace, [u16; 3]), crate::pci::config_space::ConfigError> {
+        add_express: AddExpress,
+    ) -> Result<(ConfigSpace, [u16; 3]), ConfigError> {
         let kind = device.kind();
         let mut space = ConfigSpace::endpoint(Identity {
             vendor: VENDOR,
@@ -197,7 +222,7 @@ impl VirtioPci {
         });
         space.add_bar(Bar { index: BAR, kind: BarKind::Prefetchable64, size: BAR_BYTES });
         let msix_at = Msix::add_capability(&mut space, vector_count, BAR, MSIX_TABLE as u32, MSIX_PENDING as u32)?;
-        let express_at = express::add_endpoint(&mut space)?;
+        let express_at = add_express(&mut space)?;
         let notify_bytes = queues as u32 * NOTIFY_MULTIPLIER;
         for (kind, offset, length, extra) in [
             (structure::COMMON, COMMON, super::registers::COMMON_BYTES as u32, None),
@@ -503,9 +528,11 @@ impl PciFunction for VirtioPci {
     fn save(&self) -> Result<serde_json::Value, serde_json::Error> {
         use serde::ser::Error as _;
         let mut inner = locked(&self.inner);
-        self.fold_events(&mut inner);
         let positions =
             if inner.active { self.device.positions().map_err(serde_json::Error::custom)? } else { Vec::new() };
+        let device = self.device.save().map_err(serde_json::Error::custom)?;
+        // Last: the device's thread may report something while it is asked.
+        self.fold_events(&mut inner);
         serde_json::to_value(SavedVirtioPci {
             version: SavedVirtioPci::VERSION,
             config: inner.space.save(),
@@ -513,7 +540,7 @@ impl PciFunction for VirtioPci {
             registers: inner.registers.clone(),
             isr: self.irq.isr.load(Ordering::Acquire),
             positions,
-            device: self.device.save().map_err(serde_json::Error::custom)?,
+            device,
         })
     }
 

@@ -61,6 +61,11 @@ impl DeviceQueue {
         &self.memory
     }
 
+    /// Its number in the device.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
     pub fn size(&self) -> u16 {
         self.queue.size()
     }

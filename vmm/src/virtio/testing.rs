@@ -1,17 +1,19 @@
 //! A driver that a test holds in its hand: it probes a function through its BAR as Linux does, and builds rings of any
 //! shape in memory of its own, broken ones too.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::device::{Activation, DeviceError, DeviceKind, QueuePosition};
+use super::locked;
 use super::pci::VirtioPci;
 use super::registers::status;
 use crate::interrupt::fake::{FakeIoEvents, FakeMsi, FakeVectors};
 use crate::memory::GuestMemory;
-use crate::pci::PciFunction;
+use crate::pci::SharedFunction;
 use crate::virtio::VirtioDevice;
 
 pub const MEMORY_BYTES: usize = 8 << 20;
@@ -59,7 +61,7 @@ struct DriverQueue {
 }
 
 pub struct FakeDriver {
-    pub function: Arc<VirtioPci>,
+    pub function: SharedFunction,
     pub memory: GuestMemory,
     pub vectors: Arc<FakeVectors>,
     queues: Vec<DriverQueue>,
@@ -72,16 +74,64 @@ pub fn attach(device: Arc<dyn VirtioDevice>) -> FakeDriver {
     let sizes = device.queue_sizes();
     let msi = FakeMsi::new();
     let function = VirtioPci::new(device, memory.clone(), &*msi, FakeIoEvents::new()).unwrap();
-    FakeDriver {
-        function,
-        memory,
-        vectors: msi.function(0).unwrap(),
-        queues: sizes.iter().map(|size| DriverQueue { size: *size, next_descriptor: 0, avail: 0, used: 0 }).collect(),
-        next_buffer: BUFFERS,
+    FakeDriver::of(function, memory, msi.function(0).unwrap(), sizes)
+}
+
+/// Keeps what the transport hands over, for a test that serves queues itself, with a clock of its own.
+struct Captured {
+    features: u64,
+    queue_sizes: &'static [u16],
+    activation: Mutex<Option<Activation>>,
+}
+
+impl VirtioDevice for Captured {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind { id: 0, class: [0, 0xff, 0], name: "captured" }
+    }
+    fn features(&self) -> u64 {
+        self.features
+    }
+    fn queue_sizes(&self) -> &'static [u16] {
+        self.queue_sizes
+    }
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+    fn activate(&self, activation: Activation) -> Result<(), DeviceError> {
+        *locked(&self.activation) = Some(activation);
+        Ok(())
+    }
+    fn begin_reset(&self) {}
+    fn is_reset(&self) -> bool {
+        true
+    }
+    fn positions(&self) -> Result<Vec<QueuePosition>, DeviceError> {
+        Ok(Vec::new())
+    }
+    fn save(&self) -> Result<serde_json::Value, DeviceError> {
+        Ok(serde_json::Value::Null)
+    }
+    fn restore(&self, _saved: serde_json::Value) -> Result<(), DeviceError> {
+        Ok(())
     }
 }
 
+/// A driver that has started, and what its device was given.
+pub fn activated(features: u64, queue_sizes: &'static [u16]) -> (FakeDriver, Activation) {
+    let device = Arc::new(Captured { features, queue_sizes, activation: Mutex::default() });
+    let mut driver = attach(device.clone());
+    driver.start();
+    let activation = locked(&device.activation).take().expect("a driver that has started");
+    (driver, activation)
+}
+
 impl FakeDriver {
+    /// A driver of a function that is in a machine already.
+    pub fn of(function: SharedFunction, memory: GuestMemory, vectors: Arc<FakeVectors>, sizes: &[u16]) -> Self {
+        let queue = |size: &u16| DriverQueue { size: *size, next_descriptor: 0, avail: 0, used: 0 };
+        Self { function, memory, vectors, queues: sizes.iter().map(queue).collect(), next_buffer: BUFFERS }
+    }
+
     pub fn read(&self, offset: u64, len: usize) -> u64 {
         let mut data = [0; 8];
         self.function.bar_read(0, offset, &mut data[..len]);
@@ -299,4 +349,50 @@ impl FakeDriver {
 
 fn ring(queue: usize) -> u64 {
     RINGS + queue as u64 * RING_STRIDE
+}
+
+pub mod hostile {
+    //! Chains of a driver that offers anything, for property tests.
+
+    use std::ops::Range;
+
+    use proptest::prelude::*;
+
+    use super::{Descriptor, FakeDriver, MEMORY_BYTES, NEXT, WRITE};
+
+    /// A chain, mostly of whole and existing memory, now and then of anything.
+    #[derive(Debug, Clone)]
+    pub struct Offer {
+        queue: usize,
+        /// Address, length, and whether the device may write to it.
+        descriptors: Vec<(u64, u32, bool)>,
+    }
+
+    /// On one of the first `queues` queues.
+    pub fn offer(queues: usize) -> impl Strategy<Value = Offer> {
+        let end = MEMORY_BYTES as u64;
+        let address = prop_oneof![0..end + (1 << 20), (0..end / 4096).prop_map(|page| page * 4096), any::<u64>()];
+        let len = prop_oneof![0u32..10_000, Just(4096), Just(4 << 20), any::<u32>()];
+        let descriptors = prop::collection::vec((address, len, any::<bool>()), 1..6);
+        (0..queues, descriptors).prop_map(|(queue, descriptors)| Offer { queue, descriptors })
+    }
+
+    impl Offer {
+        /// Puts it into the ring and rings the doorbell.
+        pub fn make(&self, driver: &mut FakeDriver) {
+            let last = self.descriptors.len() - 1;
+            for (index, (address, len, write)) in self.descriptors.iter().enumerate() {
+                let flags = if *write { WRITE } else { 0 } | if index < last { NEXT } else { 0 };
+                let descriptor = Descriptor { address: *address, len: *len, flags, next: index as u16 + 1 };
+                driver.descriptor(self.queue, index as u16, descriptor);
+            }
+            driver.offer(self.queue, 0);
+        }
+
+        /// What the device may write to.
+        pub fn writable(&self) -> impl Iterator<Item = Range<u64>> {
+            let writable = self.descriptors.iter().filter(|(_, _, write)| *write);
+            writable.map(|(address, len, _)| *address..address.saturating_add(u64::from(*len)))
+        }
+    }
 }

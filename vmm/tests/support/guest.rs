@@ -1,12 +1,15 @@
 //! A guest of some dozen instructions: 32-bit flat code in an ELF file with a PVH note, so that it runs on any KVM that opens.
 //!
 //! The first letter of its command line says what it does after it has printed `up`:
-//! `o` powers off by S5, `c` prints dots for ever, `r` resets by 0xCF9, `k` by the keyboard controller, `b` waits for the power button.
+//! `o` powers off by S5, `c` prints dots for ever, `r` resets by 0xCF9, `k` by the keyboard controller, `b` waits for the power button,
+//! `p` says that it has panicked and prints dots, `w` starts its watchdog, with two seconds, and prints dots, `x` prints `y` or `n` for
+//! each of the devices 00:1b.0 to 00:1f.0 and powers off.
 //!
 //! Guests that can be moved tell whether anything of them was lost: `m` counts in a register, in memory and in a register of COM1, compares
-//! the three, and prints the alphabet for ever; `f` does the same without a rest, so that it is nearly always at a port; `2` does so on one vCPU and counts in digits on a second; `t` waits in HLT for its timer and
-//! prints a letter at each interrupt; `i` keeps interrupts off until something is typed, and prints `P` when the power button was pressed
-//! meanwhile. What does not compare prints `!`.
+//! the three, and prints the alphabet for ever; `f` does the same without a rest, so that it is nearly always at a port; `2` does so on
+//! one vCPU and counts in digits on a second; `t` waits in HLT for its timer and prints a letter at each interrupt; `i` keeps interrupts off
+//! until something is typed, and prints `P` when the power button was pressed meanwhile. What does not compare prints `!`.
+//! `g` prints the first byte of its generation, then dots, and the byte again when it is told that there is another one.
 
 use std::arch::global_asm;
 
@@ -55,6 +58,14 @@ global_asm!(
     "je .Lquorate_timer",
     "cmp al, 0x69", // i
     "je .Lquorate_interrupt",
+    "cmp al, 0x67", // g
+    "je .Lquorate_generation",
+    "cmp al, 0x70", // p
+    "je 60f",
+    "cmp al, 0x77", // w
+    "je 70f",
+    "cmp al, 0x78", // x
+    "je 80f",
     "ud2",
     // S5.
     "10: mov dx, 0x604",
@@ -89,11 +100,77 @@ global_asm!(
     "jz 51b",
     ".Lquorate_off:",
     "jmp 10b",
+    "60: mov dx, 0x505",
+    "mov al, 1",
+    "out dx, al",
+    "jmp 20b",
+    // Registers 0x60 and 0x68 of 00:1b.0: the fast clock, on. Both timers are as long as they can be.
+    "70: mov dx, 0xcf8",
+    "mov eax, 0x8000d860",
+    "out dx, eax",
+    "mov dx, 0xcfc",
+    "mov ax, 4",
+    "out dx, ax",
+    "mov dx, 0xcf8",
+    "mov eax, 0x8000d868",
+    "out dx, eax",
+    "mov dx, 0xcfc",
+    "mov al, 2",
+    "out dx, al",
+    "jmp 20b",
+    "80: mov ecx, 0x1b",
+    "81: mov eax, ecx",
+    "shl eax, 11",
+    "or eax, 0x80000000",
+    "mov dx, 0xcf8",
+    "out dx, eax",
+    "mov dx, 0xcfc",
+    "in eax, dx",
+    "mov bl, 0x6e", // n
+    "cmp ax, 0xffff",
+    "je 82f",
+    "mov bl, 0x79", // y
+    "82: mov dx, 0x3f8",
+    "mov al, bl",
+    "out dx, al",
+    "inc ecx",
+    "cmp ecx, 0x20",
+    "jne 81b",
+    "jmp .Lquorate_off",
+    // Enables general purpose event 5, and looks for it in the status register.
+    ".Lquorate_generation:",
+    "mov dx, 0x628",
+    "mov al, 0x20",
+    "out dx, al",
+    ".Lquorate_generation_told:",
+    "mov al, byte ptr [0xef000]",
+    "mov dx, 0x3f8",
+    "out dx, al",
+    ".Lquorate_generation_turn:",
+    "mov ecx, 100000",
+    ".Lquorate_generation_wait:",
+    "dec ecx",
+    "jnz .Lquorate_generation_wait",
+    "mov dx, 0x3f8",
+    "mov al, 0x2e",
+    "out dx, al",
+    "mov dx, 0x620",
+    "in al, dx",
+    "test al, 0x20",
+    "jz .Lquorate_generation_turn",
+    "mov al, 0x20",
+    "out dx, al",
+    "jmp .Lquorate_generation_told",
     // The counts: EDI, a word at 2 MiB, the scratch register of COM1.
     ".Lquorate_mover:",
     "xor edi, edi",
     "mov dword ptr [0x200000], 0",
+    // The rest comes first: a guest is nearly always stopped in it, and then compares.
     ".Lquorate_mover_turn:",
+    "mov ecx, ebp",
+    ".Lquorate_mover_wait:",
+    "dec ecx",
+    "jnz .Lquorate_mover_wait",
     "cmp edi, dword ptr [0x200000]",
     "jne .Lquorate_wrong",
     "mov dx, 0x3ff",
@@ -101,10 +178,6 @@ global_asm!(
     "mov ebx, edi",
     "cmp al, bl",
     "jne .Lquorate_wrong",
-    "mov ecx, ebp",
-    ".Lquorate_mover_wait:",
-    "dec ecx",
-    "jnz .Lquorate_mover_wait",
     "inc edi",
     "inc dword ptr [0x200000]",
     "mov eax, edi",
@@ -177,12 +250,12 @@ global_asm!(
     "xor edi, edi",
     "mov dword ptr [0x200100], 0",
     ".Lquorate_second_turn:",
-    "cmp edi, dword ptr [0x200100]",
-    "jne .Lquorate_wrong",
     "mov ecx, 30000",
     ".Lquorate_second_wait:",
     "dec ecx",
     "jnz .Lquorate_second_wait",
+    "cmp edi, dword ptr [0x200100]",
+    "jne .Lquorate_wrong",
     "inc edi",
     "inc dword ptr [0x200100]",
     "mov ecx, 10",
@@ -241,6 +314,20 @@ global_asm!(
     "mov dx, 0x602",
     "mov ax, 0x100",
     "out dx, ax",
+    // A mark on the other devices: a byte of the CMOS memory, the reset port, a root port's bridge control.
+    "mov al, 0x40",
+    "out 0x70, al",
+    "mov al, 0xa5",
+    "out 0x71, al",
+    "mov dx, 0xcf9",
+    "mov al, 0x02",
+    "out dx, al",
+    "mov dx, 0xcf8",
+    "mov eax, 0x8000183c",
+    "out dx, eax",
+    "mov dx, 0xcfc",
+    "mov eax, 0x10000",
+    "out dx, eax",
     ".Lquorate_interrupt_turn:",
     "mov ecx, 100000",
     ".Lquorate_interrupt_wait:",
@@ -257,7 +344,12 @@ global_asm!(
     "nop",
     "nop",
     "jmp .Lquorate_wrong",
+    // The button's status is what raised it.
     ".Lquorate_pressed:",
+    "mov dx, 0x600",
+    "in ax, dx",
+    "test ax, 0x100",
+    "jz .Lquorate_wrong",
     "mov dx, 0x3f8",
     "mov al, 0x50", // P
     "out dx, al",
@@ -282,9 +374,13 @@ fn code() -> &'static [u8] {
 
 /// The guest as a kernel file.
 pub fn elf() -> Vec<u8> {
+    elf_of(code())
+}
+
+/// Flat 32-bit code as a kernel file. It starts at its first byte.
+pub fn elf_of(code: &[u8]) -> Vec<u8> {
     const HEADER: u64 = 64;
     const PROGRAM_HEADER: u64 = 56;
-    let code = code();
     let note = note();
     let note_at = HEADER + 2 * PROGRAM_HEADER;
     let code_at = note_at + note.len() as u64;

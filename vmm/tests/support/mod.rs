@@ -2,8 +2,12 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 pub mod guest;
+pub mod moving;
+pub mod plug_guest;
+pub mod tap;
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -11,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use vmm_control::descriptor::send_line;
 use vmm_control::{Call, ExitReport, Message, Notice, Reply, Request, Status};
 
 /// Ends a test that waits for something that does not come. Nothing is measured with it.
@@ -118,6 +123,11 @@ impl TestVm {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// What the process of now has said.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
     pub fn wait_console(&self, text: &str) {
         wait_for(text, || self.console().contains(text).then_some(()));
     }
@@ -170,6 +180,16 @@ impl TestClient {
         let id = self.next_id;
         self.next_id += 1;
         self.send_line(&Request { id, call }.encode());
+        let reply = self.next_reply();
+        assert_eq!(reply.id, id);
+        reply
+    }
+
+    /// Asks with a descriptor.
+    pub fn ask_with(&mut self, call: Call, descriptor: BorrowedFd<'_>) -> Reply {
+        let id = self.next_id;
+        self.next_id += 1;
+        send_line(self.reader.get_ref(), &Request { id, call }.encode(), descriptor).unwrap();
         let reply = self.next_reply();
         assert_eq!(reply.id, id);
         reply

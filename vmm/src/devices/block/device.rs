@@ -78,7 +78,7 @@ impl Block {
 
     /// A disk on a backend of the test's own.
     #[cfg(test)]
-    pub(super) fn on_backend(
+    pub(crate) fn on_backend(
         config: BlockConfig,
         facts: FileFacts,
         gate: Arc<DiskGate>,

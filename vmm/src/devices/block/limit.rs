@@ -1,63 +1,24 @@
-//! How fast a disk may be: token buckets, pure. Time comes in with each call.
+//! How fast a disk may be: two token buckets. Time comes in with each call.
 //!
-//! A request goes when every bucket holds its price, or is full, and takes the whole price even where that leaves a debt: a request
-//! that is larger than the bucket is delayed and never refused, and the rate over time is exact.
+//! A request goes when every bucket has its price ([`TokenBucket::wait`]), and takes it from both.
 
 use std::time::Duration;
 
 use vmm_control::RateLimit;
 
-const NANOS: i128 = 1_000_000_000;
-/// A bucket without a size of its own holds the share of a second that this divides.
-const DEFAULT_BURST_OF_RATE: u64 = 10;
-
-/// One rate.
-#[derive(Debug, Clone)]
-struct Bucket {
-    per_second: u64,
-    burst: u64,
-    /// Billionths of a token, so that no refill is rounded. Negative while in debt.
-    level: i128,
-    filled_at: Duration,
-}
-
-impl Bucket {
-    fn new(per_second: u64, burst: Option<u64>) -> Self {
-        let per_second = per_second.max(1);
-        let burst = burst.unwrap_or(per_second / DEFAULT_BURST_OF_RATE).max(1);
-        Self { per_second, burst, level: i128::from(burst) * NANOS, filled_at: Duration::ZERO }
-    }
-
-    fn fill(&mut self, now: Duration) {
-        let elapsed = now.saturating_sub(self.filled_at).as_nanos() as i128;
-        self.filled_at = self.filled_at.max(now);
-        let full = i128::from(self.burst) * NANOS;
-        self.level = (self.level + elapsed * i128::from(self.per_second)).min(full);
-    }
-
-    /// Until it holds so much, or is full.
-    fn wait(&self, tokens: u64) -> Duration {
-        let missing = i128::from(tokens.min(self.burst)) * NANOS - self.level;
-        let nanos = u128::try_from(missing).unwrap_or(0).div_ceil(u128::from(self.per_second));
-        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
-    }
-
-    fn take(&mut self, tokens: u64) {
-        self.level -= i128::from(tokens) * NANOS;
-    }
-}
+use crate::token_bucket::TokenBucket;
 
 /// The limits of one disk.
 #[derive(Debug, Clone)]
 pub struct Limiter {
-    requests: Option<Bucket>,
-    bytes: Option<Bucket>,
+    requests: Option<TokenBucket>,
+    bytes: Option<TokenBucket>,
 }
 
 impl Limiter {
     /// `None` when there is nothing to limit.
     pub fn new(limit: &RateLimit) -> Option<Self> {
-        let bucket = |rate: Option<u64>, burst| rate.map(|rate| Bucket::new(rate, burst));
+        let bucket = |rate: Option<u64>, burst| rate.map(|rate| TokenBucket::new(rate, burst));
         let limiter = Self {
             requests: bucket(limit.iops, limit.burst_iops),
             bytes: bucket(limit.bytes_per_second, limit.burst_bytes),

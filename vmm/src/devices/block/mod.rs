@@ -42,7 +42,7 @@ mod tests;
 #[cfg(test)]
 mod tests_of_faults;
 #[cfg(test)]
-mod tests_of_hanging_disks;
+pub(crate) mod tests_of_hanging_disks;
 #[cfg(test)]
 mod tests_of_images;
 #[cfg(test)]

@@ -16,12 +16,11 @@ use super::backend::{Backend, Completion, Io, Token};
 use super::tests::{DISK_BYTES, Guest, NO_ANSWER, OK, guest_on, guest_with, pattern};
 use super::uring::Uring;
 use crate::lease::quiesce::{Quiesce, QuiesceError};
-use crate::pci::PciFunction;
 use crate::virtio::locked;
 use crate::virtio::testing::{Buffer, PATIENCE};
 
 /// A backend that ends requests when the test says so.
-struct Hanging {
+pub(crate) struct Hanging {
     shared: Arc<Mutex<Held>>,
     completions: EventFd,
 }
@@ -36,12 +35,12 @@ struct Held {
     closed: bool,
 }
 
-struct Remote {
+pub(crate) struct Remote {
     shared: Arc<Mutex<Held>>,
     completions: EventFd,
 }
 
-fn hanging() -> (Box<Hanging>, Remote) {
+pub(crate) fn hanging() -> (Box<Hanging>, Remote) {
     let shared = Arc::new(Mutex::new(Held::default()));
     let completions = EventFd::new(EFD_NONBLOCK).unwrap();
     let remote = Remote { shared: shared.clone(), completions: completions.try_clone().unwrap() };
@@ -96,14 +95,14 @@ impl Remote {
     }
 
     /// Ends everything that is held, with full success.
-    fn finish(&self) {
+    pub(crate) fn finish(&self) {
         let mut held = locked(&self.shared);
         let all = std::mem::take(&mut held.requests);
         held.ended.extend(all.into_iter().map(|(token, result, ..)| Completion { token, result }));
         self.completions.write(1).unwrap();
     }
 
-    fn wait_held(&self, count: usize) {
+    pub(crate) fn wait_held(&self, count: usize) {
         let until = Instant::now() + PATIENCE;
         while self.held() != count {
             assert!(Instant::now() < until, "{} held, {count} wanted", self.held());
@@ -114,7 +113,7 @@ impl Remote {
 
 impl Remote {
     /// Waits until the only request is a flush.
-    fn wait_flush(&self) {
+    pub(crate) fn wait_flush(&self) {
         let until = Instant::now() + PATIENCE;
         while !matches!(locked(&self.shared).requests[..], [(_, _, _, true)]) {
             assert!(Instant::now() < until, "no flush");
@@ -153,6 +152,45 @@ fn a_disk_that_gives_nothing_back_is_not_drained_at_the_deadline() {
     again.join().unwrap().unwrap();
     guest.handle.close();
     assert!(locked(&remote.shared).closed);
+}
+
+#[test]
+fn a_drain_answers_all_who_asked_for_it() {
+    let (mut guest, remote) = hung_guest();
+    let at = guest.driver.buffer(&[0; 512]);
+    guest.ask(VIRTIO_BLK_T_IN, 0, &[Buffer::In(at, 512)]);
+    remote.wait_held(1);
+    guest.gate.close();
+    let until = guest.soon();
+    let askers: Vec<_> = (0..3)
+        .map(|_| {
+            let handle = guest.handle.clone();
+            std::thread::spawn(move || handle.cancel_and_drain(until))
+        })
+        .collect();
+    let error = guest.handle.cancel_and_drain(Instant::now() + Duration::from_millis(50)).unwrap_err();
+    assert!(matches!(error, QuiesceError::StillInFlight { .. }), "{error}");
+    remote.finish();
+    for asker in askers {
+        asker.join().unwrap().unwrap();
+    }
+}
+
+#[test]
+fn a_disk_that_was_unplugged_is_quiet_for_good() {
+    let guest = Guest::started(|_| {});
+    guest.handle.cancel_and_drain(guest.soon()).unwrap();
+    guest.handle.close();
+    assert!(guest.handle.end());
+    assert!(guest.handle.end(), "asked again");
+    // The lease may have it in its list for a moment longer: it neither fails nor opens it again.
+    guest.handle.cancel_and_drain(guest.soon()).unwrap();
+    std::fs::remove_file(&guest.path).unwrap();
+    guest.handle.reopen().unwrap();
+    guest.driver.wait("the reset", |driver| {
+        driver.write(20, 1, 0);
+        driver.status() == 0
+    });
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! disk itself, so a disk that hangs leaves it able to answer; opening a file, which can hang, happens in the caller.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -28,6 +28,8 @@ use crate::virtio::{DeviceQueue, QueueError, VirtioInterrupt, locked};
 const GATE_LOOK: Duration = Duration::from_millis(10);
 /// How long a caller waits for an answer that needs no disk.
 const ANSWER: Duration = Duration::from_secs(2);
+/// Past its deadline nobody waits for a drain any more, and who asked has found out by itself.
+const AFTER_DEADLINE: Duration = Duration::from_secs(1);
 /// How long the thread stays for requests in the kernel when the machine ends.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -42,7 +44,11 @@ pub(super) enum Command {
     },
     /// The reset with this number.
     Reset(u64),
-    Drain(Sender<Drained>),
+    /// The caller waits until then.
+    Drain {
+        until: Instant,
+        answer: Sender<Drained>,
+    },
     Close(Sender<bool>),
     Open {
         backend: Box<dyn Backend>,
@@ -54,6 +60,8 @@ pub(super) enum Command {
     Retry,
     Look,
     Stop,
+    /// The disk leaves its guest: answered when nothing of it is open.
+    End(Sender<()>),
 }
 
 /// Reaches the thread.
@@ -63,6 +71,8 @@ pub(super) struct Link {
     metrics: Arc<BlockMetrics>,
     resets_asked: AtomicU64,
     resets_done: AtomicU64,
+    /// The thread has ended and left nothing in the kernel.
+    ended: AtomicBool,
 }
 
 impl Link {
@@ -128,6 +138,7 @@ pub(super) fn start(
         metrics,
         resets_asked: AtomicU64::new(0),
         resets_done: AtomicU64::new(0),
+        ended: AtomicBool::new(false),
     });
     let thread = DiskThread {
         name: name.to_owned(),
@@ -136,8 +147,9 @@ pub(super) fn start(
         wake: thread_wake,
         link: Arc::downgrade(&link),
         active: None,
-        drain: None,
+        drains: Vec::new(),
         reset: None,
+        end: None,
         faults,
         started: Instant::now(),
     };
@@ -160,9 +172,12 @@ struct DiskThread {
     wake: EventFd,
     link: std::sync::Weak<Link>,
     active: Option<Active>,
-    drain: Option<Sender<Drained>>,
+    /// Who waits for a drain: the lease, the end of the machine and an unplug may meet.
+    drains: Vec<(Instant, Sender<Drained>)>,
     /// A reset that waits for the kernel.
     reset: Option<u64>,
+    /// Who waits for the end.
+    end: Option<Sender<()>>,
     faults: Arc<dyn DiskFaults>,
     /// The engine's time begins here.
     started: Instant,
@@ -178,7 +193,10 @@ impl DiskThread {
             }
             let reaped = self.engine.reap();
             self.judge(reaped);
-            let served = self.engine.serve(self.started.elapsed());
+            self.drains.retain(|(until, _)| until.elapsed() < AFTER_DEADLINE);
+            // A disk that leaves its guest is drained while the gate is open for the others: it begins nothing before it has answered.
+            let served =
+                if self.drains.is_empty() { self.engine.serve(self.started.elapsed()) } else { Ok(Served::Stalled) };
             look_again = match served {
                 Ok(Served::Stalled) => Some(GATE_LOOK),
                 Ok(Served::Throttled(wait)) => Some(wait),
@@ -227,6 +245,10 @@ impl DiskThread {
         loop {
             match self.received.try_recv() {
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
+                Ok(Command::End(answer)) => {
+                    self.end = Some(answer);
+                    return false;
+                }
                 Err(TryRecvError::Empty) => return true,
                 Ok(command) => self.carry_out(command),
             }
@@ -245,9 +267,9 @@ impl DiskThread {
                 self.engine.reset();
                 self.reset = Some(number);
             }
-            Command::Drain(answer) => {
+            Command::Drain { until, answer } => {
                 self.engine.begin_drain();
-                self.drain = Some(answer);
+                self.drains.push((until, answer));
             }
             Command::Close(answer) => {
                 let closed = self.engine.close();
@@ -262,7 +284,7 @@ impl DiskThread {
                 let _ = answer.send(self.engine.standing());
             }
             Command::Retry => self.engine.retry(),
-            Command::Look | Command::Stop => {}
+            Command::Look | Command::Stop | Command::End(_) => {}
         }
     }
 
@@ -280,10 +302,11 @@ impl DiskThread {
     }
 
     fn answer_those_who_wait(&mut self) {
-        if let Some(drain) = self.engine.drained()
-            && let Some(answer) = self.drain.take()
-        {
-            let _ = answer.send(Drained { completed: drain.completed, cancelled: drain.cancelled });
+        if let Some(drain) = self.engine.drained() {
+            for (_, answer) in self.drains.drain(..) {
+                // Nobody there: the caller has given up waiting.
+                let _ = answer.send(Drained { completed: drain.completed, cancelled: drain.cancelled });
+            }
         }
         if self.engine.in_flight() == 0
             && let Some(number) = self.reset.take()
@@ -302,7 +325,16 @@ impl DiskThread {
             let reaped = self.engine.reap();
             self.judge(reaped);
         }
+        let clean = self.engine.in_flight() == 0;
         self.engine.abandon();
+        if let Some(link) = self.link.upgrade() {
+            // Commands that come from now on, an open file among them, are dropped with their channel.
+            link.ended.store(clean, Ordering::SeqCst);
+        }
+        drop(self.received);
+        if let Some(answer) = self.end {
+            let _ = answer.send(());
+        }
     }
 }
 
@@ -342,6 +374,21 @@ impl BlockHandle {
         let _ = self.link.send(Command::Retry);
     }
 
+    /// Ends the thread for good, after a drain: once it has, nothing of this disk is open and nobody opens it again. False when its
+    /// file system hangs; the thread goes on and ends when it can.
+    pub fn end(&self) -> bool {
+        let (answer, ended) = channel();
+        if self.link.send(Command::End(answer)).is_err() {
+            return self.has_ended();
+        }
+        let _ = ended.recv_timeout(ANSWER);
+        self.has_ended()
+    }
+
+    fn has_ended(&self) -> bool {
+        self.link.ended.load(Ordering::SeqCst)
+    }
+
     fn no_answer(&self) -> QuiesceError {
         QuiesceError::NoAnswer { disk: self.config.name.clone() }
     }
@@ -350,9 +397,12 @@ impl BlockHandle {
 impl Quiesce for BlockHandle {
     fn cancel_and_drain(&self, until: Instant) -> Result<Drained, QuiesceError> {
         let (answer, drained) = channel();
-        self.link.send(Command::Drain(answer)).map_err(|_| self.no_answer())?;
+        let sent = self.link.send(Command::Drain { until, answer });
         match drained.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(drained) => Ok(drained),
+            // A disk that was unplugged meanwhile is as quiet as one can be.
+            Err(_) if self.has_ended() => Ok(Drained::default()),
+            Err(_) if sent.is_err() => Err(self.no_answer()),
             Err(RecvTimeoutError::Disconnected) => Err(self.no_answer()),
             Err(RecvTimeoutError::Timeout) => match self.metrics().in_flight.load(Ordering::SeqCst) {
                 0 => Err(self.no_answer()),
@@ -378,6 +428,10 @@ impl Quiesce for BlockHandle {
     }
 
     fn reopen(&self) -> Result<(), QuiesceError> {
+        // The guest has no such disk any more.
+        if self.has_ended() {
+            return Ok(());
+        }
         let path = || self.config.path.display().to_string();
         let disk = disk::reopen(&self.config, self.facts).map_err(|error| match error {
             ReopenError::Open(source) => QuiesceError::Reopen { disk: self.config.name.clone(), path: path(), source },
@@ -390,7 +444,11 @@ impl Quiesce for BlockHandle {
             source: std::io::Error::other(error),
         })?;
         let (done, opened) = channel();
-        self.link.send(Command::Open { backend, direct, done }).map_err(|_| self.no_answer())?;
-        opened.recv_timeout(ANSWER).map_err(|_| self.no_answer())
+        let sent = self.link.send(Command::Open { backend, direct, done });
+        match opened.recv_timeout(ANSWER) {
+            Ok(()) => Ok(()),
+            Err(_) if sent.is_err() && self.has_ended() => Ok(()),
+            Err(_) => Err(self.no_answer()),
+        }
     }
 }

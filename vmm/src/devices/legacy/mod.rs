@@ -1,14 +1,16 @@
 //! What a PC has had since before PCI, as far as a stock kernel and later firmware look for it: COM1, the CMOS clock, the reset
-//! ports, ACPI's fixed registers. And two ports of our own: the boot timer and a debug console.
+//! ports, ACPI's fixed registers, the panic port, the generation of the VM. And two ports of our own: the boot timer and a debug console.
 //!
 //! Each is a register file behind [`PioDevice`](crate::bus::PioDevice); none blocks, because a vCPU waits for it.
 
 pub mod boot_timer;
 pub mod debug_port;
 pub mod pm;
+pub mod pvpanic;
 pub mod reset;
 pub mod rtc;
 pub mod serial;
+pub mod vmgenid;
 
 /// What a guest asks of the machine as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

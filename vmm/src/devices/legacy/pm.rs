@@ -20,6 +20,10 @@ pub const PM_TIMER: u16 = 0x08;
 pub const PM_TIMER_LEN: u8 = 4;
 pub const GPE0: u16 = 0x20;
 pub const GPE0_LEN: u8 = 16;
+/// Half of the block is status, half is enable.
+const GPE0_STATUS_LEN: usize = GPE0_LEN as usize / 2;
+/// The general purpose event of the VM generation ID, as on QEMU's machines; the DSDT has its method.
+pub const GPE_VM_GENERATION: u8 = 5;
 /// All of PMBASE.
 pub const PORTS: u64 = 0x80;
 
@@ -79,8 +83,18 @@ impl PowerManagement {
         self.update_sci();
     }
 
+    /// A general purpose event happened. A guest that has not enabled it hears of it when it does.
+    pub fn raise_gpe(&mut self, number: u8) {
+        if let Some(status) = self.gpe0[..GPE0_STATUS_LEN].get_mut(usize::from(number / 8)) {
+            *status |= 1 << (number % 8);
+        }
+        self.update_sci();
+    }
+
     fn update_sci(&self) {
-        let asserted = self.status & self.enable & PM1_EVENTS != 0;
+        let (status, enable) = self.gpe0.split_at(GPE0_STATUS_LEN);
+        let gpe = status.iter().zip(enable).any(|(status, enable)| status & enable != 0);
+        let asserted = gpe || self.status & self.enable & PM1_EVENTS != 0;
         if let Err(error) = self.sci.set(asserted) {
             tracing::warn!(%error, asserted, "cannot set the SCI");
         }
@@ -135,7 +149,7 @@ impl PowerManagement {
             0x00..=0x01 => self.status &= !bits,
             0x02..=0x03 => self.enable = (self.enable & !mask) | bits,
             0x04..=0x05 => self.write_control((self.control & !mask) | bits),
-            // GPE status (first half) clears by writing, enable (second half) is kept. No GPE fires here.
+            // GPE status (first half) clears by writing, enable (second half) is kept.
             0x20..=0x27 => self.gpe0[usize::from(offset - GPE0)] &= !value,
             0x28..=0x2f => self.gpe0[usize::from(offset - GPE0)] = value,
             _ => {}
@@ -204,6 +218,38 @@ mod tests {
         pm.write(0x00, &POWER_BUTTON.to_le_bytes());
         assert!(!sci.asserted());
         assert_eq!(read_word(&mut pm, 0x00), 0);
+    }
+
+    #[test]
+    fn a_general_purpose_event_holds_the_sci_until_the_guest_has_seen_it() {
+        let (mut pm, sci, _) = device();
+        for number in [GPE_VM_GENERATION, 0, 63] {
+            let (at, bit) = (GPE0 + u16::from(number / 8), [1 << (number % 8)]);
+            pm.raise_gpe(number);
+            assert!(!sci.asserted(), "not enabled yet");
+            pm.write(at + 8, &bit);
+            assert!(sci.asserted());
+            let mut status = [0];
+            pm.read(at, &mut status);
+            assert_eq!(status, bit);
+            pm.write(at, &bit);
+            assert!(!sci.asserted());
+            pm.raise_gpe(number);
+            assert!(sci.asserted());
+            // The handler masks it first, as Linux does.
+            pm.write(at + 8, &[0]);
+            assert!(!sci.asserted());
+            pm.write(at, &bit);
+        }
+        // An event that does not exist, and the button beside one that does.
+        pm.raise_gpe(64);
+        pm.write(GPE0 + 8, &[0xff; 8]);
+        assert!(!sci.asserted());
+        pm.raise_gpe(GPE_VM_GENERATION);
+        pm.write(0x02, &POWER_BUTTON.to_le_bytes());
+        pm.press_power_button();
+        pm.write(GPE0, &[0xff]);
+        assert!(sci.asserted(), "the button still waits");
     }
 
     #[test]

@@ -4,13 +4,13 @@
 //! As QEMU does, in the guest's name and without its help: a reverse ARP request (RFC 903) of each card, some times over a second,
 //! as frames get lost while ports come up. Every switch on the way learns the address; nobody has to answer.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use pnet_base::MacAddr;
-use vmm_control::NicConfig;
 
 use super::header::HEADER_BYTES;
-use super::tap::{KernelTap, Tap, TapError};
+use super::tap::{KernelTap, Tap};
 
 /// Before each frame but the first, in milliseconds.
 const PAUSES_MS: [u64; 4] = [50, 150, 250, 350];
@@ -45,8 +45,8 @@ fn frame(card: MacAddr) -> [u8; HEADER_BYTES + FRAME_BYTES] {
     frame
 }
 
-fn send(taps: &[(MacAddr, KernelTap)]) {
-    for (mac, tap) in taps {
+fn send(cards: &[(MacAddr, Arc<KernelTap>)]) {
+    for (mac, tap) in cards {
         let mut frame = frame(*mac);
         let buffer = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() };
         // SAFETY: the buffer is `frame`, which lives until the call has returned.
@@ -56,12 +56,10 @@ fn send(taps: &[(MacAddr, KernelTap)]) {
     }
 }
 
-/// Announces all cards from a thread of its own, which ends by itself. `taps` is in the order of the cards.
-pub fn start(nics: &[NicConfig], taps: &[KernelTap]) -> Result<(), TapError> {
-    let cards = nics.iter().zip(taps).map(|(nic, tap)| Ok((nic.mac, tap.try_clone()?)));
-    let cards: Vec<(MacAddr, KernelTap)> = cards.collect::<Result<_, TapError>>()?;
+/// Announces these cards from a thread of its own, which ends by itself.
+pub fn start(cards: Vec<(MacAddr, Arc<KernelTap>)>) {
     if cards.is_empty() {
-        return Ok(());
+        return;
     }
     let announce = move || {
         send(&cards);
@@ -74,7 +72,6 @@ pub fn start(nics: &[NicConfig], taps: &[KernelTap]) -> Result<(), TapError> {
         // The guest's own first frame says the same.
         tracing::warn!(%error, "the network is not told where the guest is now");
     }
-    Ok(())
 }
 
 #[cfg(test)]

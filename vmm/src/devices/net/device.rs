@@ -87,6 +87,8 @@ impl VirtioDevice for Net {
     }
 
     fn save(&self) -> Result<serde_json::Value, DeviceError> {
+        // The thread answers in order: a cable that was pulled a moment ago is out when this returns.
+        self.link.positions()?;
         serde_json::to_value(SavedNet::of(&self.config, self.link.is_link_up()))
             .map_err(|source| DeviceError::Encoding { device: NAME, source })
     }

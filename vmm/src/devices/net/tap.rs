@@ -268,7 +268,7 @@ mod tests {
 
     fn nics(ids: &[&str]) -> Vec<NicConfig> {
         let mac = MacAddr::new(2, 0, 0, 0, 0, 1);
-        ids.iter().map(|id| NicConfig { id: (*id).to_owned(), mac, mtu: 1500 }).collect()
+        ids.iter().map(|id| NicConfig { id: (*id).to_owned(), mac, mtu: 1500, slot: None }).collect()
     }
 
     fn tap_fd(nic: &str, fd: RawFd) -> TapFd {

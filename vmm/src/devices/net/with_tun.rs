@@ -205,7 +205,6 @@ fn guest(features: u64) -> Guest {
     }
     // With the driver there from the start, nothing of the host's first words is discarded under a test.
     driver.wait("the card to be served", |driver| {
-        use crate::pci::PciFunction;
         driver.function.save().is_ok_and(|saved| saved["positions"].as_array().is_some_and(|p| p.len() == 2))
     });
     Guest { driver, handle, host: Host::up(), buffers, next: 0 }
