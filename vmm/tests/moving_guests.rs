@@ -2,84 +2,20 @@
 
 mod support;
 
-use std::io::{Read, Write};
+use std::collections::BTreeMap;
+use std::io::Write;
 
-use serde_json::json;
-use support::{TestClient, TestVm, flat_guests_run, wait_for};
-use vmm::saved::frame::{FrameError, FrameKind, FrameReader};
+use serde_json::{Value, json};
+use support::moving::{hand_over, load, run, run_call, save, source, target};
+use support::{TestVm, flat_guests_run, wait_for};
+use vmm::machine::layout::Layout;
+use vmm::saved::frame::FrameKind;
+use vmm::saved::payload::PayloadKind;
+use vmm::saved::stream::{GuestReader, Item};
 use vmm::sys::boottime_ns;
 use vmm_control::{Call, ErrorCode, ExitReason, IncomingState, Notice, PauseReason, RunState, SaveState};
 
 const SECOND_NS: u64 = 1_000_000_000;
-
-fn source(behaviour: &str) -> TestVm {
-    let mut vm = TestVm::new(behaviour);
-    vm.set("memory_bytes", json!(16u64 << 20));
-    vm
-}
-
-/// The process that the same guest goes to.
-fn target(behaviour: &str) -> TestVm {
-    let mut vm = source(behaviour);
-    vm.argue(&["--incoming"]);
-    vm
-}
-
-fn run_call(vm: &TestVm, epoch: u64) -> Call {
-    Call::Run { epoch, deadline_ns: None, started_marker: vm.path(&format!("started-{epoch}")) }
-}
-
-/// The whole stream. The guest stands from then on.
-fn save(vm: &TestVm) -> Vec<u8> {
-    let mut client = vm.client();
-    let reply = client.ask(Call::SaveAttach { migration: None });
-    assert!(reply.error.is_none(), "{reply:?}");
-    let mut saved = Vec::new();
-    client.reader.read_to_end(&mut saved).unwrap();
-    wait_for("the save to end", || {
-        let saving = vm.client().status().saving.unwrap();
-        assert_eq!(saving.error, None);
-        (saving.state == SaveState::Saved).then_some(())
-    });
-    saved
-}
-
-/// Hands a guest over, and returns the answers, the last one with its words.
-fn hand_over(vm: &TestVm, saved: &[u8]) -> Vec<(FrameKind, String)> {
-    let mut client = vm.client();
-    let reply = client.ask(Call::RestoreAttach);
-    assert!(reply.error.is_none(), "{reply:?}");
-    // A target that refuses does not read the rest.
-    let _ = client.reader.get_mut().write_all(saved);
-    let _ = client.reader.get_mut().shutdown(std::net::Shutdown::Write);
-    let mut reader = FrameReader::answers(&mut client.reader);
-    let mut answers = Vec::new();
-    loop {
-        match reader.read() {
-            Ok((kind, body)) => answers.push((kind, String::from_utf8(body.to_vec()).unwrap())),
-            Err(FrameError::Truncated | FrameError::Read(_)) => return answers,
-            Err(error) => panic!("{error}"),
-        }
-    }
-}
-
-fn load(vm: &TestVm, saved: &[u8]) {
-    let answers = hand_over(vm, saved);
-    let kinds: Vec<_> = answers.iter().map(|(kind, _)| *kind).collect();
-    assert_eq!(kinds, [FrameKind::Accepted, FrameKind::Loaded], "{answers:?}");
-    let status = vm.client().status();
-    assert_eq!(status.run, RunState::Paused { reason: PauseReason::Incoming });
-    assert_eq!(status.incoming.unwrap().state, IncomingState::Loaded);
-    assert_eq!(status.incoming.unwrap().bytes_received, saved.len() as u64);
-}
-
-fn run(vm: &TestVm, epoch: u64) -> TestClient {
-    let mut client = vm.client();
-    let reply = client.ask(run_call(vm, epoch));
-    assert!(reply.error.is_none(), "{reply:?}");
-    client.wait_notice(|notice| *notice == Notice::Resumed);
-    client
-}
 
 /// Whether these characters count round and round, one by one.
 fn counts(text: &str, first: char, last: char) -> bool {
@@ -273,6 +209,105 @@ fn an_interrupt_that_waits_is_delivered_in_the_other_process() {
     assert_eq!(second.wait_exit().code(), Some(0));
     assert!(second.console().ends_with('P'), "{}", second.console());
     assert_eq!(second.report().unwrap().reason, ExitReason::GuestPoweredOff);
+}
+
+/// Memory, and the states by kind and number.
+fn contents(saved: &[u8]) -> (Vec<u8>, BTreeMap<(PayloadKind, u32), Value>) {
+    let (header, mut reader) = GuestReader::start(saved).unwrap();
+    let bytes = header.shape.memory_bytes;
+    reader.accept(&Layout::new(bytes, bytes));
+    let (mut memory, mut states) = (vec![0; bytes as usize], BTreeMap::new());
+    loop {
+        match reader.item().unwrap() {
+            Item::Pages { address, data } => memory[address as usize..][..data.len()].copy_from_slice(data),
+            Item::Zeros { .. } => {}
+            Item::State(payload) => drop(states.insert((payload.kind, payload.instance), payload.data)),
+            Item::End => return (memory, states),
+        }
+    }
+}
+
+/// Takes away what goes on by itself while a guest stands: its clocks.
+fn without_clocks(states: &mut BTreeMap<(PayloadKind, u32), Value>) {
+    states.remove(&(PayloadKind::Clock, 0));
+    states.remove(&(PayloadKind::Pit, 0));
+    states.get_mut(&(PayloadKind::PowerManagement, 0)).unwrap()["timer_ns"] = json!(0);
+    states.get_mut(&(PayloadKind::Vcpu, 0)).unwrap()["msrs"]["16"] = json!(0);
+}
+
+#[test]
+fn a_guest_that_is_saved_where_it_went_before_it_ran_is_the_same() {
+    if !flat_guests_run() {
+        return;
+    }
+    let mut first = source("i");
+    first.start();
+    first.wait_console("....");
+    first.client().ask(Call::PowerButton);
+    let saved = save(&first);
+    let mut second = target("i");
+    second.start();
+    let mut client = second.client();
+    client.ask(Call::Pause);
+    load(&second, &saved);
+    assert!(client.ask(run_call(&second, 42)).error.is_none());
+    client.wait_notice(|notice| *notice == Notice::Resumed);
+    assert_eq!(client.status().run, RunState::Paused { reason: PauseReason::Requested });
+    let again = save(&second);
+    assert_eq!(second.console(), "");
+
+    let ((memory, mut states), (memory_again, mut states_again)) = (contents(&saved), contents(&again));
+    // The guest has left its mark on each device, so that one that was not restored is another.
+    assert_eq!(states[&(PayloadKind::ResetPort, 0)]["value"], json!(2));
+    assert_eq!(states[&(PayloadKind::RealTimeClock, 0)]["memory"][0x40], json!(0xa5));
+    assert_eq!(states[&(PayloadKind::PowerManagement, 0)]["status"], json!(0x100));
+    assert!(memory == memory_again, "the guest's memory is another");
+    without_clocks(&mut states);
+    without_clocks(&mut states_again);
+    assert_eq!(states.keys().collect::<Vec<_>>(), states_again.keys().collect::<Vec<_>>());
+    for (kind, state) in &states {
+        assert_eq!(&states_again[kind], state, "{kind:?}");
+    }
+}
+
+#[test]
+fn disks_are_opened_when_the_guest_may_run_and_not_before() {
+    if !flat_guests_run() {
+        return;
+    }
+    let with_disk = |vm: &mut TestVm| {
+        let path = vm.path("disk");
+        std::fs::write(&path, [7; 8192]).unwrap();
+        vm.set("disks", json!([{"id": "root", "path": path, "shared": true}])).start();
+    };
+    let has_open = |vm: &TestVm| {
+        let open = std::fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap();
+        open.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok()).any(|path| path == vm.path("disk"))
+    };
+    let mut first = source("m");
+    with_disk(&mut first);
+    first.wait_console("xyz");
+    assert!(has_open(&first));
+    let saved = save(&first);
+
+    let mut second = target("m");
+    with_disk(&mut second);
+    load(&second, &saved);
+    assert!(!has_open(&second), "the source still has it");
+    run(&second, 42);
+    assert!(has_open(&second));
+    wait_for("the guest to go on", || (printed(&second).len() > 30).then_some(()));
+
+    // A disk that is another one by then: the guest does not run, and its permit is not used up.
+    let mut third = target("m");
+    with_disk(&mut third);
+    load(&third, &saved);
+    std::fs::write(third.path("disk"), [7; 4096]).unwrap();
+    third.client().ask(run_call(&third, 43));
+    assert_eq!(third.wait_exit().code(), Some(i32::from(ExitReason::StartFailed.exit_code())));
+    let report = third.report().unwrap();
+    assert!(!report.ran && report.detail.contains("is not the disk that was closed"), "{}", report.detail);
+    assert!(!third.path("started-43").exists());
 }
 
 #[test]

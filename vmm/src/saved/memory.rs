@@ -173,8 +173,8 @@ mod tests {
         /// A first pass, changes that make pages zero and not zero, and a second pass over what changed: equal memories.
         #[test]
         fn memory_comes_back_after_any_changes(
-            first in proptest::collection::vec((0usize..4096, 1u8..), 0..60),
-            second in proptest::collection::vec((0usize..4096, any::<u8>()), 0..60),
+            first in proptest::collection::vec((4000usize..4096, 1u8..), 0..60),
+            second in proptest::collection::vec((4000usize..4096, 0u8..4), 0..60),
         ) {
             let layout = Layout::new(16 << 20, 16 << 20);
             let source = memory(&layout);

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 pub mod guest;
+pub mod moving;
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;

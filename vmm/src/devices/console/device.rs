@@ -91,6 +91,12 @@ impl Console {
     pub fn metrics(&self) -> &ConsoleMetrics {
         &self.shared.metrics
     }
+
+    /// What the thread does when it wakes, in the thread of a test.
+    #[cfg(test)]
+    pub(super) fn wake_here(&self) {
+        self.shared.serve();
+    }
 }
 
 impl Drop for Console {
