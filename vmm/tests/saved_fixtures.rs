@@ -119,7 +119,7 @@ fn write_a_fixture() {
     vm.set("memory_bytes", json!(16u64 << 20)).start();
     vm.wait_console("xyz");
     let mut client = vm.client();
-    assert!(client.ask(Call::SaveAttach { migration: None }).error.is_none());
+    assert!(client.ask(Call::SaveAttach { migration: None, live: None }).error.is_none());
     let mut saved = Vec::new();
     client.reader.read_to_end(&mut saved).unwrap();
     read(&saved);

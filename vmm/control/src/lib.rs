@@ -17,7 +17,7 @@ pub use config::{ConfigError, Identity, LeaseConfig, LogLevel, MachineType, NicC
 pub use disk::{BackingImage, DiskConfig, DiskFormat, OnError, RateLimit};
 pub use exit::{ExitError, ExitReason, ExitReport};
 pub use protocol::{
-    Call, DiskFault, ErrorCode, Fault, Hello, IncomingState, IncomingStatus, Message, Notice, PauseReason,
+    Call, DiskFault, ErrorCode, Fault, Hello, IncomingState, IncomingStatus, LiveLimits, Message, Notice, PauseReason,
     ProtocolError, Reply, Request, RunState, SaveState, SaveStatus, Status,
 };
 

@@ -77,7 +77,7 @@ impl Stopped {
 fn a_guest_is_not_resumed_while_it_is_being_saved() {
     let stopped = control();
     let running = stopped.control.running.get().unwrap();
-    let session = running.saves.begin(None).unwrap();
+    let session = running.saves.begin(None, None).unwrap();
     stopped.ask(Call::Pause);
     let status = stopped.status();
     assert_eq!(status.run, RunState::Paused { reason: PauseReason::Saved });
@@ -100,7 +100,7 @@ fn a_process_that_waits_for_no_guest_takes_none() {
     assert_eq!(stopped.refusal(run(Some(u64::MAX))), ErrorCode::NoLease);
     assert_eq!(stopped.control.reserve_incoming().err().unwrap().0, ErrorCode::NotNow);
     // And without a machine there is nothing to save.
-    assert_eq!(stopped.control.begin_save(None).err().unwrap().0, ErrorCode::NotNow);
+    assert_eq!(stopped.control.begin_save(None, None).err().unwrap().0, ErrorCode::NotNow);
     assert!(stopped.gate.is_open());
 }
 

@@ -29,6 +29,9 @@ pub enum Stop {
     Saved,
     /// The guest is one that comes from elsewhere, and nobody has said yet that it may run here.
     Incoming,
+    /// The guest is copied while it runs, and writes too fast: for a part of each tenth of a second. Only vCPUs heed it; for all others the
+    /// gate is as open as it is without it.
+    Throttled,
 }
 
 impl Stop {
@@ -40,6 +43,7 @@ impl Stop {
             Self::IoError => 1 << 3,
             Self::Saved => 1 << 4,
             Self::Incoming => 1 << 5,
+            Self::Throttled => 1 << 6,
         }
     }
 }
@@ -148,6 +152,10 @@ impl RunGate {
     }
 
     pub fn is_open(&self) -> bool {
+        self.reasons.load(Ordering::SeqCst) & !Stop::Throttled.bit() == 0
+    }
+
+    fn lets_vcpus_pass(&self) -> bool {
         self.reasons.load(Ordering::SeqCst) == 0
     }
 
@@ -168,7 +176,7 @@ impl RunGate {
 impl Ticket<'_> {
     /// Returns when the vCPU may enter the guest, or must end.
     pub fn pass(&self) -> Passage {
-        if self.gate.is_open() {
+        if self.gate.lets_vcpus_pass() {
             return Passage::Enter;
         }
         let mut threads = self.gate.threads();
@@ -178,7 +186,7 @@ impl Ticket<'_> {
             if self.gate.holds(Stop::End) {
                 break Passage::End;
             }
-            if self.gate.is_open() {
+            if self.gate.lets_vcpus_pass() {
                 break Passage::Enter;
             }
             if self.errands.replace(threads.errands) != threads.errands {
@@ -279,6 +287,23 @@ mod tests {
         gate.shut(Stop::End);
         assert_eq!(has_gone.recv().unwrap(), Passage::End);
         vcpu.join().unwrap();
+    }
+
+    #[test]
+    fn a_throttled_vcpu_waits_and_device_threads_do_not() {
+        let gate = RunGate::new();
+        gate.shut(Stop::Throttled);
+        assert!(gate.is_open() && gate.try_enter().is_some());
+        let vcpu = std::thread::spawn({
+            let gate = gate.clone();
+            move || gate.enlist().pass()
+        });
+        while gate.threads().parked == 0 {
+            std::thread::yield_now();
+        }
+        assert!(!vcpu.is_finished());
+        gate.open(Stop::Throttled);
+        assert_eq!(vcpu.join().unwrap(), Passage::Enter);
     }
 
     #[test]
