@@ -56,7 +56,7 @@ fn a_guest_goes_on_in_another_process_where_it_stopped() {
     assert_eq!(waiting.incoming.unwrap().state, IncomingState::Waiting);
     let early = client.ask(run_call(&second, 42)).error.unwrap();
     assert_eq!(early.code, ErrorCode::NotNow, "{early}");
-    assert_eq!(client.ask(Call::SaveAttach { migration: None }).error.unwrap().code, ErrorCode::NotNow);
+    assert_eq!(client.ask(Call::SaveAttach { migration: None, live: None }).error.unwrap().code, ErrorCode::NotNow);
     load(&second, &saved);
     assert!(!second.path("started-42").exists(), "nothing is marked started");
     assert_eq!(second.console(), "", "nothing runs");
@@ -338,8 +338,8 @@ fn a_client_that_disappears_leaves_the_guest_stopped_until_it_is_resumed() {
     vm.wait_console("xyz");
     let mut client = vm.client();
     let mut lost = vm.client();
-    assert!(lost.ask(Call::SaveAttach { migration: None }).error.is_none());
-    let second = vm.client().ask(Call::SaveAttach { migration: None });
+    assert!(lost.ask(Call::SaveAttach { migration: None, live: None }).error.is_none());
+    let second = vm.client().ask(Call::SaveAttach { migration: None, live: None });
     if let Some(refused) = second.error {
         assert_eq!(refused.code, ErrorCode::Taken);
     }

@@ -175,7 +175,7 @@ fn write_a_fixture() {
     let plugged = DiskConfig { id: "plugged".into(), path, serial: "second".into(), ..DiskConfig::default() };
     assert!(client.ask(Call::PlugDisk { config: Box::new(plugged) }).error.is_none());
     client.wait_notice(|notice| matches!(notice, Notice::Plugged { slot: 2, .. }));
-    assert!(client.ask(Call::SaveAttach { migration: None }).error.is_none());
+    assert!(client.ask(Call::SaveAttach { migration: None, live: None }).error.is_none());
     let mut saved = Vec::new();
     client.reader.read_to_end(&mut saved).unwrap();
     read(&saved);

@@ -111,12 +111,13 @@ impl Seen {
 }
 
 fn progress(saving: &SaveStatus) -> MigrationProgress {
-    const PAGE_BYTES: u64 = 4096;
     MigrationProgress {
-        round: 1,
+        round: u32::try_from(saving.round).unwrap_or(u32::MAX),
         sent_bytes: saving.bytes_sent,
-        remaining_bytes: saving.pages_total.saturating_sub(saving.pages_done) * PAGE_BYTES,
-        ..MigrationProgress::default()
+        remaining_bytes: saving.remaining_bytes,
+        dirty_bytes_per_second: saving.dirty_bytes_per_second,
+        throttle_percent: saving.throttle_percent.min(100),
+        downtime_us: saving.downtime_us,
     }
 }
 

@@ -25,8 +25,8 @@ pub use device::{DeviceKind, DeviceState, DeviceStatus};
 pub use disk::{BackingImage, DiskConfig, DiskFormat, OnError, RateLimit};
 pub use exit::{ExitError, ExitReason, ExitReport};
 pub use protocol::{
-    Call, DiskFault, ErrorCode, Fault, Hello, IncomingState, IncomingStatus, Message, Notice, PanicKind, PauseReason,
-    ProtocolError, Reply, Request, RunState, SaveState, SaveStatus, Status,
+    Call, DiskFault, ErrorCode, Fault, Hello, IncomingState, IncomingStatus, LiveLimits, Message, Notice, PanicKind,
+    PauseReason, ProtocolError, Reply, Request, RunState, SaveState, SaveStatus, Status,
 };
 
 /// The longest lease that exists: a lease lasts 12 s from the send time of the host's heartbeat (DESIGN §5), plus half a second

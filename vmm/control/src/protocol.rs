@@ -25,6 +25,10 @@
 //!      +------- resume ------ failed                                   saving
 //! ```
 //!
+//! With `live` it runs on while its memory is copied, and stands from the notice `paused` on, for the last of it. When that does not come
+//! about (the client is gone, or the guest writes faster than it is copied), it goes on running and `saving` says why; then the next
+//! `save_attach` begins anew, and `resume` forgets it.
+//!
 //! A process that was started with `--incoming` runs nothing. After the reply to `restore_attach` the connection carries a saved guest to it.
 //! When all of it is in its place (`loaded` in [`Status::incoming`], and a frame that says so on the connection), `run` names the
 //! permit and starts it. A guest that cannot be taken over ends the process with [`crate::ExitReason::RestoreFailed`].
@@ -60,12 +64,14 @@ use crate::{DeviceStatus, DiskConfig, NicConfig};
 /// hostd meets older ones after each upgrade. 2: `agent_attach`, `taken`, `agent_open`. 3: `save_attach`,
 /// `restore_attach`, `run`, `saving`, `incoming`; `guest_panicked`, `watchdog_expired` and the pauses for them, `panic`, `panics`,
 /// `balloon_set`; `plug_disk`, `plug_nic`, `unplug`, `set_link`, `not_found`, `devices`, and the `slot` of a configuration's disks and
-/// network cards.
-pub const PROTOCOL_VERSION: u32 = 3;
+/// network cards. 4: `live`, which an older one ignores: it stops the guest at once.
+pub const PROTOCOL_VERSION: u32 = 4;
 /// The longest line in either direction, with its end.
 pub const MAX_LINE_BYTES: usize = 64 << 10;
 /// Clients at one time, consoles and the agent's included.
 pub const MAX_CLIENTS: usize = 8;
+/// The slowest that a guest may be told to be copied: slower it would not arrive.
+pub const MIN_COPY_BYTES_PER_SECOND: u64 = 64 << 10;
 
 /// What a client asks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,11 +101,15 @@ pub enum Call {
     ConsoleAttach,
     /// Turns this connection into the guest agent's port. Refused as `taken` while another client has it.
     AgentAttach,
-    /// Stops the guest and turns this connection into the stream of it. Refused as `taken` while another client saves it.
+    /// Turns this connection into the stream of the guest, which is stopped: at once, or with `live` at the end of the copy. Refused as
+    /// `taken` while another client saves it.
     SaveAttach {
         /// The migration that it is for; told again in [`SaveStatus`], so that a client which is new here knows whose it is.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         migration: Option<u64>,
+        /// Copies the guest while it runs. Left out, it is stopped at once.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        live: Option<LiveLimits>,
     },
     /// Turns this connection into the stream of the guest that comes. Once, and only in a process that waits for one.
     RestoreAttach,
@@ -135,9 +145,42 @@ impl Call {
     /// What is wrong with the values of a call, each by itself.
     fn check(&self) -> Result<(), String> {
         match self {
+            Self::SaveAttach { live: Some(limits), .. } => limits.check(),
             Self::Run { epoch: 0, .. } => Err("no permit has the epoch 0".to_owned()),
             Self::Run { started_marker, .. } => {
                 check_path("started_marker", started_marker).map_err(|error| error.to_string())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What it may cost to copy a guest while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LiveLimits {
+    /// For how long the guest may stand while the last of its memory is sent: an aim, judged by the bandwidth that was measured.
+    pub downtime_ms: u64,
+    /// While the guest runs. The last of its memory goes as fast as it can. [`MIN_COPY_BYTES_PER_SECOND`] at least.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<u64>,
+    /// From the first byte to the stop of the guest, or it is given up. Left out, 800 seconds for each GiB of memory, and 150 at least.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+}
+
+impl Default for LiveLimits {
+    fn default() -> Self {
+        Self { downtime_ms: 300, bytes_per_second: None, timeout_ms: None }
+    }
+}
+
+impl LiveLimits {
+    fn check(&self) -> Result<(), String> {
+        match self {
+            Self { downtime_ms: 0, .. } => Err("a guest cannot be moved without a downtime".to_owned()),
+            Self { bytes_per_second: Some(rate), .. } if *rate < MIN_COPY_BYTES_PER_SECOND => {
+                Err(format!("bytes_per_second is {rate}, and at least {MIN_COPY_BYTES_PER_SECOND}"))
             }
             _ => Ok(()),
         }
@@ -377,7 +420,7 @@ pub enum SaveState {
     Failed,
 }
 
-/// The save that the guest stands still for.
+/// The save that is under way, or was the last one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SaveStatus {
     pub state: SaveState,
@@ -391,6 +434,21 @@ pub struct SaveStatus {
     pub pages_done: u64,
     pub pages_sent: u64,
     pub bytes_sent: u64,
+    /// Of a live copy: 1 is the pass over all memory. 0 where the guest stood from the beginning.
+    #[serde(default)]
+    pub round: u64,
+    /// Guest memory that is still to be sent, as far as it is known.
+    #[serde(default)]
+    pub remaining_bytes: u64,
+    /// How fast the guest wrote to its memory in the last round.
+    #[serde(default)]
+    pub dirty_bytes_per_second: u64,
+    /// The share of time for which the vCPUs are kept from running, so that the copy can catch up; at last, for a guest that stands.
+    #[serde(default)]
+    pub throttle_percent: u8,
+    /// From the order to stop to the last byte. 0 before that.
+    #[serde(default)]
+    pub downtime_us: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -484,8 +542,13 @@ mod tests {
             Call::BalloonSet { bytes: 1 << 40 },
             Call::ConsoleAttach,
             Call::AgentAttach,
-            Call::SaveAttach { migration: None },
-            Call::SaveAttach { migration: Some(77) },
+            Call::SaveAttach { migration: None, live: None },
+            Call::SaveAttach { migration: Some(77), live: None },
+            Call::SaveAttach { migration: Some(77), live: Some(LiveLimits::default()) },
+            Call::SaveAttach {
+                migration: None,
+                live: Some(LiveLimits { downtime_ms: 20, bytes_per_second: Some(1 << 20), timeout_ms: Some(9) }),
+            },
             Call::RestoreAttach,
             Call::Run { epoch: 42, deadline_ns: None, started_marker: "/started/42".into() },
             Call::Run { epoch: 42, deadline_ns: Some(7), started_marker: "/started/42".into() },
@@ -507,6 +570,21 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_is_live_only_when_that_is_asked_for() {
+        let call = |params: &str| {
+            let line = format!(r#"{{"id":1,"method":"save_attach","params":{params}}}"#);
+            Request::decode(line.as_bytes()).map(|request| request.call)
+        };
+        let stopped = Call::SaveAttach { migration: Some(7), live: None };
+        assert_eq!(call(r#"{"migration":7}"#).unwrap(), stopped);
+        let live = Call::SaveAttach { migration: None, live: Some(LiveLimits::default()) };
+        assert_eq!(call(r#"{"live":{}}"#).unwrap(), live);
+        assert!(call(r#"{"live":{"downtime_ms":0}}"#).is_err());
+        assert!(call(r#"{"live":{"bytes_per_second":65535}}"#).is_err());
+        assert!(call(r#"{"live":{"bytes_per_second":65536}}"#).is_ok());
+    }
+
+    #[test]
     fn empty_params_are_no_params() {
         for line in [
             r#"{"id":1,"method":"status"}"#,
@@ -516,7 +594,7 @@ mod tests {
             assert_eq!(Request::decode(line.as_bytes()).unwrap().call, Call::Status);
         }
         let save = br#"{"id":1,"method":"save_attach"}"#;
-        assert_eq!(Request::decode(save).unwrap().call, Call::SaveAttach { migration: None });
+        assert_eq!(Request::decode(save).unwrap().call, Call::SaveAttach { migration: None, live: None });
     }
 
     #[test]

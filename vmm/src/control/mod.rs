@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmm_control::{
-    Call, ErrorCode, Hello, Notice, PauseReason, ReleaseClass, Reply, Request, RunState, Status, VmmConfig,
+    Call, ErrorCode, Hello, LiveLimits, Notice, PauseReason, ReleaseClass, Reply, Request, RunState, Status, VmmConfig,
     balloon::check_target, protocol::PROTOCOL_VERSION,
 };
 
@@ -106,7 +106,7 @@ pub(crate) enum Answer {
 pub(crate) enum Stream {
     Console,
     Agent,
-    Save { migration: Option<u64> },
+    Save { migration: Option<u64>, live: Option<LiveLimits> },
     Restore,
 }
 
@@ -267,8 +267,8 @@ impl Control {
             },
             Call::ConsoleAttach => return Answer::Stream(Stream::Console, Reply::ok(id, json!({}))),
             Call::AgentAttach => return Answer::Stream(Stream::Agent, Reply::ok(id, json!({}))),
-            Call::SaveAttach { migration } => {
-                return Answer::Stream(Stream::Save { migration }, Reply::ok(id, json!({})));
+            Call::SaveAttach { migration, live } => {
+                return Answer::Stream(Stream::Save { migration, live }, Reply::ok(id, json!({})));
             }
             Call::RestoreAttach => return Answer::Stream(Stream::Restore, Reply::ok(id, json!({}))),
             Call::Run { epoch, deadline_ns, started_marker } => {
@@ -304,8 +304,12 @@ impl Control {
         incoming.and_then(|incoming| incoming.order(order)).map_err(|refusal| (ErrorCode::NotNow, refusal.to_string()))
     }
 
-    /// Stops the guest for a save over the connection that asks for it.
-    pub(crate) fn begin_save(&self, migration: Option<u64>) -> Result<(Session, Arc<Parts>), (ErrorCode, String)> {
+    /// Begins a save over the connection that asks for it: the guest is stopped, or with `live` copied first.
+    pub(crate) fn begin_save(
+        &self,
+        migration: Option<u64>,
+        live: Option<LiveLimits>,
+    ) -> Result<(Session, Arc<Parts>), (ErrorCode, String)> {
         let not_now = |words: &str| (ErrorCode::NotNow, words.to_owned());
         let running = self.running.get().ok_or_else(|| not_now("the process is starting"))?;
         if running.incoming.as_ref().is_some_and(|incoming| incoming.status().is_some()) {
@@ -313,9 +317,17 @@ impl Control {
         }
         running.devices.check_settled().map_err(|refusal| not_now(&refusal.to_string()))?;
         let machine = self.machine().ok_or_else(|| not_now("the guest is restarting or ending"))?;
-        let session = running.saves.begin(migration).map_err(|refusal| (ErrorCode::Taken, refusal.to_string()))?;
-        self.notify(Notice::Paused { reason: PauseReason::Saved, quiesced: false });
+        let session =
+            running.saves.begin(migration, live).map_err(|refusal| (ErrorCode::Taken, refusal.to_string()))?;
+        if live.is_none() {
+            self.stands_for_a_save();
+        }
         Ok((session, machine.parts))
+    }
+
+    /// The guest was stopped by a save.
+    pub(crate) fn stands_for_a_save(&self) {
+        self.notify(Notice::Paused { reason: PauseReason::Saved, quiesced: false });
     }
 
     /// Promises the guest's place to the connection that asks for it.

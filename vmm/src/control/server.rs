@@ -122,7 +122,7 @@ struct Loop {
 enum GuestEnd {
     Console(ConsoleClient),
     Agent(AgentClient),
-    Save(Session, Arc<Parts>),
+    Save(Session, Arc<Parts>, Arc<Control>),
     Restore(IncomingPlace),
 }
 
@@ -343,8 +343,9 @@ impl Loop {
                 };
                 (code, error.to_string())
             }),
-            Stream::Save { migration } => {
-                self.control.begin_save(migration).map(|(session, parts)| GuestEnd::Save(session, parts))
+            Stream::Save { migration, live } => {
+                let begun = self.control.begin_save(migration, live);
+                begun.map(|(session, parts)| GuestEnd::Save(session, parts, Arc::clone(&self.control)))
             }
             Stream::Restore => {
                 self.control.reserve_incoming().map(|incoming| GuestEnd::Restore(IncomingPlace(Some(incoming))))
@@ -365,10 +366,12 @@ impl GuestEnd {
                 agent_channel::serve_client(&agent, socket, received).map(|end| format!("{end:?}"))
             }
             // Only the guest travels this way.
-            GuestEnd::Save(session, parts) => match session.run(&parts, &socket) {
-                Ok(()) => Ok("the guest is saved".to_owned()),
-                Err(error) => Err(io::Error::other(error)),
-            },
+            GuestEnd::Save(session, parts, control) => {
+                match session.run(&parts, &socket, || control.stands_for_a_save()) {
+                    Ok(()) => Ok("the guest is saved".to_owned()),
+                    Err(error) => Err(io::Error::other(error)),
+                }
+            }
             GuestEnd::Restore(place) => {
                 place.deliver(socket, received);
                 Ok("the guest comes".to_owned())

@@ -96,7 +96,7 @@ impl Stopped {
 fn a_guest_is_not_resumed_while_it_is_being_saved() {
     let stopped = control();
     let running = stopped.control.running.get().unwrap();
-    let session = running.saves.begin(None).unwrap();
+    let session = running.saves.begin(None, None).unwrap();
     stopped.ask(Call::Pause);
     let status = stopped.status();
     assert_eq!(status.run, RunState::Paused { reason: PauseReason::Saved });
@@ -119,7 +119,7 @@ fn a_process_that_waits_for_no_guest_takes_none() {
     assert_eq!(stopped.refusal(run(Some(u64::MAX))), ErrorCode::NoLease);
     assert_eq!(stopped.control.reserve_incoming().err().unwrap().0, ErrorCode::NotNow);
     // And without a machine there is nothing to save.
-    assert_eq!(stopped.control.begin_save(None).err().unwrap().0, ErrorCode::NotNow);
+    assert_eq!(stopped.control.begin_save(None, None).err().unwrap().0, ErrorCode::NotNow);
     assert!(stopped.gate.is_open());
 }
 
@@ -223,7 +223,7 @@ fn devices_stay_as_they_are_while_a_guest_is_saved() {
         Call::SetLink { nic: "lan".into(), up: true },
         Call::BalloonSet { bytes: 32 << 20 },
     ];
-    let session = stopped.control.running.get().unwrap().saves.begin(None).unwrap();
+    let session = stopped.control.running.get().unwrap().saves.begin(None, None).unwrap();
     for call in &calls {
         assert_eq!(stopped.refusal(call.clone()), ErrorCode::NotNow, "{call:?}");
     }
@@ -244,10 +244,10 @@ fn a_guest_is_not_saved_while_a_device_comes() {
     let config = Box::new(DiskConfig { id: "data".into(), path, ..DiskConfig::default() });
     // There is no machine yet that it could be connected to.
     stopped.ask(Call::PlugDisk { config });
-    let (code, words) = stopped.control.begin_save(None).err().unwrap();
+    let (code, words) = stopped.control.begin_save(None, None).err().unwrap();
     assert_eq!((code, words.contains("data is being plugged")), (ErrorCode::NotNow, true), "{words}");
     assert!(stopped.gate.is_open(), "a refusal changes nothing");
     stopped.ask(Call::Unplug { id: "data".into(), force: false });
-    let (_, words) = stopped.control.begin_save(None).err().unwrap();
+    let (_, words) = stopped.control.begin_save(None, None).err().unwrap();
     assert!(words.contains("restarting or ending"), "{words}");
 }

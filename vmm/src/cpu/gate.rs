@@ -31,6 +31,9 @@ pub enum Stop {
     Incoming,
     /// The guest panicked, or its watchdog ran out, and somebody is to look at it.
     Incident,
+    /// The guest is copied while it runs, and writes too fast: for a part of each tenth of a second. Only vCPUs heed it; for all others the
+    /// gate is as open as it is without it.
+    Throttled,
 }
 
 impl Stop {
@@ -43,6 +46,7 @@ impl Stop {
             Self::Saved => 1 << 4,
             Self::Incoming => 1 << 5,
             Self::Incident => 1 << 6,
+            Self::Throttled => 1 << 7,
         }
     }
 }
@@ -187,6 +191,10 @@ impl RunGate {
     }
 
     pub fn is_open(&self) -> bool {
+        self.reasons.load(Ordering::SeqCst) & !Stop::Throttled.bit() == 0
+    }
+
+    fn lets_vcpus_pass(&self) -> bool {
         self.reasons.load(Ordering::SeqCst) == 0
     }
 
@@ -207,7 +215,7 @@ impl RunGate {
 impl Ticket<'_> {
     /// Returns when the vCPU may enter the guest, or must end.
     pub fn pass(&self) -> Passage {
-        if self.gate.is_open() {
+        if self.gate.lets_vcpus_pass() {
             return Passage::Enter;
         }
         let mut threads = self.gate.threads();
@@ -217,7 +225,7 @@ impl Ticket<'_> {
             if self.gate.holds(Stop::End) {
                 break Passage::End;
             }
-            if self.gate.is_open() {
+            if self.gate.lets_vcpus_pass() {
                 break Passage::Enter;
             }
             if self.errands.replace(threads.errands) != threads.errands {
@@ -318,6 +326,23 @@ mod tests {
         gate.shut(Stop::End);
         assert_eq!(has_gone.recv().unwrap(), Passage::End);
         vcpu.join().unwrap();
+    }
+
+    #[test]
+    fn a_throttled_vcpu_waits_and_device_threads_do_not() {
+        let gate = RunGate::new();
+        gate.shut(Stop::Throttled);
+        assert!(gate.is_open() && gate.try_enter().is_some());
+        let vcpu = std::thread::spawn({
+            let gate = gate.clone();
+            move || gate.enlist().pass()
+        });
+        while gate.threads().parked == 0 {
+            std::thread::yield_now();
+        }
+        assert!(!vcpu.is_finished());
+        gate.open(Stop::Throttled);
+        assert_eq!(vcpu.join().unwrap(), Passage::Enter);
     }
 
     #[test]

@@ -3,7 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_msi, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_msi, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -85,23 +88,38 @@ impl KvmVm {
         };
         fd.create_pit2(pit).map_err(refused("create the timer"))?;
         let vm = Self { fd };
-        vm.map(memory)?;
+        vm.map(memory, 0, "map guest memory")?;
         Ok(Arc::new(vm))
     }
 
-    fn map(&self, memory: &GuestMemory) -> Result<(), KvmError> {
+    /// Has KVM note which pages the guest writes to, or not. On only while the guest is copied: it takes the huge pages away (rule 1 of
+    /// reference peers-vmm §4.2). `memory` is that of this guest. After an error it is on for some of it.
+    pub fn log_dirty_pages(&self, memory: &GuestMemory, on: bool) -> Result<(), KvmError> {
+        match on {
+            true => self.map(memory, KVM_MEM_LOG_DIRTY_PAGES, "log what the guest writes to"),
+            false => self.map(memory, 0, "end the log of what the guest writes to"),
+        }
+    }
+
+    /// The pages of a region that the guest has written to since it was asked for last, one bit each; from now on they count as not written
+    /// to (rule 3). Regions count from 0, in the order of their addresses.
+    pub fn take_dirty_pages(&self, region: usize, bytes: u64) -> Result<Vec<u64>, KvmError> {
+        self.fd.get_dirty_log(region as u32, bytes as usize).map_err(refused("tell what the guest has written to"))
+    }
+
+    fn map(&self, memory: &GuestMemory, flags: u32, what: &'static str) -> Result<(), KvmError> {
         for (slot, region) in memory.iter().enumerate() {
             let start = region.start_addr();
             let host = memory.get_host_address(start).map_err(|_| KvmError::NoRam(start.raw_value()))?;
             let slot = kvm_userspace_memory_region {
                 slot: slot as u32,
-                flags: 0,
+                flags,
                 guest_phys_addr: start.raw_value(),
                 memory_size: region.len(),
                 userspace_addr: host as u64,
             };
             // SAFETY: the mapping is guest RAM and nothing else; `Machine` keeps it until the VM and all vCPUs are gone.
-            unsafe { self.fd.set_user_memory_region(slot) }.map_err(refused("map guest memory"))?;
+            unsafe { self.fd.set_user_memory_region(slot) }.map_err(refused(what))?;
         }
         Ok(())
     }

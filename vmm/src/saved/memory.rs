@@ -4,6 +4,7 @@ use std::io::Write;
 
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
+use super::dirty::PageRun;
 use super::frame::{MAX_RUN_PAGES, PAGE_BYTES};
 use super::stream::{GuestWriter, StreamError};
 use crate::memory::GuestMemory;
@@ -77,6 +78,36 @@ pub fn send_all<W: Write>(
             send_pages(writer, at, data)?;
             seen += now;
         }
+    }
+    go_on(seen, writer);
+    Ok(())
+}
+
+/// Sends pages that may have been sent before, so that those which are zero by now are told to be. Runs have at most [`MAX_RUN_PAGES`].
+/// `go_on` is told how many pages were looked at, and says whether somebody still wants them.
+pub fn send_again<W: Write>(
+    memory: &GuestMemory,
+    writer: &mut GuestWriter<W>,
+    pages: impl Iterator<Item = PageRun>,
+    mut go_on: impl FnMut(u64, &GuestWriter<W>) -> bool,
+) -> Result<(), MemoryCopyError> {
+    let mut seen = 0;
+    let mut buffer = vec![0; (MAX_RUN_PAGES * PAGE_BYTES) as usize];
+    for PageRun { address, pages } in pages {
+        if !go_on(seen, writer) {
+            return Err(MemoryCopyError::GivenUp);
+        }
+        let data = &mut buffer[..(pages * PAGE_BYTES) as usize];
+        let failed = |source| MemoryCopyError::Memory { address, source };
+        memory.read_slice(data, GuestAddress(address)).map_err(failed)?;
+        for run in runs(data) {
+            let start = run.first * PAGE_BYTES as usize;
+            match run.is_zero {
+                true => writer.zeros(address + start as u64, run.pages as u64)?,
+                false => writer.pages(address + start as u64, &data[start..start + run.pages * PAGE_BYTES as usize])?,
+            }
+        }
+        seen += pages;
     }
     go_on(seen, writer);
     Ok(())
@@ -187,14 +218,10 @@ mod tests {
             let mut writer = GuestWriter::start(Vec::new(), &header()).unwrap();
             send_all(&source, &mut writer, |_, _| true).unwrap();
             fill(&second);
-            for (page, _) in &second {
-                let (at, mut now) = ((page * PAGE) as u64, [0; PAGE]);
-                source.read_slice(&mut now, GuestAddress(at)).unwrap();
-                match runs(&now)[0].is_zero {
-                    true => writer.zeros(at, 1).unwrap(),
-                    false => writer.pages(at, &now).unwrap(),
-                }
-            }
+            let changed = second.iter().map(|(page, _)| PageRun { address: (page * PAGE) as u64, pages: 1 });
+            // And neighbours with them, some of which are zero.
+            let changed = changed.chain([PageRun { address: 4032 << 12, pages: 64 }]);
+            send_again(&source, &mut writer, changed, |_, _| true).unwrap();
             end(&mut writer);
             let target = memory(&layout);
             receive(&writer.into_inner(), &target, &layout);

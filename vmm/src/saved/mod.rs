@@ -1,8 +1,10 @@
-//! A guest that stands still, as bytes: saved to a file, or on its way to another host. One format for both.
+//! A guest as bytes: saved to a file, or on its way to another host. One format for both.
 //!
 //! The path of a guest from one process to another:
 //!
-//! 1. hostd asks for `save_attach`; [`session`] stops the guest, and sends what [`parts`] reads of its machine;
+//! 1. hostd asks for `save_attach`; [`session`] stops the guest, and sends what [`parts`] reads of its machine. Live, [`live`] copies memory
+//!    in rounds before that while the guest runs: [`precopy`] decides when they end, [`dirty`] knows what the guest wrote meanwhile, and
+//!    [`throttle`] slows it down where it writes too fast;
 //! 2. [`stream`] puts header, memory and states in order, [`frame`] cuts them into pieces that are checked one by one;
 //! 3. a process that was started with `--incoming` is asked for `restore_attach`; [`incoming`] compares the [`header`] with its own host and
 //!    configuration before it takes a byte of [`memory`];
@@ -18,14 +20,18 @@
 //! The rules that are cited by number are those of reference peers-vmm §4.2.
 
 pub mod blob;
+pub mod dirty;
 pub mod frame;
 pub mod header;
 pub mod incoming;
+pub mod live;
 pub mod memory;
 pub mod parts;
 pub mod payload;
+pub mod precopy;
 pub mod processor;
 pub mod session;
 pub mod stream;
+pub mod throttle;
 pub mod vcpu;
 pub mod vm;

@@ -9,22 +9,30 @@
 //! ```
 //!
 //! From the beginning until `resume` the guest stands ([`Stop::Saved`]) and its disks are held: what was sent stays true for as long as
-//! nobody says that it does not matter. The machine may be taken down in any state; a save that is under way is given up then.
+//! nobody says that it does not matter. A live save copies the guest while it runs ([`live`]), and stops it for the last of its memory; one
+//! that fails before that leaves it running. The machine may be taken down in any state; a save that is under way is given up then.
 
-use std::io::BufWriter;
+use std::io::{BufWriter, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use vmm_control::{SaveState, SaveStatus};
+use vmm_control::{LiveLimits, SaveState, SaveStatus};
 
+use super::dirty::DirtyLog;
+use super::frame::{MAX_RUN_PAGES, PAGE_BYTES};
+use super::header::Header;
+use super::live;
 use super::memory::{self, MemoryCopyError};
 use super::parts::{Parts, PartsError};
+use super::payload::Payload;
+use super::precopy::GiveUp;
 use super::stream::{GuestWriter, StreamError};
 use crate::cpu::gate::{RunGate, Stop};
 use crate::lease::quiesce::DiskGate;
+use crate::machine::kvm::KvmError;
 
 /// A client that takes nothing for this long is gone. What it writes to may be slow storage.
 const NO_PROGRESS: Duration = Duration::from_secs(150);
@@ -44,6 +52,14 @@ pub enum SaveError {
     Connection(#[source] std::io::Error),
     #[error("the machine was taken down")]
     GivenUp,
+    #[error("the client is gone")]
+    ClientGone,
+    #[error(transparent)]
+    TooBusy(#[from] GiveUp),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error("cannot start the thread that slows the guest down")]
+    Throttle(#[source] std::io::Error),
 }
 
 /// Why a save does not begin, or does not end.
@@ -68,16 +84,41 @@ struct State {
     /// That the present or last save is for.
     migration: Option<u64>,
     given_up: bool,
+    /// Since when the guest is kept from running by a save: this one or one before it. `None` while it may run.
+    stands_since: Option<Instant>,
     /// Where the guest goes, to be cut when it is given up.
     stream: Option<UnixStream>,
 }
 
+/// As in [`SaveStatus`].
 #[derive(Debug, Default)]
-struct Progress {
-    pages_total: AtomicU64,
-    pages_done: AtomicU64,
-    pages_sent: AtomicU64,
-    bytes_sent: AtomicU64,
+pub(super) struct Progress {
+    pub pages_total: AtomicU64,
+    pub pages_done: AtomicU64,
+    pub pages_sent: AtomicU64,
+    pub bytes_sent: AtomicU64,
+    pub round: AtomicU64,
+    pub remaining_bytes: AtomicU64,
+    pub dirty_bytes_per_second: AtomicU64,
+    pub throttle_percent: AtomicU8,
+    pub downtime_us: AtomicU64,
+}
+
+impl Progress {
+    fn forget(&self) {
+        let Self { pages_total, pages_done, pages_sent, bytes_sent, .. } = self;
+        let Self { round, remaining_bytes, dirty_bytes_per_second, throttle_percent, downtime_us, .. } = self;
+        let counters = [pages_total, pages_done, pages_sent, bytes_sent, round, remaining_bytes];
+        for counter in counters.into_iter().chain([dirty_bytes_per_second, downtime_us]) {
+            counter.store(0, Ordering::Relaxed);
+        }
+        throttle_percent.store(0, Ordering::Relaxed);
+    }
+
+    pub fn has_sent<W: Write>(&self, writer: &GuestWriter<W>) {
+        self.pages_sent.store(writer.totals().pages, Ordering::Relaxed);
+        self.bytes_sent.store(writer.bytes(), Ordering::Relaxed);
+    }
 }
 
 /// The saves of one process.
@@ -92,11 +133,12 @@ pub struct Saves {
 /// One save. Dropped before its end, it has failed.
 pub struct Session {
     saves: Arc<Saves>,
+    live: Option<LiveLimits>,
 }
 
 impl Saves {
     pub fn new(gate: Arc<RunGate>, disk_gate: Arc<DiskGate>) -> Arc<Self> {
-        let state = State { phase: Phase::Idle, migration: None, given_up: false, stream: None };
+        let state = State { phase: Phase::Idle, migration: None, given_up: false, stands_since: None, stream: None };
         let (state, changed, progress) = (Mutex::new(state), Condvar::new(), Progress::default());
         Arc::new(Self { gate, disk_gate, state, changed, progress })
     }
@@ -105,32 +147,39 @@ impl Saves {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Stops the guest, for this migration if it is for one. Does not wait for it.
-    pub fn begin(self: &Arc<Self>, migration: Option<u64>) -> Result<Session, SaveRefusal> {
+    /// Begins a save, for this migration if it is for one. The guest is stopped, unless it is to be copied live; this does not wait for it.
+    pub fn begin(self: &Arc<Self>, migration: Option<u64>, live: Option<LiveLimits>) -> Result<Session, SaveRefusal> {
         let mut state = self.state();
         if state.phase == Phase::Saving {
             return Err(SaveRefusal::Taken);
         }
-        *state = State { phase: Phase::Saving, migration, given_up: false, stream: None };
-        let Progress { pages_total, pages_done, pages_sent, bytes_sent } = &self.progress;
-        for counter in [pages_total, pages_done, pages_sent, bytes_sent] {
-            counter.store(0, Ordering::Relaxed);
+        let stands_since = state.stands_since;
+        *state = State { phase: Phase::Saving, migration, given_up: false, stands_since, stream: None };
+        self.progress.forget();
+        if live.is_none() {
+            self.stop_guest(&mut state);
         }
-        self.gate.shut(Stop::Saved);
-        self.disk_gate.hold();
-        Ok(Session { saves: Arc::clone(self) })
+        Ok(Session { saves: Arc::clone(self), live })
     }
 
-    /// Lets a guest go on that was saved, or was not. True when there was one.
+    fn stop_guest(&self, state: &mut State) {
+        state.stands_since = Some(Instant::now());
+        self.gate.shut(Stop::Saved);
+        self.disk_gate.hold();
+    }
+
+    /// Lets a guest go on that was saved, or was not. True when there was one. A guest that is copied while it runs needs no leave to.
     pub fn resume(&self) -> Result<bool, SaveRefusal> {
         let mut state = self.state();
         match state.phase {
-            Phase::Saving => Err(SaveRefusal::UnderWay),
-            Phase::Idle => Ok(false),
+            Phase::Saving if state.stands_since.is_some() => Err(SaveRefusal::UnderWay),
+            Phase::Saving | Phase::Idle => Ok(false),
             Phase::Saved | Phase::Failed(_) => {
                 state.phase = Phase::Idle;
-                self.disk_gate.release();
-                self.gate.open(Stop::Saved);
+                if state.stands_since.take().is_some() {
+                    self.disk_gate.release();
+                    self.gate.open(Stop::Saved);
+                }
                 Ok(true)
             }
         }
@@ -151,7 +200,7 @@ impl Saves {
         }
     }
 
-    /// What the guest stands still for.
+    /// The save that is under way or was the last one, until the guest is resumed.
     pub fn status(&self) -> Option<SaveStatus> {
         let (state, error, migration) = {
             let state = self.state();
@@ -172,28 +221,41 @@ impl Saves {
             pages_done: progress.pages_done.load(Ordering::Relaxed),
             pages_sent: progress.pages_sent.load(Ordering::Relaxed),
             bytes_sent: progress.bytes_sent.load(Ordering::Relaxed),
+            round: progress.round.load(Ordering::Relaxed),
+            remaining_bytes: progress.remaining_bytes.load(Ordering::Relaxed),
+            dirty_bytes_per_second: progress.dirty_bytes_per_second.load(Ordering::Relaxed),
+            throttle_percent: progress.throttle_percent.load(Ordering::Relaxed),
+            downtime_us: progress.downtime_us.load(Ordering::Relaxed),
         })
+    }
+
+    pub(super) fn progress(&self) -> &Progress {
+        &self.progress
     }
 
     fn finish(&self, phase: Phase) {
         let mut state = self.state();
         if state.phase == Phase::Saving {
             state.phase = phase;
+            if state.stands_since.is_none() {
+                // It runs on, and as fast as it likes.
+                self.progress.throttle_percent.store(0, Ordering::Relaxed);
+            }
         }
         state.stream = None;
         drop(state);
         self.changed.notify_all();
     }
 
-    fn is_given_up(&self) -> bool {
+    pub(super) fn is_given_up(&self) -> bool {
         self.state().given_up
     }
 }
 
 impl Session {
-    /// Sends the guest, and says how that ended.
-    pub fn run(self, parts: &Parts, socket: &UnixStream) -> Result<(), SaveError> {
-        let result = self.send(parts, socket);
+    /// Sends the guest, and says how that ended. `stopped` is called when a guest that was copied live is stopped.
+    pub fn run(self, parts: &Parts, socket: &UnixStream, stopped: impl FnOnce()) -> Result<(), SaveError> {
+        let result = self.send(parts, socket, stopped);
         match &result {
             Ok(()) => {
                 tracing::info!("the guest is saved");
@@ -208,36 +270,91 @@ impl Session {
         result
     }
 
-    fn send(&self, parts: &Parts, socket: &UnixStream) -> Result<(), SaveError> {
+    fn send(&self, parts: &Parts, socket: &UnixStream, stopped: impl FnOnce()) -> Result<(), SaveError> {
         let (saves, progress) = (&self.saves, &self.saves.progress);
         progress.pages_total.store(parts.pages(), Ordering::Relaxed);
+        progress.remaining_bytes.store(parts.pages() * PAGE_BYTES, Ordering::Relaxed);
         socket.set_write_timeout(Some(NO_PROGRESS)).map_err(SaveError::Connection)?;
         saves.state().stream = Some(socket.try_clone().map_err(SaveError::Connection)?);
-        parts.settle()?;
-        let (header, payloads) = {
-            // What the header names is what there is a state of. Not for the time of the drain: whoever takes the machine down waits for it.
-            let _nobody_connects = parts.devices.hold();
-            parts.ask_for_leaving()?;
-            (parts.header(), parts.save()?)
+        let out = || BufWriter::with_capacity(BUFFER_BYTES, socket);
+        let Some(limits) = self.live else {
+            let (named, payloads) = settle(parts)?;
+            let mut writer = GuestWriter::start(out(), &named)?;
+            memory::send_all(&parts.memory, &mut writer, |done, writer| {
+                self.still_wanted(done, parts.pages(), writer)
+            })?;
+            return self.end(&payloads, writer, socket);
         };
-        // From here on nothing writes to the guest's memory: it is sent once, after the states (rule 4 of reference peers-vmm §4.2).
-        let mut writer = GuestWriter::start(BufWriter::with_capacity(BUFFER_BYTES, socket), &header)?;
-        memory::send_all(&parts.memory, &mut writer, |done, writer| {
-            progress.pages_done.store(done, Ordering::Relaxed);
-            progress.pages_sent.store(writer.totals().pages, Ordering::Relaxed);
-            progress.bytes_sent.store(writer.bytes(), Ordering::Relaxed);
-            !saves.is_given_up()
+        // Ends after everything else: turning it off takes a while, and the other side has the guest by then (rule 5).
+        let mut log = DirtyLog::start(&parts.vm, &parts.memory)?;
+        let mut writer = GuestWriter::start(out(), &header(parts))?;
+        live::copy(saves, parts, socket, limits, (&mut log, &mut writer))?;
+        self.stop()?;
+        stopped();
+        let (_, payloads) = settle(parts)?;
+        log.collect()?;
+        let pages = log.pages();
+        memory::send_again(&parts.memory, &mut writer, log.take(MAX_RUN_PAGES), |done, writer| {
+            self.still_wanted(parts.pages() - pages + done, parts.pages(), writer)
         })?;
-        for payload in &payloads {
+        self.end(&payloads, writer, socket)
+    }
+
+    /// Stops a guest that was copied live. From here on it stands, whatever becomes of the save.
+    fn stop(&self) -> Result<(), SaveError> {
+        let mut state = self.saves.state();
+        if state.given_up {
+            return Err(SaveError::GivenUp);
+        }
+        self.saves.stop_guest(&mut state);
+        Ok(())
+    }
+
+    fn still_wanted<W: Write>(&self, done: u64, pages: u64, writer: &GuestWriter<W>) -> bool {
+        let progress = &self.saves.progress;
+        progress.pages_done.store(done, Ordering::Relaxed);
+        progress.remaining_bytes.store((pages - done) * PAGE_BYTES, Ordering::Relaxed);
+        progress.has_sent(writer);
+        !self.saves.is_given_up()
+    }
+
+    fn end<W: Write>(
+        &self,
+        payloads: &[Payload],
+        mut writer: GuestWriter<W>,
+        socket: &UnixStream,
+    ) -> Result<(), SaveError> {
+        for payload in payloads {
             writer.state(payload)?;
         }
-        if saves.is_given_up() {
+        if self.saves.is_given_up() {
             return Err(SaveError::GivenUp);
         }
         writer.end()?;
-        progress.bytes_sent.store(writer.bytes(), Ordering::Relaxed);
+        let progress = &self.saves.progress;
+        progress.has_sent(&writer);
+        if let Some(since) = self.saves.state().stands_since {
+            let downtime_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+            progress.downtime_us.store(downtime_us, Ordering::Relaxed);
+        }
         socket.shutdown(Shutdown::Write).map_err(SaveError::Connection)
     }
+}
+
+/// Has the guest stand, and returns all of it but its memory. From here on nothing writes to that: what of it is sent after this is sent
+/// for the last time (rule 4 of reference peers-vmm §4.2).
+fn settle(parts: &Parts) -> Result<(Header, Vec<Payload>), PartsError> {
+    parts.settle()?;
+    // What the header names is what there is a state of. Not for the time of the drain: whoever takes the machine down waits for it.
+    let _nobody_connects = parts.devices.hold();
+    parts.ask_for_leaving()?;
+    Ok((parts.header(), parts.save()?))
+}
+
+/// Of a guest that runs on. A device that it gives up meanwhile makes the target refuse it.
+fn header(parts: &Parts) -> Header {
+    let _nobody_connects = parts.devices.hold();
+    parts.header()
 }
 
 impl Drop for Session {
@@ -265,9 +382,9 @@ mod tests {
     fn a_guest_stands_from_the_beginning_of_a_save_until_it_is_resumed() {
         let (saves, gate, disk_gate) = saves();
         assert_eq!(saves.resume(), Ok(false));
-        let session = saves.begin(None).unwrap();
+        let session = saves.begin(None, None).unwrap();
         assert!(gate.holds(Stop::Saved) && !disk_gate.is_open());
-        assert_eq!(saves.begin(None).err(), Some(SaveRefusal::Taken));
+        assert_eq!(saves.begin(None, None).err(), Some(SaveRefusal::Taken));
         assert_eq!(saves.resume(), Err(SaveRefusal::UnderWay));
         assert_eq!(state_of(&saves), Some(SaveState::Saving));
 
@@ -283,13 +400,13 @@ mod tests {
     #[test]
     fn a_client_that_is_gone_leaves_the_guest_stopped_until_it_is_resumed_or_saved_again() {
         let (saves, gate, _) = saves();
-        drop(saves.begin(None).unwrap());
+        drop(saves.begin(None, None).unwrap());
         let status = saves.status().unwrap();
         assert_eq!(status.state, SaveState::Failed);
         assert!(status.error.unwrap().contains("client was gone"));
         assert!(gate.holds(Stop::Saved));
 
-        let again = saves.begin(None).unwrap();
+        let again = saves.begin(None, None).unwrap();
         assert_eq!(state_of(&saves), Some(SaveState::Saving));
         drop(again);
         gate.shut(Stop::Lease);
@@ -298,10 +415,42 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_is_copied_live_runs_until_it_is_stopped_for_the_last_of_it() {
+        let (saves, gate, disk_gate) = saves();
+        let live = Some(LiveLimits::default());
+        let session = saves.begin(Some(7), live).unwrap();
+        assert!(gate.is_open() && disk_gate.is_open());
+        assert_eq!(saves.begin(None, live).err(), Some(SaveRefusal::Taken));
+        assert_eq!(saves.resume(), Ok(false), "a pause that somebody asked for may end");
+        saves.progress.throttle_percent.store(30, Ordering::Relaxed);
+        drop(session);
+        let failed = saves.status().unwrap();
+        assert_eq!((failed.state, failed.migration, failed.throttle_percent), (SaveState::Failed, Some(7), 0));
+        assert!(gate.is_open() && disk_gate.is_open());
+
+        let session = saves.begin(None, live).unwrap();
+        session.stop().unwrap();
+        assert!(gate.holds(Stop::Saved) && !disk_gate.is_open());
+        assert_eq!(saves.resume(), Err(SaveRefusal::UnderWay));
+        drop(session);
+        assert!(gate.holds(Stop::Saved), "what was sent last may have arrived");
+        // Nothing runs meanwhile that a live copy could leave running.
+        drop(saves.begin(None, live).unwrap());
+        assert!(gate.holds(Stop::Saved) && !disk_gate.is_open());
+        assert_eq!(saves.resume(), Ok(true));
+        assert!(gate.is_open() && disk_gate.is_open());
+
+        let session = saves.begin(None, live).unwrap();
+        saves.state().given_up = true;
+        assert!(matches!(session.stop(), Err(SaveError::GivenUp)));
+        assert!(gate.is_open() && disk_gate.is_open());
+    }
+
+    #[test]
     fn the_end_of_a_machine_cuts_a_save_short() {
         let (saves, gate, _) = saves();
         saves.give_up();
-        let session = saves.begin(None).unwrap();
+        let session = saves.begin(None, None).unwrap();
         let (near, far) = UnixStream::pair().unwrap();
         saves.state().stream = Some(near.try_clone().unwrap());
         let saver = std::thread::spawn(move || {

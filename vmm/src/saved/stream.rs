@@ -95,6 +95,11 @@ impl<W: Write> GuestWriter<W> {
         Ok(self.frames.write(FrameKind::State, &[&body])?)
     }
 
+    /// Hands over what the buffers below hold.
+    pub fn flush(&mut self) -> Result<(), StreamError> {
+        Ok(self.frames.flush()?)
+    }
+
     pub fn end(&mut self) -> Result<(), StreamError> {
         let Totals { pages, zeros } = self.totals;
         self.frames.write(FrameKind::End, &[&run_head(pages, zeros)])?;

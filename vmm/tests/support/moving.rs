@@ -29,7 +29,7 @@ pub fn run_call(vm: &TestVm, epoch: u64) -> Call {
 /// The whole stream. The guest stands from then on.
 pub fn save(vm: &TestVm) -> Vec<u8> {
     let mut client = vm.client();
-    let reply = client.ask(Call::SaveAttach { migration: None });
+    let reply = client.ask(Call::SaveAttach { migration: None, live: None });
     assert!(reply.error.is_none(), "{reply:?}");
     let mut saved = Vec::new();
     client.reader.read_to_end(&mut saved).unwrap();
