@@ -197,12 +197,15 @@ impl Request {
             Value::Object(fields) => fields.is_empty(),
             _ => false,
         };
-        let mut tagged = json!({ "method": raw.method });
-        if !no_params {
-            tagged["params"] = raw.params;
-        }
         let not_a_request = |what| ProtocolError::NotARequest { id: Some(raw.id), what };
-        let call: Call = serde_json::from_value(tagged).map_err(|e| not_a_request(e.to_string()))?;
+        let bare = json!({ "method": raw.method });
+        let with = |params: Value| json!({ "method": raw.method, "params": params });
+        let call: Result<Call, _> = match no_params {
+            // A method that takes none has none, and one whose parameters may all be left out has an empty object.
+            true => serde_json::from_value(bare).or_else(|_| serde_json::from_value(with(json!({})))),
+            false => serde_json::from_value(with(raw.params)),
+        };
+        let call = call.map_err(|e| not_a_request(e.to_string()))?;
         call.check().map_err(not_a_request)?;
         Ok(Self { id: raw.id, call })
     }
@@ -473,6 +476,9 @@ mod tests {
         };
         let stopped = Call::SaveAttach { migration: Some(7), live: None };
         assert_eq!(call(r#"{"migration":7}"#).unwrap(), stopped);
+        for none in ["{}", "null"] {
+            assert_eq!(call(none).unwrap(), Call::SaveAttach { migration: None, live: None });
+        }
         let live = Call::SaveAttach { migration: None, live: Some(LiveLimits::default()) };
         assert_eq!(call(r#"{"live":{}}"#).unwrap(), live);
         assert!(call(r#"{"live":{"downtime_ms":0}}"#).is_err());

@@ -6,7 +6,8 @@
 //! Guests that can be moved tell whether anything of them was lost: `m` counts in a register, in memory and in a register of COM1, compares
 //! the three, and prints the alphabet for ever; `f` does the same without a rest, so that it is nearly always at a port; `2` does so on one vCPU and counts in digits on a second; `t` waits in HLT for its timer and
 //! prints a letter at each interrupt; `i` keeps interrupts off until something is typed, and prints `P` when the power button was pressed
-//! meanwhile. What does not compare prints `!`.
+//! meanwhile; `w` writes to one page after the other of two mebibytes, which must hold what it wrote there a turn before (zero in one turn
+//! of 16), and prints a letter at each turn. What does not compare prints `!`.
 
 use std::arch::global_asm;
 
@@ -55,6 +56,8 @@ global_asm!(
     "je .Lquorate_timer",
     "cmp al, 0x69", // i
     "je .Lquorate_interrupt",
+    "cmp al, 0x77", // w
+    "je .Lquorate_writer",
     "ud2",
     // S5.
     "10: mov dx, 0x604",
@@ -272,6 +275,31 @@ global_asm!(
     "nop",
     "nop",
     "jmp .Lquorate_wrong",
+    // EDI counts turns, ESI is the page.
+    ".Lquorate_writer:",
+    "xor edi, edi",
+    ".Lquorate_writer_turn:",
+    "mov esi, 0x400000",
+    ".Lquorate_writer_page:",
+    "mov ecx, 100",
+    ".Lquorate_writer_wait:",
+    "dec ecx",
+    "jnz .Lquorate_writer_wait",
+    "mov eax, edi",
+    "and eax, 15",
+    "cmp eax, dword ptr [esi]",
+    "jne .Lquorate_wrong",
+    "inc eax",
+    "and eax, 15",
+    "mov dword ptr [esi], eax",
+    "add esi, 4096",
+    "cmp esi, 0x600000",
+    "jb .Lquorate_writer_page",
+    "inc edi",
+    "mov ecx, 26",
+    "mov ebx, 0x61",
+    "call .Lquorate_print_count",
+    "jmp .Lquorate_writer_turn",
     // The button's status is what raised it.
     ".Lquorate_pressed:",
     "mov dx, 0x600",
