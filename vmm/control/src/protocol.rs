@@ -577,6 +577,9 @@ mod tests {
         };
         let stopped = Call::SaveAttach { migration: Some(7), live: None };
         assert_eq!(call(r#"{"migration":7}"#).unwrap(), stopped);
+        for none in ["{}", "null"] {
+            assert_eq!(call(none).unwrap(), Call::SaveAttach { migration: None, live: None });
+        }
         let live = Call::SaveAttach { migration: None, live: Some(LiveLimits::default()) };
         assert_eq!(call(r#"{"live":{}}"#).unwrap(), live);
         assert!(call(r#"{"live":{"downtime_ms":0}}"#).is_err());

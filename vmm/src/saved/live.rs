@@ -117,7 +117,8 @@ impl Pace<'_> {
             };
             let wait = paid.err().map_or(Duration::ZERO, |wait| wait.min(LOOK));
             if hangs_up_within(self.socket, wait)? {
-                return Err(SaveError::ClientGone);
+                // Who gives a save up cuts its connection.
+                return Err(if self.saves.is_given_up() { SaveError::GivenUp } else { SaveError::ClientGone });
             }
             if paid.is_ok() {
                 return Ok(());

@@ -8,7 +8,9 @@
 //! Guests that can be moved tell whether anything of them was lost: `m` counts in a register, in memory and in a register of COM1, compares
 //! the three, and prints the alphabet for ever; `f` does the same without a rest, so that it is nearly always at a port; `2` does so on
 //! one vCPU and counts in digits on a second; `t` waits in HLT for its timer and prints a letter at each interrupt; `i` keeps interrupts off
-//! until something is typed, and prints `P` when the power button was pressed meanwhile. What does not compare prints `!`.
+//! until something is typed, and prints `P` when the power button was pressed meanwhile; `q` writes to one page after the other of two mebibytes,
+//! which must hold what it wrote there a turn before (zero in one turn of 16), and prints a letter at each turn. What does not compare
+//! prints `!`.
 //! `g` prints the first byte of its generation, then dots, and the byte again when it is told that there is another one.
 
 use std::arch::global_asm;
@@ -66,6 +68,8 @@ global_asm!(
     "je 70f",
     "cmp al, 0x78", // x
     "je 80f",
+    "cmp al, 0x71", // q
+    "je .Lquorate_writer",
     "ud2",
     // S5.
     "10: mov dx, 0x604",
@@ -344,6 +348,31 @@ global_asm!(
     "nop",
     "nop",
     "jmp .Lquorate_wrong",
+    // EDI counts turns, ESI is the page.
+    ".Lquorate_writer:",
+    "xor edi, edi",
+    ".Lquorate_writer_turn:",
+    "mov esi, 0x400000",
+    ".Lquorate_writer_page:",
+    "mov ecx, 100",
+    ".Lquorate_writer_wait:",
+    "dec ecx",
+    "jnz .Lquorate_writer_wait",
+    "mov eax, edi",
+    "and eax, 15",
+    "cmp eax, dword ptr [esi]",
+    "jne .Lquorate_wrong",
+    "inc eax",
+    "and eax, 15",
+    "mov dword ptr [esi], eax",
+    "add esi, 4096",
+    "cmp esi, 0x600000",
+    "jb .Lquorate_writer_page",
+    "inc edi",
+    "mov ecx, 26",
+    "mov ebx, 0x61",
+    "call .Lquorate_print_count",
+    "jmp .Lquorate_writer_turn",
     // The button's status is what raised it.
     ".Lquorate_pressed:",
     "mov dx, 0x600",

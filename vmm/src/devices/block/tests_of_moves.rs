@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
 
-use super::tests::{Faults, Guest, NO_ANSWER, OK, config, pattern};
+use super::tests::{DISK_BYTES, Faults, Guest, NO_ANSWER, OK, config, pattern};
 use super::tests_of_faults::guest_under;
 use super::*;
 use crate::interrupt::fake::{FakeIoEvents, FakeMsi};
@@ -130,4 +130,26 @@ fn a_disk_that_changed_while_the_guest_was_on_its_way_is_not_opened() {
     std::fs::File::options().write(true).open(&guest.path).unwrap().set_len(4096).unwrap();
     let refused = moved.handle.reopen();
     assert!(matches!(refused, Err(QuiesceError::Changed { .. })), "{refused:?}");
+}
+
+/// KVM sees nothing of what a disk puts into the guest's memory.
+#[test]
+fn what_a_disk_reads_between_two_rounds_of_a_live_copy_is_in_the_next_one() {
+    use crate::machine::kvm::{self, KvmVm};
+    use crate::saved::dirty::DirtyLog;
+
+    let Ok(kvm) = kvm::open() else {
+        eprintln!("skipped: no KVM");
+        return;
+    };
+    let mut guest = Guest::started(|_| {});
+    std::fs::write(&guest.path, vec![7; DISK_BYTES as usize]).unwrap();
+    let memory = guest.driver.memory.clone();
+    let vm = KvmVm::new(&kvm, &memory).unwrap();
+    let mut log = DirtyLog::start(&vm, &memory).unwrap();
+    let at = crate::virtio::testing::MEMORY_BYTES as u64 - 4096;
+    assert_eq!(guest.carry_out(virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN, 0, &[Buffer::In(at, 4096)]).0, OK);
+    log.collect().unwrap();
+    let sent_again = log.take(1).any(|run| run.address == at);
+    assert!(sent_again && guest.driver.bytes(at, 4096) == [7; 4096]);
 }
