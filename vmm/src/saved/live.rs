@@ -25,14 +25,15 @@ use crate::devices::block::limit::Limiter;
 /// How often a copy that waits for its turn looks around.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Copies until the guest may stop. What is left to send is in `log`, which was started before.
+/// Copies until the guest may stop. What is left to send is in `log`, which was started before. The guest is held back as before until what
+/// this returns is dropped, which is for after it was stopped.
 pub(super) fn copy<W: Write>(
     saves: &Saves,
     parts: &Parts,
     socket: &UnixStream,
     limits: LiveLimits,
     (log, writer): (&mut DirtyLog<'_>, &mut GuestWriter<W>),
-) -> Result<(), SaveError> {
+) -> Result<Throttle, SaveError> {
     let memory_bytes = parts.pages() * PAGE_BYTES;
     let total = limits.timeout_ms.map(Duration::from_millis);
     let mut precopy =
@@ -77,9 +78,9 @@ pub(super) fn copy<W: Write>(
         match next {
             Next::Round { throttle_percent } => {
                 throttle.set(throttle_percent).map_err(SaveError::Throttle)?;
-                progress.throttle_percent.store(throttle_percent.into(), Ordering::Relaxed);
+                progress.throttle_percent.store(throttle_percent, Ordering::Relaxed);
             }
-            Next::Final => return Ok(()),
+            Next::Final => return Ok(throttle),
             Next::GiveUp(reason) => return Err(reason.into()),
         }
     }

@@ -33,7 +33,7 @@ pub struct Limits {
 impl Limits {
     /// For a guest of so much memory. `total` is by its size when nobody says otherwise.
     pub fn new(downtime: Duration, total: Option<Duration>, memory_bytes: u64) -> Self {
-        let by_size = u128::from(memory_bytes) * u128::from(SECONDS_PER_GIB) >> 30;
+        let by_size = (u128::from(memory_bytes) * u128::from(SECONDS_PER_GIB)) >> 30;
         let by_size = Duration::from_secs(u64::try_from(by_size).unwrap_or(u64::MAX)).max(LEAST_TOTAL);
         Self { downtime, total: total.unwrap_or(by_size) }
     }

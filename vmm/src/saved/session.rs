@@ -288,8 +288,9 @@ impl Session {
         // Ends after everything else: turning it off takes a while, and the other side has the guest by then (rule 5).
         let mut log = DirtyLog::start(&parts.vm, &parts.memory)?;
         let mut writer = GuestWriter::start(out(), &header(parts))?;
-        live::copy(saves, parts, socket, limits, (&mut log, &mut writer))?;
+        let throttle = live::copy(saves, parts, socket, limits, (&mut log, &mut writer))?;
         self.stop()?;
+        drop(throttle);
         stopped();
         let (_, payloads) = settle(parts)?;
         log.collect()?;
