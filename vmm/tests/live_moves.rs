@@ -92,7 +92,7 @@ fn a_guest_that_writes_faster_than_it_is_copied_is_slowed_down_and_arrives_whole
     vm.start();
     vm.wait_console("bcd");
     let mut watcher = vm.client();
-    let stream = copy(&vm, limits(12 * MIB));
+    let stream = copy(&vm, limits(4 * MIB));
     wait_for("the copy to begin", || {
         let status = watcher.status();
         let saving = status.saving.unwrap();
@@ -108,7 +108,7 @@ fn a_guest_that_writes_faster_than_it_is_copied_is_slowed_down_and_arrives_whole
     let second = arrives(&saved, &vm, "q");
 
     // And on, from a process that got it so.
-    let saved = copy(&second, limits(12 * MIB)).join().unwrap();
+    let saved = copy(&second, limits(4 * MIB)).join().unwrap();
     assert_eq!(ended(&second).state, SaveState::Saved);
     let mut third = target("q");
     third.start();
@@ -125,7 +125,7 @@ fn a_copy_that_is_given_up_leaves_the_guest_running() {
     let mut vm = source("q");
     vm.start();
     vm.wait_console("bcd");
-    let stream = copy(&vm, LiveLimits { timeout_ms: Some(1000), ..limits(8 * MIB) });
+    let stream = copy(&vm, LiveLimits { timeout_ms: Some(1500), ..limits(4 * MIB) });
     let saving = ended(&vm);
     assert_eq!((saving.state, saving.throttle_percent), (SaveState::Failed, 0));
     assert!(saving.error.clone().unwrap().contains("within 1 second"), "{saving:?}");
@@ -139,7 +139,7 @@ fn a_copy_that_is_given_up_leaves_the_guest_running() {
     assert!(client.ask(Call::Resume).error.is_none());
     assert_eq!(client.status().saving, None);
     // The next copy begins anew, and loses nothing that the first one took from the log.
-    let saved = copy(&vm, limits(12 * MIB)).join().unwrap();
+    let saved = copy(&vm, limits(4 * MIB)).join().unwrap();
     assert_eq!(ended(&vm).state, SaveState::Saved);
     arrives(&saved, &vm, "q");
 }
