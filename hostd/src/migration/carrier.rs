@@ -20,7 +20,6 @@ use tokio::io::copy;
 use tokio::io::copy_buf;
 use tokio::io::sink;
 use vmm_control::Call;
-use vmm_control::LiveLimits;
 use vmm_control::SaveState;
 
 use super::Obstacle;
@@ -62,9 +61,7 @@ pub async fn carry(road: Arc<dyn Road>, socket: &Path, journey: Journey) -> Resu
     let patience = ConstantBuilder::default().with_delay(READY_EVERY).with_max_times(READY_TRIES);
     let opened = open.retry(patience).when(|obstacle| matches!(obstacle, Obstacle::NotYet(_))).await;
     let mut far = opened.map_err(|(Obstacle::NotYet(words) | Obstacle::Never(words))| CarryError::NoRoad(words))?;
-    let mut near =
-        raw_stream(socket, Call::SaveAttach { migration: Some(migration.0), live: Some(LiveLimits::default()) })
-            .await?;
+    let mut near = raw_stream(socket, Call::SaveAttach { migration: Some(migration.0), live: None }).await?;
     let sent = send(&mut near, &mut far).await;
     // The vmm that sent it knows best. Whether all of it arrived is the target's to say: it asks for the commit, or reports why not.
     handed_over(socket).await?;
