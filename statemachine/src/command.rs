@@ -287,7 +287,7 @@ pub enum Command {
         migration: MigrationId,
         progress: MigrationProgress,
     },
-    /// The target: it holds all state, so the source stands still and has closed the guest's disks.
+    /// The target: it holds all state, so the source stands still and its disks are quiet.
     ReportMigrationLoaded {
         report: ReportId,
         vm: VmId,

@@ -108,10 +108,15 @@ fn ended(report: &ExitReport) -> Ended {
     Ended { reason, detail: bounded(&report.detail) }
 }
 
-/// As the log takes it: one line, bounded.
+/// A detail as the log takes it.
 pub(super) fn bounded(text: &str) -> String {
+    one_line(text, DETAIL_MAX)
+}
+
+/// So many bytes at most, without what moves a terminal's cursor.
+pub(super) fn one_line(text: &str, max: usize) -> String {
     let mut line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    let mut end = line.len().min(DETAIL_MAX);
+    let mut end = line.len().min(max);
     while !line.is_char_boundary(end) {
         end -= 1;
     }

@@ -123,14 +123,7 @@ fn progress(saving: &SaveStatus) -> MigrationProgress {
 
 /// As the log takes it: short, and without what moves a terminal's cursor.
 fn disk_fault(fault: &vmm_control::DiskFault) -> DiskFault {
-    let words = fault.what.chars().map(|c| if c.is_control() { ' ' } else { c });
-    let mut what = String::new();
-    for c in words {
-        if what.len() + c.len_utf8() > DiskFault::MAX_WORDS {
-            break;
-        }
-        what.push(c);
-    }
+    let what = adopt::one_line(&fault.what, DiskFault::MAX_WORDS);
     DiskFault { disk: fault.disk.clone(), what, no_space: fault.no_space }
 }
 
@@ -332,7 +325,8 @@ impl GuestTask {
             Order::PowerOff => Call::PowerOff,
             Order::Reset { id } => Call::Reset { id: id.0 },
             Order::Pause => Call::Pause,
-            Order::Resume { .. } | Order::GoOn { .. } => Call::Resume,
+            Order::Resume { .. } => Call::Resume,
+            Order::GoOn { migration } => Call::GoOn { migration: migration.0 },
             Order::Run { epoch, deadline } => Call::Run {
                 epoch: epoch.0,
                 deadline_ns: (self.release == ReleaseClass::Lease).then(|| deadline.as_ns()),

@@ -86,8 +86,12 @@ pub enum Call {
     /// Stops the vCPUs. Independent of the lease: both must allow the guest to run.
     Pause,
     /// Ends a pause that was asked for, one that an I/O error caused (the failed requests are tried again), and one that a save left, with
-    /// success or without. Refused as `not_now` while a save is under way: its connection must end first.
+    /// success or without. Refused as `not_now` while a save is under way: its connection must end first. A guest that stands for a
+    /// migration stands on: its other end may run it by now (DESIGN §5), and only [`Call::GoOn`] says that it does not.
     Resume,
+    /// The migration for which the guest stands came to nothing: it goes on, if nothing else holds it. For another migration, or none, nothing
+    /// happens.
+    GoOn { migration: u64 },
     /// Presses the ACPI power button.
     PowerButton,
     /// Ends the guest at once, as pulling the plug would; its disks are drained.
@@ -539,6 +543,7 @@ mod tests {
             Call::Status,
             Call::Confirm { epoch: 4, deadline_ns: u64::MAX },
             Call::Reset { id: 9 },
+            Call::GoOn { migration: 7 },
             Call::BalloonSet { bytes: 1 << 40 },
             Call::ConsoleAttach,
             Call::AgentAttach,

@@ -230,7 +230,7 @@ impl Control {
                 Reply::ok(id, json!({}))
             }
             Call::Resume => {
-                if let Err(refusal) = running.saves.resume() {
+                if let Err(refusal) = running.saves.resume(None) {
                     return Answer::Reply(Reply::error(id, ErrorCode::NotNow, refusal.to_string()));
                 }
                 running.gate.open(Stop::Requested);
@@ -243,6 +243,15 @@ impl Control {
                 }
                 Reply::ok(id, json!({}))
             }
+            Call::GoOn { migration } => match running.saves.resume(Some(migration)) {
+                Ok(went) => {
+                    if went && running.gate.is_open() {
+                        self.notify(Notice::Resumed);
+                    }
+                    Reply::ok(id, json!({}))
+                }
+                Err(refusal) => Reply::error(id, ErrorCode::NotNow, refusal.to_string()),
+            },
             Call::PowerButton => match self.machine() {
                 Some(machine) => {
                     lock(&machine.pm).press_power_button();

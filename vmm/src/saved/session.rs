@@ -168,12 +168,15 @@ impl Saves {
         self.disk_gate.hold();
     }
 
-    /// Lets a guest go on that was saved, or was not. True when there was one. A guest that is copied while it runs needs no leave to.
-    pub fn resume(&self) -> Result<bool, SaveRefusal> {
+    /// Lets a guest go on that was saved for this migration, or for none, or was not saved after all. True when there was one. A guest
+    /// that is copied while it runs needs no leave to.
+    pub fn resume(&self, migration: Option<u64>) -> Result<bool, SaveRefusal> {
         let mut state = self.state();
         match state.phase {
             Phase::Saving if state.stands_since.is_some() => Err(SaveRefusal::UnderWay),
             Phase::Saving | Phase::Idle => Ok(false),
+            // The other end may run it by now.
+            _ if state.migration != migration => Ok(false),
             Phase::Saved | Phase::Failed(_) => {
                 state.phase = Phase::Idle;
                 if state.stands_since.take().is_some() {
@@ -382,20 +385,35 @@ mod tests {
     #[test]
     fn a_guest_stands_from_the_beginning_of_a_save_until_it_is_resumed() {
         let (saves, gate, disk_gate) = saves();
-        assert_eq!(saves.resume(), Ok(false));
+        assert_eq!(saves.resume(None), Ok(false));
         let session = saves.begin(None, None).unwrap();
         assert!(gate.holds(Stop::Saved) && !disk_gate.is_open());
         assert_eq!(saves.begin(None, None).err(), Some(SaveRefusal::Taken));
-        assert_eq!(saves.resume(), Err(SaveRefusal::UnderWay));
+        assert_eq!(saves.resume(None), Err(SaveRefusal::UnderWay));
         assert_eq!(state_of(&saves), Some(SaveState::Saving));
 
         saves.finish(Phase::Saved);
         drop(session);
         assert_eq!(state_of(&saves), Some(SaveState::Saved));
         assert!(gate.holds(Stop::Saved) && !disk_gate.is_open(), "what was sent stays true");
-        assert_eq!(saves.resume(), Ok(true));
+        assert_eq!(saves.resume(None), Ok(true));
         assert!(gate.is_open() && disk_gate.is_open());
         assert_eq!(saves.status(), None);
+    }
+
+    #[test]
+    fn a_guest_that_stands_for_a_migration_goes_on_when_that_one_came_to_nothing_and_for_no_other_reason() {
+        let (saves, gate, disk_gate) = saves();
+        let session = saves.begin(Some(7), None).unwrap();
+        saves.finish(Phase::Saved);
+        drop(session);
+        for other in [None, Some(6)] {
+            assert_eq!(saves.resume(other), Ok(false));
+            assert!(gate.holds(Stop::Saved) && !disk_gate.is_open());
+            assert_eq!(saves.status().and_then(|status| status.migration), Some(7));
+        }
+        assert_eq!(saves.resume(Some(7)), Ok(true));
+        assert!(gate.is_open() && disk_gate.is_open());
     }
 
     #[test]
@@ -411,7 +429,7 @@ mod tests {
         assert_eq!(state_of(&saves), Some(SaveState::Saving));
         drop(again);
         gate.shut(Stop::Lease);
-        assert_eq!(saves.resume(), Ok(true));
+        assert_eq!(saves.resume(None), Ok(true));
         assert!(!gate.is_open(), "the lease is a reason of its own");
     }
 
@@ -422,7 +440,7 @@ mod tests {
         let session = saves.begin(Some(7), live).unwrap();
         assert!(gate.is_open() && disk_gate.is_open());
         assert_eq!(saves.begin(None, live).err(), Some(SaveRefusal::Taken));
-        assert_eq!(saves.resume(), Ok(false), "a pause that somebody asked for may end");
+        assert_eq!(saves.resume(None), Ok(false), "a pause that somebody asked for may end");
         saves.progress.throttle_percent.store(30, Ordering::Relaxed);
         drop(session);
         let failed = saves.status().unwrap();
@@ -432,13 +450,13 @@ mod tests {
         let session = saves.begin(None, live).unwrap();
         session.stop().unwrap();
         assert!(gate.holds(Stop::Saved) && !disk_gate.is_open());
-        assert_eq!(saves.resume(), Err(SaveRefusal::UnderWay));
+        assert_eq!(saves.resume(None), Err(SaveRefusal::UnderWay));
         drop(session);
         assert!(gate.holds(Stop::Saved), "what was sent last may have arrived");
         // Nothing runs meanwhile that a live copy could leave running.
         drop(saves.begin(None, live).unwrap());
         assert!(gate.holds(Stop::Saved) && !disk_gate.is_open());
-        assert_eq!(saves.resume(), Ok(true));
+        assert_eq!(saves.resume(None), Ok(true));
         assert!(gate.is_open() && disk_gate.is_open());
 
         let session = saves.begin(None, live).unwrap();

@@ -56,7 +56,7 @@ pub enum VmCommand {
     /// Reset a VM as its reset button does; it stays on its host
     #[command(after_help = "Example:\n  quorate vm reset web1")]
     Reset { vm: String },
-    /// Move a running VM to another host while it runs; the scheduler chooses where to
+    /// Move a running VM to another host without a restart; it stands still while its memory is sent
     #[command(after_help = "Examples:\n  quorate vm migrate web1 --wait\n  quorate vm migrate web1 --to n2")]
     Migrate {
         vm: String,
