@@ -77,8 +77,10 @@ fn a_guest_that_hardly_writes_moves_in_few_rounds() {
     assert_eq!(client.status().run, RunState::Paused { reason: PauseReason::Saved });
     arrives(&saved, &vm, "m");
 
-    // What went is a copy: its source goes on as well when it is told to.
+    // What went is a copy: its source goes on as well when it is told that the migration came to nothing, and not before.
     assert!(client.ask(Call::Resume).error.is_none());
+    assert_eq!(client.status().run, RunState::Paused { reason: PauseReason::Saved });
+    assert!(client.ask(Call::GoOn { migration: 9 }).error.is_none());
     assert_eq!(client.status().saving, None);
     goes_on(&vm);
 }
@@ -136,7 +138,7 @@ fn a_copy_that_is_given_up_leaves_the_guest_running() {
     goes_on(&vm);
 
     // It is told until somebody has taken note.
-    assert!(client.ask(Call::Resume).error.is_none());
+    assert!(client.ask(Call::GoOn { migration: 9 }).error.is_none());
     assert_eq!(client.status().saving, None);
     // The next copy begins anew, and loses nothing that the first one took from the log.
     let saved = copy(&vm, limits(4 * MIB)).join().unwrap();
