@@ -30,6 +30,7 @@ use vmm_control::Call;
 use vmm_control::IncomingState;
 use vmm_control::PauseReason;
 use vmm_control::RunState;
+use vmm_control::SaveState;
 use vmm_control::SaveStatus;
 use vmm_control::Status;
 
@@ -81,7 +82,7 @@ pub struct Seen {
     pub fault: Option<DiskFault>,
     /// Of a process that takes in a guest: whether it has all of it.
     pub loaded: Option<bool>,
-    /// The migration for which it stands still.
+    /// The migration for which it was sent, or was to be: it may stand still for that, and waits to hear what became of it.
     pub stands_for: Option<MigrationId>,
     /// How far that is.
     pub progress: Option<MigrationProgress>,
@@ -104,7 +105,8 @@ impl Seen {
         let Status { quiesced, deadline_ns, overhead_bytes, .. } = *status;
         let fault = status.io_error.as_ref().filter(|_| seen == GuestStatus::PausedIo).map(disk_fault);
         let loaded = status.incoming.map(|incoming| incoming.state == IncomingState::Loaded);
-        let stands_for = status.saving.as_ref().and_then(|saving| saving.migration).map(MigrationId);
+        let ended = status.saving.as_ref().filter(|saving| saving.state != SaveState::Saving);
+        let stands_for = ended.and_then(|saving| saving.migration).map(MigrationId);
         let progress = status.saving.as_ref().map(progress);
         Seen { status: seen, quiesced, deadline_ns, pid, overhead_bytes, fault, loaded, stands_for, progress }
     }

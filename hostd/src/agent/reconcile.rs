@@ -16,6 +16,7 @@ use statemachine::state::Permit;
 use statemachine::state::ReleaseClass;
 use tokio::sync::mpsc;
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
@@ -87,6 +88,8 @@ struct Loop {
     /// Epochs that were, or may have been, started on this host.
     marked: BTreeSet<(VmId, Epoch)>,
     lines: BTreeMap<VmId, Line>,
+    /// Those who bring guests to other hosts.
+    carriers: BTreeMap<VmId, (MigrationId, AbortHandle)>,
     /// VMs whose files a thread is busy with.
     busy: BTreeSet<VmId>,
     /// Orders that did not take effect, to be planned again at the next tick.
@@ -109,6 +112,7 @@ impl Reconciler {
             guests: BTreeMap::new(),
             marked: looked.marked,
             lines: BTreeMap::new(),
+            carriers: BTreeMap::new(),
             busy: BTreeSet::new(),
             undone: BTreeSet::new(),
             told,
@@ -150,6 +154,7 @@ impl Loop {
     }
 
     fn act(&mut self, fold: &Arc<Fold>, grant: Option<&ConfirmedGrant>) {
+        self.give_up_carriers(fold);
         let now = self.now();
         let facts = self.own.facts.borrow().clone();
         let view = View {
@@ -233,11 +238,24 @@ impl Loop {
         tracing::info!(%vm, %epoch, %migration, to = %journey.to, "the guest sets out for another host");
         guest.outgoing = Some(Outgoing { migration, progress: None, failure: None });
         let (carried, told) = (self.own.processes.carry(journey), self.told.clone());
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             if let Err(words) = carried.await {
                 tracing::warn!(%vm, %epoch, %migration, "the guest does not get away: {words}");
                 let _ = told.send((vm, epoch, guest::Told::NotCarried(migration, words))).await;
             }
+        });
+        self.carriers.insert(vm, (migration, task.abort_handle()));
+    }
+
+    /// What the log gave up is not carried on, though its target may not say so: the guest's process sees that nobody takes the rest,
+    /// and what it was held back by is gone.
+    fn give_up_carriers(&mut self, fold: &Fold) {
+        self.carriers.retain(|vm, (migration, task)| {
+            let moves = fold.state.moving(*vm).is_some_and(|moving| moving.id == *migration);
+            if !moves {
+                task.abort();
+            }
+            moves
         });
     }
 

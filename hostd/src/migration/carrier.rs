@@ -20,6 +20,7 @@ use tokio::io::copy;
 use tokio::io::copy_buf;
 use tokio::io::sink;
 use vmm_control::Call;
+use vmm_control::LiveLimits;
 use vmm_control::SaveState;
 
 use super::Obstacle;
@@ -31,6 +32,9 @@ use crate::agent::vmm_client::raw_stream;
 /// The target hears of the migration from the log and starts a process first.
 const READY_EVERY: Duration = Duration::from_millis(100);
 const READY_TRIES: usize = 600;
+/// A vmm notices within a second that its client is gone.
+const SAID_EVERY: Duration = Duration::from_millis(50);
+const SAID_TRIES: usize = 600;
 /// Guest memory comes in large frames; answers are a few small ones.
 const OUT_BYTES: usize = 1 << 20;
 const ANSWERS_MAX: u64 = 64 << 10;
@@ -41,6 +45,8 @@ pub enum CarryError {
     NoRoad(String),
     #[error("its vmm does not give it out: {0}")]
     Vmm(#[from] ClientError),
+    #[error("its vmm does not end the copy, though nobody takes it any more")]
+    StillSending,
     #[error("{0}")]
     NotHandedOver(String),
 }
@@ -61,8 +67,11 @@ pub async fn carry(road: Arc<dyn Road>, socket: &Path, journey: Journey) -> Resu
     let patience = ConstantBuilder::default().with_delay(READY_EVERY).with_max_times(READY_TRIES);
     let opened = open.retry(patience).when(|obstacle| matches!(obstacle, Obstacle::NotYet(_))).await;
     let mut far = opened.map_err(|(Obstacle::NotYet(words) | Obstacle::Never(words))| CarryError::NoRoad(words))?;
-    let mut near = raw_stream(socket, Call::SaveAttach { migration: Some(migration.0), live: None }).await?;
+    let live = Some(LiveLimits::default());
+    let mut near = raw_stream(socket, Call::SaveAttach { migration: Some(migration.0), live }).await?;
     let sent = send(&mut near, &mut far).await;
+    // While it is open the vmm may hope that somebody takes the rest.
+    drop(near);
     // The vmm that sent it knows best. Whether all of it arrived is the target's to say: it asks for the commit, or reports why not.
     handed_over(socket).await?;
     if let Err(error) = sent {
@@ -79,15 +88,20 @@ async fn send(near: &mut (impl AsyncRead + Unpin), far: &mut (impl AsyncRead + A
     copy(&mut far.take(ANSWERS_MAX), &mut sink()).await.map(|_| ())
 }
 
-/// What the vmm says of it, which knows best.
+/// What the vmm says of it, which knows best; a moment after its stream, which it ends before it says so.
 async fn handed_over(socket: &Path) -> Result<(), CarryError> {
-    let status = VmmClient::connect(socket).await?.status().await?;
-    match status.saving {
-        Some(saving) if saving.state == SaveState::Saved => Ok(()),
-        Some(saving) => {
-            let words = saving.error.unwrap_or_else(|| "its stream ended before all of it was sent".to_owned());
-            Err(CarryError::NotHandedOver(words))
+    let said = async || {
+        let status = VmmClient::connect(socket).await?.status().await?;
+        match status.saving {
+            Some(saving) if saving.state == SaveState::Saved => Ok(()),
+            Some(saving) if saving.state == SaveState::Saving => Err(CarryError::StillSending),
+            Some(saving) => {
+                let words = saving.error.unwrap_or_else(|| "its stream ended before all of it was sent".to_owned());
+                Err(CarryError::NotHandedOver(words))
+            }
+            None => Err(CarryError::NotHandedOver("it runs, and was not sent".to_owned())),
         }
-        None => Err(CarryError::NotHandedOver("it runs, and was not sent".to_owned())),
-    }
+    };
+    let patience = ConstantBuilder::default().with_delay(SAID_EVERY).with_max_times(SAID_TRIES);
+    said.retry(patience).when(|error| matches!(error, CarryError::StillSending)).await
 }

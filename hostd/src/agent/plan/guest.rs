@@ -124,7 +124,7 @@ pub struct Guest {
     pub incoming: Option<MigrationId>,
     /// The carrier's word of the migration by which it leaves.
     pub outgoing: Option<Outgoing>,
-    /// The migration for which its process stands still, by the process's own word.
+    /// The migration for which its process has sent it, or failed to, and may stand still, by the process's own word.
     pub stands_for: Option<MigrationId>,
 }
 
