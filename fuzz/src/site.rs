@@ -26,7 +26,6 @@ use statemachine::state::Disk;
 use statemachine::state::ExitReason;
 use statemachine::state::Fingerprint;
 use statemachine::state::GuestStatus;
-use statemachine::state::MachineType;
 use statemachine::state::RunStrategy;
 use statemachine::state::StateImage;
 use statemachine::state::StopMode;
@@ -206,15 +205,13 @@ fn candidate(number: u8) -> HostCandidate {
 fn spec(name: &str) -> VmSpec {
     let disk = Disk::raw("root", &format!("/srv/{name}.raw"));
     VmSpec {
-        machine: MachineType::QDirect1,
         vcpus: 2,
         memory_mib: 512,
         kernel: "/srv/vmlinuz".to_owned(),
         initrd: Some("/srv/initrd".to_owned()),
         cmdline: "console=ttyS0".to_owned(),
         disks: vec![disk],
-        nics: Vec::new(),
         highly_available: true,
-        release: None,
+        ..VmSpec::default()
     }
 }

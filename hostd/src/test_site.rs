@@ -38,7 +38,6 @@ use statemachine::state::Created;
 use statemachine::state::ExitReason;
 use statemachine::state::Fingerprint;
 use statemachine::state::GuestStatus;
-use statemachine::state::MachineType;
 use statemachine::state::ReleaseClass;
 use statemachine::state::RunStrategy;
 use statemachine::state::TokenPurpose;
@@ -68,16 +67,12 @@ pub fn facts(boot: BootId) -> HostFacts {
 
 pub fn spec(release: ReleaseClass) -> VmSpec {
     VmSpec {
-        machine: MachineType::QDirect1,
         vcpus: 1,
         memory_mib: 64,
         kernel: "/boot/vmlinuz".to_owned(),
-        initrd: None,
         cmdline: "console=ttyS0".to_owned(),
-        disks: Vec::new(),
-        nics: Vec::new(),
-        highly_available: false,
         release: Some(release),
+        ..VmSpec::default()
     }
 }
 

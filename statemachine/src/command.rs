@@ -16,15 +16,24 @@ use crate::ids::SiteId;
 use crate::ids::TokenId;
 use crate::ids::VmId;
 use crate::state::Capacity;
+use crate::state::Cpu;
+use crate::state::DeviceWord;
+use crate::state::Devices;
 use crate::state::Disk;
 use crate::state::DiskFault;
 use crate::state::ExitReason;
 use crate::state::Fingerprint;
+use crate::state::FirstBoot;
 use crate::state::GuestFacts;
 use crate::state::GuestStatus;
+use crate::state::HostProcessor;
 use crate::state::MachineType;
+use crate::state::MemoryPages;
+use crate::state::MigrationPolicy;
 use crate::state::MigrationProgress;
 use crate::state::Nic;
+use crate::state::OnPanic;
+use crate::state::OnWatchdog;
 use crate::state::ReleaseClass;
 use crate::state::RunStrategy;
 use crate::state::StopMode;
@@ -300,6 +309,29 @@ pub enum Command {
         migration: MigrationId,
         detail: String,
     },
+    /// What a guest that runs is to make do with.
+    VmMemory {
+        vm: VmId,
+        mib: u64,
+    },
+    /// What became of a device that was to come to a guest, or to leave it.
+    ReportVmDevice {
+        report: ReportId,
+        vm: VmId,
+        epoch: Epoch,
+        device: String,
+        word: DeviceWord,
+    },
+    /// What a host's processor can be to guests.
+    ReportProcessor {
+        report: ReportId,
+        processor: HostProcessor,
+    },
+    /// How the guests of a cluster may be moved.
+    ClusterMigrationPolicy {
+        cluster: ClusterId,
+        policy: MigrationPolicy,
+    },
 }
 
 /// What may change on a host; `None` keeps.
@@ -316,7 +348,7 @@ pub struct HostChange {
 pub struct VmChange {
     pub name: Option<String>,
     pub run_strategy: Option<RunStrategy>,
-    /// Takes effect at the next start.
+    /// Takes effect at the next start, but for disks and network cards: those come to a guest that runs, and leave it, at once.
     pub spec: VmSpecChange,
 }
 
@@ -337,12 +369,23 @@ pub struct VmSpecChange {
     pub release: Option<ReleaseClass>,
     /// All of them.
     pub nics: Option<Vec<Nic>>,
+    pub cpu: Option<Cpu>,
+    pub pages: Option<MemoryPages>,
+    /// An empty host name takes it away.
+    pub first_boot: Option<FirstBoot>,
+    pub on_watchdog: Option<OnWatchdog>,
+    pub on_panic: Option<OnPanic>,
+    pub migration: Option<MigrationPolicy>,
+    /// Devices more, beside those that it has.
+    pub plug: Devices,
+    /// Ids of devices that it is to lose.
+    pub unplug: Vec<String>,
 }
 
 impl VmSpecChange {
     pub fn over(&self, present: &VmSpec) -> VmSpec {
         let changed = self.clone();
-        VmSpec {
+        let spec = VmSpec {
             machine: changed.machine.unwrap_or(present.machine),
             vcpus: changed.vcpus.unwrap_or(present.vcpus),
             memory_mib: changed.memory_mib.unwrap_or(present.memory_mib),
@@ -356,6 +399,16 @@ impl VmSpecChange {
             nics: changed.nics.unwrap_or_else(|| present.nics.clone()),
             highly_available: changed.highly_available.unwrap_or(present.highly_available),
             release: changed.release.or(present.release),
-        }
+            cpu: changed.cpu.unwrap_or(present.cpu),
+            pages: changed.pages.unwrap_or(present.pages),
+            first_boot: match changed.first_boot {
+                Some(first_boot) => (!first_boot.host_name.is_empty()).then_some(first_boot),
+                None => present.first_boot.clone(),
+            },
+            on_watchdog: changed.on_watchdog.unwrap_or(present.on_watchdog),
+            on_panic: changed.on_panic.unwrap_or(present.on_panic),
+            migration: changed.migration.unwrap_or(present.migration),
+        };
+        changed.unplug.iter().fold(spec, |spec, id| spec.without(id)).with(&changed.plug)
     }
 }

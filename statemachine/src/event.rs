@@ -26,11 +26,15 @@ use crate::ids::VmId;
 use crate::scheduler::Explanation;
 use crate::state::AbortReason;
 use crate::state::Desired;
+use crate::state::DeviceWord;
+use crate::state::Devices;
 use crate::state::DiskFault;
 use crate::state::ExitReason;
 use crate::state::Fingerprint;
 use crate::state::GuestFacts;
 use crate::state::GuestStatus;
+use crate::state::HostProcessor;
+use crate::state::MigrationPolicy;
 use crate::state::MigrationProgress;
 use crate::state::ReleaseClass;
 use crate::state::RunStrategy;
@@ -109,6 +113,8 @@ events! {
     6 VoterCountChanged { voters: u8 }
     /// The majority of the voters was lost for good, and one host went on alone: a new generation, under a new authority.
     7 SiteRecovered { generation: u32, host: HostId, ca: Fingerprint }
+    /// How the guests of a cluster may be moved, where they do not say themselves.
+    8 ClusterMigrationPolicyChanged { cluster: ClusterId, policy: MigrationPolicy }
 
     10 TokenCreated { token: TokenId, purpose: TokenPurpose, secret_hash: [u8; 32], expires_ms: u64, note: String }
     11 TokenRevoked { token: TokenId }
@@ -130,6 +136,8 @@ events! {
     30 HostSpmPriorityChanged { host: HostId, priority: i8 }
     /// Hosts of one domain may fail together: a rack, a power feed. Empty: a domain of its own.
     31 HostFailureDomainChanged { host: HostId, domain: String }
+    /// What its processor can be to guests.
+    32 HostProcessorReported { host: HostId, counter: u64, processor: HostProcessor }
 
     40 VmDefined { vm: VmId, name: String, cluster: ClusterId, spec: Arc<VmSpec>, run_strategy: RunStrategy }
     41 VmRenamed { vm: VmId, name: String }
@@ -163,6 +171,13 @@ events! {
 
     60 SpmGranted { data_center: DataCenterId, host: HostId }
     61 SpmReleased { data_center: DataCenterId, host: HostId }
+
+    /// The guest that runs gets these devices, and is to give up those: from here on its host sees to it.
+    62 VmDesiredDevices { vm: VmId, epoch: Epoch, plug: Devices, unplug: Vec<String> }
+    /// What became of that, a device an event.
+    63 VmObservedDevice { vm: VmId, epoch: Epoch, host: HostId, counter: u64, device: String, word: DeviceWord }
+    /// What the guest that runs is to make do with; all of its memory is the most.
+    64 VmDesiredMemory { vm: VmId, mib: u64 }
 }
 
 /// What proved that an epoch runs no more (invariant R2).
@@ -188,6 +203,11 @@ impl Event {
             Event::VmObservedGuest(_)
             | Event::VmObservedDiskFault(_)
             | Event::VmDesiredPause(_)
+            | Event::VmDesiredDevices(_)
+            | Event::VmObservedDevice(_)
+            | Event::VmDesiredMemory(_)
+            | Event::HostProcessorReported(_)
+            | Event::ClusterMigrationPolicyChanged(_)
             | Event::MigrationStarted(_)
             | Event::MigrationProgressed(_)
             | Event::MigrationCommitted(_)
@@ -236,6 +256,11 @@ impl Event {
             Event::VmObservedGuest(e) => vec![vm(&e.vm), host(&e.host)],
             Event::VmObservedDiskFault(e) => vec![vm(&e.vm), host(&e.host)],
             Event::VmDesiredPause(e) => vec![vm(&e.vm)],
+            Event::VmDesiredDevices(e) => vec![vm(&e.vm)],
+            Event::VmObservedDevice(e) => vec![vm(&e.vm), host(&e.host)],
+            Event::VmDesiredMemory(e) => vec![vm(&e.vm)],
+            Event::HostProcessorReported(e) => vec![host(&e.host)],
+            Event::ClusterMigrationPolicyChanged(e) => vec![format!("cluster/{}", e.cluster)],
             Event::MigrationStarted(e) => vec![vm(&e.vm), host(&e.from), host(&e.to)],
             Event::MigrationProgressed(e) => vec![vm(&e.vm), host(&e.host)],
             Event::MigrationCommitted(e) => vec![vm(&e.vm), host(&e.from), host(&e.to)],

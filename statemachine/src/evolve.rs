@@ -11,8 +11,10 @@ use crate::ids::VmId;
 use crate::state::Administrative;
 use crate::state::Certificate;
 use crate::state::Cluster;
+use crate::state::Cpu;
 use crate::state::DataCenter;
 use crate::state::Desired;
+use crate::state::DeviceWord;
 use crate::state::Exit;
 use crate::state::ExitReason;
 use crate::state::GuestStatus;
@@ -24,6 +26,7 @@ use crate::state::MigrationPhase;
 use crate::state::Observed;
 use crate::state::Pause;
 use crate::state::Permit;
+use crate::state::Plugs;
 use crate::state::RunStrategy;
 use crate::state::Site;
 use crate::state::SpmPermit;
@@ -135,10 +138,18 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
         Event::HostActivated(e) => state.hosts.update(&e.host, |host| host.administrative = Administrative::Active),
         Event::HostRemoved(e) => {
             state.hosts.remove(&e.host);
+            state.processors.remove(&e.host);
             state.removed_hosts.insert(e.host, at.seq);
         }
         Event::HostFailureDomainChanged(e) => {
             state.hosts.update(&e.host, |host| host.failure_domain = e.domain.clone());
+        }
+        Event::HostProcessorReported(e) => {
+            state.hosts.update(&e.host, |host| host.report_counter = e.counter);
+            state.processors.insert(e.host, e.processor.clone());
+        }
+        Event::ClusterMigrationPolicyChanged(e) => {
+            state.migration_policies.insert(e.cluster, e.policy);
         }
         Event::HostSpmPriorityChanged(e) => state.hosts.update(&e.host, |host| host.spm_priority = e.priority),
 
@@ -185,9 +196,10 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
         Event::VmPlaced(e) => state.vms.update(&e.vm, |vm| vm.placement = Some(e.explanation.clone())),
         Event::VmPermitGranted(e) => {
             let mut spec = None;
+            let settled = state.vms.get(&e.vm).and_then(|vm| settled_spec(state, vm));
             state.vms.update(&e.vm, |vm| {
                 vm.permit = Some(Permit { epoch: Epoch::from(at.seq), host: e.host, boot: e.boot, release: e.release });
-                vm.granted_spec = Some(vm.spec.clone());
+                vm.granted_spec = Some(settled.unwrap_or_else(|| vm.spec.clone()));
                 vm.observed = None;
                 spec = vm.granted_spec.clone();
             });
@@ -231,6 +243,47 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
                     state.disk_faults.remove(&e.vm);
                 }
             }
+        }
+        Event::VmDesiredDevices(e) => {
+            state.vms.update(&e.vm, |vm| {
+                let more = |spec: Arc<VmSpec>| {
+                    let placed = VmSpec::clone(&spec).with_slots().unwrap_or_else(|| VmSpec::clone(&spec));
+                    Arc::new(placed.with(&e.plug))
+                };
+                vm.granted_spec = vm.granted_spec.take().map(more);
+            });
+            let mut plugs = state.plugs.get(&e.vm).cloned().unwrap_or_default();
+            plugs.coming.extend(e.plug.ids().map(str::to_owned));
+            for device in &e.unplug {
+                plugs.coming.remove(device);
+                plugs.said.remove(device);
+                plugs.leaving.insert(device.clone());
+            }
+            state.plugs.insert(e.vm, plugs);
+        }
+        Event::VmObservedDevice(e) => {
+            state.hosts.update(&e.host, |host| host.report_counter = e.counter);
+            let mut plugs = state.plugs.get(&e.vm).cloned().unwrap_or_default();
+            if e.word == DeviceWord::Unplugged {
+                plugs.leaving.remove(&e.device);
+                plugs.said.remove(&e.device);
+                state.vms.update(&e.vm, |vm| {
+                    vm.granted_spec =
+                        vm.granted_spec.take().map(|spec| Arc::new(VmSpec::clone(&spec).without(&e.device)));
+                });
+            } else {
+                if e.word == DeviceWord::Plugged {
+                    plugs.coming.remove(&e.device);
+                }
+                plugs.said.insert(e.device.clone(), e.word.clone());
+            }
+            match plugs == Plugs::default() {
+                true => drop(state.plugs.remove(&e.vm)),
+                false => drop(state.plugs.insert(e.vm, plugs)),
+            }
+        }
+        Event::VmDesiredMemory(e) => {
+            state.memory_targets.insert(e.vm, e.mib);
         }
         Event::VmDesiredPause(e) => {
             state.pauses.insert(e.vm, Pause { wanted: e.paused, at: at.seq });
@@ -311,6 +364,8 @@ fn release(state: &mut State, vm: VmId, epoch: Epoch) {
         state.migrations.remove(&vm);
         state.pauses.remove(&vm);
         state.disk_faults.remove(&vm);
+        state.plugs.remove(&vm);
+        state.memory_targets.remove(&vm);
     }
     if let Some((permit, spec)) = freed {
         give_back(state, permit.host, &spec);
@@ -323,6 +378,13 @@ fn give_back(state: &mut State, host: HostId, spec: &VmSpec) {
         host.usage.memory_mib = host.usage.memory_mib.saturating_sub(spec.memory_mib);
         host.usage.vms = host.usage.vms.saturating_sub(1);
     });
+}
+
+/// What a guest that starts now is made of, where that is more than its definition says.
+fn settled_spec(state: &State, vm: &Vm) -> Option<Arc<VmSpec>> {
+    let model = state.settled_model(vm.cluster, vm.spec.cpu.model);
+    let cpu = Cpu { model, ..vm.spec.cpu };
+    (model != vm.spec.cpu.model).then(|| Arc::new(VmSpec { cpu, ..VmSpec::clone(&vm.spec) }))
 }
 
 /// What the guest that holds a permit is made of.

@@ -1,6 +1,7 @@
 //! Invariants of DESIGN §5 that are visible in the state, by their ids. One copy, shared by property
 //! tests, the simulation and production assertions.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::ids::Epoch;
@@ -55,7 +56,29 @@ pub fn check(state: &State) -> Vec<Violation> {
         }
     }
     check_migrations(state, &mut found);
+    check_devices(state, &mut found);
     found
+}
+
+/// What the log gave to a guest that runs, or wants back, is among what the guest may have open: or S2 would not see it. Each device has
+/// one name and, once anything came or left, one slot.
+fn check_devices(state: &State, found: &mut Vec<Violation>) {
+    for (id, plugs) in state.plugs.iter() {
+        let granted = state.vms.get(id).and_then(|vm| vm.granted_spec.as_ref());
+        let listed = |device: &String| granted.is_some_and(|spec| spec.has_device(device));
+        if !plugs.coming.iter().chain(&plugs.leaving).all(listed) || !plugs.coming.is_disjoint(&plugs.leaving) {
+            found.push(violation("S2", format!("vm {id} may have {plugs:?} open, and is granted {granted:?}")));
+        }
+    }
+    for (id, spec) in state.vms.iter().filter_map(|(id, vm)| Some((id, vm.granted_spec.as_ref()?))) {
+        let mut names = BTreeSet::new();
+        let slots: Vec<u8> =
+            spec.disks.iter().filter_map(|disk| disk.slot).chain(spec.nics.iter().filter_map(|nic| nic.slot)).collect();
+        let twice = !spec.device_ids().all(|device| names.insert(device));
+        if twice || slots.iter().collect::<BTreeSet<_>>().len() != slots.len() {
+            found.push(violation("S2", format!("two devices of vm {id} have one name or one slot: {spec:?}")));
+        }
+    }
 }
 
 /// R2: what moves is a guest under the permit that it left with, to another host; what has arrived is under the one it was given.

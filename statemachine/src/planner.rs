@@ -4,7 +4,9 @@
 use crate::command::Command;
 use crate::decide::FEATURE_LEVEL;
 use crate::ids::HostId;
+use crate::state::Administrative;
 use crate::state::Desired;
+use crate::state::GuestStatus;
 use crate::state::Liveness;
 use crate::state::State;
 use crate::view;
@@ -26,6 +28,25 @@ fn feature_level(state: &State) -> Option<Command> {
 fn placements(state: &State) -> impl Iterator<Item = Command> {
     let waiting = state.vms.iter().filter(|(_, vm)| vm.permit.is_none() && vm.desired == Desired::Running);
     waiting.map(|(vm, _)| Command::VmPlace { vm: *vm })
+}
+
+/// Guests that may be moved, on hosts that are in maintenance. Their shell asks for each of these at growing distances, whatever becomes of it:
+/// one that cannot be moved now is not tried all the time.
+pub fn evacuations(state: &State) -> impl Iterator<Item = Command> {
+    let leaving = |host: &HostId| {
+        let host = state.hosts.get(host);
+        host.is_some_and(|host| host.administrative == Administrative::Maintenance && host.liveness == Liveness::Alive)
+    };
+    let movable = state.vms.iter().filter(move |(vm, known)| {
+        let up = known.observed.is_some_and(|seen| matches!(seen.status, GuestStatus::Up | GuestStatus::PausedUser));
+        // Those too that are on their way: asked again, nothing happens, and whether it was asked lately is not forgotten.
+        let on_its_way = state.moving(**vm).is_some();
+        known.desired == Desired::Running
+            && (up || on_its_way)
+            && known.permit.is_some_and(|permit| leaving(&permit.host))
+            && state.migration_policy(known).automatic == Some(true)
+    });
+    movable.map(|(vm, _)| Command::VmMigrate { vm: *vm, host: None })
 }
 
 /// A data center without a storage manager: by default the leader's host, else the highest priority

@@ -170,12 +170,46 @@ fn samples() -> Vec<Event> {
         .into(),
         SpmGranted { data_center, host }.into(),
         SpmReleased { data_center, host }.into(),
+        VmDesiredDevices {
+            vm,
+            epoch: Epoch(40),
+            plug: Devices {
+                disks: vec![Disk { slot: Some(3), ..Disk::raw("data", "/srv/data.raw") }],
+                nics: vec![Nic { id: "wan".to_owned(), bridge: "br1".to_owned(), mac: None, slot: Some(22) }],
+            },
+            unplug: vec![text()],
+        }
+        .into(),
+        VmObservedDevice { vm, epoch: Epoch(40), host, counter: 6, device: text(), word: DeviceWord::Kept(text()) }
+            .into(),
+        VmDesiredMemory { vm, mib: 512 }.into(),
+        HostProcessorReported {
+            host,
+            counter: 6,
+            processor: HostProcessor {
+                vendor: "AuthenticAMD".to_owned(),
+                model_name: text(),
+                models: vec![CpuModel::V2, CpuModel::V3],
+                fingerprint: "0a1b".to_owned(),
+            },
+        }
+        .into(),
+        ClusterMigrationPolicyChanged {
+            cluster,
+            policy: MigrationPolicy {
+                automatic: Some(false),
+                downtime_ms: Some(500),
+                mib_per_second: Some(200),
+                seconds_per_gib: None,
+            },
+        }
+        .into(),
     ]
 }
 
 /// Events that hold a spec of a later layout: (layout, event).
 fn samples_of_later_layouts() -> Vec<(u8, Event)> {
-    let nic = |id: &str, mac| Nic { id: id.to_owned(), bridge: "br0".to_owned(), mac };
+    let nic = |id: &str, mac| Nic { id: id.to_owned(), bridge: "br0".to_owned(), mac, slot: None };
     let nics = vec![nic("lan", None), nic("wan", Some(MacAddr::new(0x52, 0x54, 0, 1, 2, 3)))];
     let image = Disk {
         format: DiskFormat::Qcow2,
@@ -189,7 +223,29 @@ fn samples_of_later_layouts() -> Vec<(u8, Event)> {
         }),
         ..Disk::raw("root", "/srv/top.qcow2")
     };
-    let spec = Arc::new(VmSpec { nics, disks: vec![image], ..world::spec(15) });
+    let first_boot = FirstBoot {
+        host_name: "web1".to_owned(),
+        user: Some(FirstUser { name: "me".to_owned(), ssh_keys: vec!["ssh-ed25519 AAAA me".to_owned()] }),
+        interfaces: vec![Interface {
+            nic: "lan".to_owned(),
+            addresses: vec!["192.0.2.5/24".to_owned()],
+            gateway: Some("192.0.2.1".to_owned()),
+        }],
+        dns: vec!["192.0.2.2".to_owned()],
+        user_data: Some("#!/bin/sh".to_owned()),
+    };
+    let topology = Topology { sockets: 1, cores: 2, threads: 2 };
+    let spec = Arc::new(VmSpec {
+        nics,
+        disks: vec![image],
+        cpu: Cpu { model: CpuModel::V3, topology: Some(topology), weight: Some(50), cap_percent: Some(150) },
+        pages: MemoryPages::Mib2,
+        first_boot: Some(first_boot),
+        on_watchdog: OnWatchdog::InjectNmi,
+        on_panic: OnPanic::Pause,
+        migration: MigrationPolicy { downtime_ms: Some(20), ..MigrationPolicy::default() },
+        ..world::spec(15)
+    });
     let vm = VmId(Uuid::from_u128(7));
     vec![(2, VmSpecChanged { vm, spec }.into())]
 }

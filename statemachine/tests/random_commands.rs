@@ -125,7 +125,7 @@ fn random_sequences_reach_permits_exits_and_reboots() {
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let strategy = prop::collection::vec(world::step(), 150);
     let mut names: BTreeMap<&'static str, usize> = BTreeMap::new();
-    for _ in 0..20 {
+    for _ in 0..100 {
         let steps = strategy.new_tree(&mut runner).expect("a strategy without filters").current();
         let run = run(&steps);
         assert!(run.accepted > 20, "most steps are meaningful");

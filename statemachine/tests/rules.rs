@@ -218,7 +218,7 @@ fn a_hardware_address_is_that_of_one_card() {
     cluster.start("a").expect("room");
     let nics = |nics| VmChange { spec: VmSpecChange { nics: Some(nics), ..Default::default() }, ..Default::default() };
     let (a, b) = (cluster.vm("a"), cluster.vm("b"));
-    let with_address = || Nic { id: "lan".to_owned(), bridge: "br1".to_owned(), mac };
+    let with_address = || Nic { id: "lan".to_owned(), bridge: "br1".to_owned(), mac, slot: None };
     cluster.root(Command::VmChange { vm: a, change: nics(Vec::new()) }).expect("it gives the address away");
     let take = Command::VmChange { vm: b, change: nics(vec![with_address()]) };
     assert_eq!(cluster.root(take.clone()).expect_err("a runs with it").code(), "mac-in-use");

@@ -39,7 +39,6 @@ use statemachine::fold::Answer;
 use statemachine::state::Capacity;
 use statemachine::state::Created;
 use statemachine::state::Fingerprint;
-use statemachine::state::MachineType;
 use statemachine::state::RunStrategy;
 use statemachine::state::TokenPurpose;
 use statemachine::state::VmSpec;
@@ -369,18 +368,7 @@ pub fn root(command: Command) -> Request {
 }
 
 pub fn define_vm(name: &str) -> Command {
-    let spec = VmSpec {
-        machine: MachineType::QDirect1,
-        vcpus: 1,
-        memory_mib: 64,
-        kernel: "/srv/vmlinuz".to_owned(),
-        initrd: None,
-        cmdline: String::new(),
-        disks: Vec::new(),
-        nics: Vec::new(),
-        highly_available: false,
-        release: None,
-    };
+    let spec = VmSpec { vcpus: 1, memory_mib: 64, kernel: "/srv/vmlinuz".to_owned(), ..VmSpec::default() };
     Command::VmDefine { name: name.to_owned(), cluster: None, spec, run_strategy: RunStrategy::Halted }
 }
 

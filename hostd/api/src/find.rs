@@ -1,5 +1,6 @@
-//! Hosts and VMs by name or id. A name wins: it is what people type, and a host may well be called `7`.
+//! Hosts, VMs and clusters by name or id. A name wins: it is what people type, and a host may well be called `7`.
 
+use statemachine::ClusterId;
 use statemachine::HostId;
 use statemachine::Rejection;
 use statemachine::State;
@@ -23,6 +24,16 @@ pub fn vm(state: &State, text: &str) -> Result<VmId, Rejection> {
     match text.parse::<VmId>() {
         Ok(id) if state.vms.contains(&id) => Ok(id),
         _ => Err(Rejection::NotFound { noun: Noun::Vm, name: shortened(text) }),
+    }
+}
+
+pub fn cluster(state: &State, text: &str) -> Result<ClusterId, Rejection> {
+    if let Some((id, _)) = state.clusters.iter().find(|(_, cluster)| cluster.name == text) {
+        return Ok(*id);
+    }
+    match text.parse().map(ClusterId) {
+        Ok(id) if state.clusters.contains(&id) => Ok(id),
+        _ => Err(Rejection::NotFound { noun: Noun::Cluster, name: shortened(text) }),
     }
 }
 

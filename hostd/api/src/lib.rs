@@ -4,7 +4,7 @@
 //!
 //! - [`problem`]: how every refusal looks (RFC 9457), and which HTTP status it has.
 //! - [`write`](mod@write) and [`read`]: the envelope of each: a write answers with its seq, a read with the seq that it saw.
-//! - [`status`], [`site`], [`host`], [`vm`], [`token`], [`digest`]: bodies by resource. Those that show state have a constructor
+//! - [`status`], [`site`], [`cluster`], [`host`], [`vm`] with [`spec`], [`token`], [`digest`]: bodies by resource. Those that show state have a constructor
 //!   from `State`, so that every client sees the same folded statuses.
 //! - [`guest`]: what is asked of the agent inside a guest.
 //! - [`event`]: the stream of DESIGN §10; [`cursor`]: where a reader of it stands.
@@ -13,6 +13,7 @@
 //!
 //! Start reading at [`vm`], the largest resource, or at [`problem`].
 
+pub mod cluster;
 pub mod cursor;
 pub mod digest;
 pub mod event;
@@ -23,6 +24,7 @@ pub mod problem;
 pub mod read;
 pub mod secret;
 pub mod site;
+pub mod spec;
 pub mod status;
 pub mod time;
 pub mod token;

@@ -1,8 +1,8 @@
 //! `/v1/vms`: define, change, start, stop, and why a VM is where it is.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use pnet_base::MacAddr;
 use serde::Deserialize;
 use serde::Serialize;
 use statemachine::ClusterId;
@@ -11,23 +11,22 @@ use statemachine::HostId;
 use statemachine::Seq;
 use statemachine::State;
 use statemachine::VmId;
+use statemachine::command::VmChange;
 use statemachine::command::VmSpecChange;
 use statemachine::ids::MigrationId;
 use statemachine::scheduler::Explanation;
-use statemachine::state::BackingImage;
 use statemachine::state::Desired;
+use statemachine::state::DeviceWord;
+use statemachine::state::Devices;
 use statemachine::state::Disk;
 use statemachine::state::DiskFault;
-use statemachine::state::DiskFormat;
 use statemachine::state::ExitReason;
 use statemachine::state::GuestFacts;
 use statemachine::state::GuestStatus;
-use statemachine::state::MachineType;
 use statemachine::state::Migration;
 use statemachine::state::MigrationProgress;
 use statemachine::state::Nic;
-use statemachine::state::OnError;
-use statemachine::state::RateLimit;
+use statemachine::state::Plugs;
 use statemachine::state::ReleaseClass;
 use statemachine::state::RunStrategy;
 use statemachine::state::StopMode;
@@ -36,6 +35,10 @@ use statemachine::state::VmSpec;
 use statemachine::view::VmStatus;
 use statemachine::view::vm_status;
 use utoipa::ToSchema;
+
+use crate::spec::DiskBody;
+use crate::spec::NicBody;
+use crate::spec::VmSpecBody;
 
 /// `POST /v1/vms`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -57,176 +60,8 @@ fn manual() -> RunStrategy {
     RunStrategy::Manual
 }
 
-/// What a guest is made of. On `PATCH`, what is left out stays as it is.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct VmSpecBody {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>, example = "q-direct-1")]
-    pub machine: Option<MachineType>,
-    /// Default 1.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub vcpus: Option<u32>,
-    /// Default 512; a multiple of 2.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub memory_mib: Option<u64>,
-    /// Path on the hosts, under an allowed directory; needed to create.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub kernel: Option<String>,
-    /// An empty text takes it away.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub initrd: Option<String>,
-    /// Default `console=ttyS0`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cmdline: Option<String>,
-    /// All disks; a `PATCH` with disks replaces them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub disks: Option<Vec<DiskBody>>,
-    /// All network cards; a `PATCH` with cards replaces them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub nics: Option<Vec<NicBody>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub highly_available: Option<bool>,
-    /// `lease`, `power`, `storage` or `operator`; by default `lease` for highly available VMs, `operator` for the rest.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>)]
-    pub release: Option<ReleaseClass>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct DiskBody {
-    /// Name within the VM; the guest sees it as the disk's serial.
-    pub id: String,
-    /// Path on the hosts, under an allowed directory, or a device that all hosts share.
-    pub path: String,
-    #[serde(default)]
-    pub read_only: bool,
-    /// More than one VM may write it.
-    #[serde(default)]
-    pub shareable: bool,
-    /// `raw` (default) or `qcow2`. It is never found out by looking.
-    #[serde(default)]
-    #[schema(value_type = String, example = "raw")]
-    pub format: DiskFormat,
-    /// The images under a qcow2 disk, nearest first, by the paths that their headers name.
-    #[serde(default)]
-    pub backing: Vec<BackingImageBody>,
-    /// What an error of the storage does: `stop` (default) pauses the guest and tries again until it succeeds, `report` tells the
-    /// guest, `ignore` tells it that all went well, `enospc` stops it where there is no space and reports the rest.
-    #[serde(default)]
-    #[schema(value_type = String, example = "stop")]
-    pub on_error: OnError,
-    /// How much it may do; what is left out has no bound.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rate_limit: Option<RateLimitBody>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct BackingImageBody {
-    pub path: String,
-    #[schema(value_type = String, example = "qcow2")]
-    pub format: DiskFormat,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct RateLimitBody {
-    /// Requests a second.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub iops: Option<u64>,
-    /// Bytes read and written a second.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bytes_per_second: Option<u64>,
-    /// Requests that may go at once after a pause; by default what a tenth of a second gives.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub burst_iops: Option<u64>,
-    /// Bytes likewise.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub burst_bytes: Option<u64>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct NicBody {
-    /// Name within the VM.
-    pub id: String,
-    /// A bridge that every host that may run the VM has.
-    #[schema(example = "br0")]
-    pub bridge: String,
-    /// Hardware address; by default one that follows from the VM and the card.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>, example = "52:54:00:12:34:56")]
-    pub mac: Option<MacAddr>,
-}
-
-impl VmSpecBody {
-    pub const DEFAULT_MEMORY_MIB: u64 = 512;
-    pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
-
-    /// A new VM's spec. A kernel that is missing is an empty path, which `decide` refuses in words.
-    pub fn into_spec(self) -> VmSpec {
-        let blank = VmSpec {
-            machine: MachineType::QDirect1,
-            vcpus: 1,
-            memory_mib: Self::DEFAULT_MEMORY_MIB,
-            kernel: String::new(),
-            initrd: None,
-            cmdline: Self::DEFAULT_CMDLINE.to_owned(),
-            disks: Vec::new(),
-            nics: Vec::new(),
-            highly_available: false,
-            release: None,
-        };
-        VmSpecChange::from(self).over(&blank)
-    }
-}
-
-impl From<VmSpecBody> for VmSpecChange {
-    fn from(body: VmSpecBody) -> VmSpecChange {
-        VmSpecChange {
-            machine: body.machine,
-            vcpus: body.vcpus,
-            memory_mib: body.memory_mib,
-            kernel: body.kernel,
-            initrd: body.initrd,
-            cmdline: body.cmdline,
-            disks: body.disks.map(|disks| disks.into_iter().map(Disk::from).collect()),
-            highly_available: body.highly_available,
-            release: body.release,
-            nics: body.nics.map(|nics| nics.into_iter().map(Nic::from).collect()),
-        }
-    }
-}
-
-impl From<NicBody> for Nic {
-    fn from(body: NicBody) -> Nic {
-        Nic { id: body.id, bridge: body.bridge, mac: body.mac }
-    }
-}
-
-impl From<DiskBody> for Disk {
-    fn from(body: DiskBody) -> Disk {
-        let image = |image: BackingImageBody| BackingImage { path: image.path, format: image.format };
-        let limit = |limit: RateLimitBody| {
-            let RateLimitBody { iops, bytes_per_second, burst_iops, burst_bytes } = limit;
-            RateLimit { iops, bytes_per_second, burst_iops, burst_bytes }
-        };
-        Disk {
-            id: body.id,
-            path: body.path,
-            read_only: body.read_only,
-            shareable: body.shareable,
-            format: body.format,
-            backing: body.backing.into_iter().map(image).collect(),
-            on_error: body.on_error,
-            rate_limit: body.rate_limit.map(limit),
-        }
-    }
-}
-
-/// `PATCH /v1/vms/{id}`: what is left out stays. A changed spec takes effect at the next start.
+/// `PATCH /v1/vms/{id}`: what is left out stays. A changed spec takes effect at the next start; disks and network
+/// cards come to a guest that runs, and leave it, at once.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct VmPatch {
@@ -237,6 +72,34 @@ pub struct VmPatch {
     pub run_strategy: Option<RunStrategy>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spec: Option<VmSpecBody>,
+    /// Disks and network cards more, beside those that it has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plug: Option<PlugBody>,
+    /// Ids of disks and network cards that it is to lose. The guest is asked for them first; its disks are left alone.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unplug: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct PlugBody {
+    pub disks: Vec<DiskBody>,
+    pub nics: Vec<NicBody>,
+}
+
+impl VmPatch {
+    pub fn into_change(self) -> VmChange {
+        let plug = self.plug.unwrap_or_default();
+        let spec = VmSpecChange {
+            plug: Devices {
+                disks: plug.disks.into_iter().map(Disk::from).collect(),
+                nics: plug.nics.into_iter().map(Nic::from).collect(),
+            },
+            unplug: self.unplug,
+            ..self.spec.unwrap_or_default().into()
+        };
+        VmChange { name: self.name, run_strategy: self.run_strategy, spec }
+    }
 }
 
 /// `POST /v1/vms/{id}/start`.
@@ -344,6 +207,47 @@ pub struct VmView {
     pub spec: Arc<VmSpec>,
     /// It runs with an older spec, until its next start.
     pub spec_pending: bool,
+    /// Disks and network cards that came while it runs, or are to come, or to leave.
+    pub devices: Vec<DeviceView>,
+    /// What it is to make do with of its memory.
+    pub memory_target_mib: Option<u64>,
+}
+
+/// A device of a guest that runs, of which something has been said since its start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DeviceView {
+    pub id: String,
+    /// `plugged`, `plugging`, `not_plugged`, `leaving`, `kept`.
+    #[schema(example = "plugged")]
+    pub state: String,
+    /// Why it is not as it should be; it is tried again.
+    pub why: Option<String>,
+}
+
+impl DeviceView {
+    fn of_all(plugs: &Plugs) -> Vec<DeviceView> {
+        let said = plugs.said.keys().chain(&plugs.coming).chain(&plugs.leaving).collect::<BTreeSet<_>>();
+        said.into_iter().map(|id| DeviceView::of(plugs, id)).collect()
+    }
+
+    fn of(plugs: &Plugs, id: &str) -> DeviceView {
+        let (state, why) = match plugs.said.get(id) {
+            Some(DeviceWord::Kept(why)) => ("kept", Some(why.clone())),
+            _ if plugs.leaving.contains(id) => ("leaving", None),
+            Some(DeviceWord::NotPlugged(why)) => ("not_plugged", Some(why.clone())),
+            Some(DeviceWord::Plugged | DeviceWord::Unplugged) => ("plugged", None),
+            None => ("plugging", None),
+        };
+        DeviceView { id: id.to_owned(), state: state.to_owned(), why }
+    }
+}
+
+/// `POST /v1/vms/{id}/memory`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmMemory {
+    /// What the running guest is to make do with; at most what it was started with.
+    pub mib: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -398,7 +302,9 @@ impl VmView {
             disk_fault: state.disk_faults.get(&id).cloned(),
             guest: state.guests.get(&id).cloned(),
             spec: vm.spec.clone(),
-            spec_pending: vm.granted_spec.as_ref().is_some_and(|granted| *granted != vm.spec),
+            spec_pending: vm.runs_with_another_spec(),
+            devices: state.plugs.get(&id).map(DeviceView::of_all).unwrap_or_default(),
+            memory_target_mib: state.memory_targets.get(&id).copied(),
         }
     }
 }
@@ -450,9 +356,13 @@ mod tests {
         assert_eq!((spec.vcpus, spec.memory_mib, spec.disks.len()), (1, 512, 1));
 
         let patch: VmPatch = serde_json::from_str(r#"{"spec":{"vcpus":2,"initrd":""}}"#).unwrap();
-        let changed = VmSpecChange::from(patch.spec.unwrap()).over(&spec);
+        let changed = patch.into_change().spec.over(&spec);
         assert_eq!((changed.vcpus, changed.initrd.as_deref()), (2, None));
-        assert_eq!((changed.kernel, changed.disks), (spec.kernel, spec.disks));
+        assert_eq!((&changed.kernel, &changed.disks), (&spec.kernel, &spec.disks));
+
+        let swap = r#"{"plug":{"disks":[{"id":"data","path":"/vm/data.raw"}]},"unplug":["root"]}"#;
+        let swapped = serde_json::from_str::<VmPatch>(swap).unwrap().into_change().spec.over(&spec);
+        assert_eq!(swapped.device_ids().collect::<Vec<_>>(), ["data"]);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The task beside one guest: keeps a connection to its vmm, carries orders there, tells what it sees, and tells its end only
 //! when the lock is free and the control group empty.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,7 +28,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio::time::MissedTickBehavior;
 use vmm_control::Call;
+use vmm_control::DeviceState;
 use vmm_control::IncomingState;
+use vmm_control::Notice;
 use vmm_control::PauseReason;
 use vmm_control::RunState;
 use vmm_control::SaveState;
@@ -65,6 +68,10 @@ pub enum Told {
     RunsAs(Epoch),
     /// It did not get away by this migration; the words say why.
     NotCarried(MigrationId, String),
+    /// Why one of its devices is not as it should be.
+    Device(String, String),
+    /// Its process was asked to take a device, and has answered; the words say why it does not, if so.
+    PlugAnswered(String, Option<String>),
     /// An order did not take effect; it may be planned again.
     Undone(Order),
     Gone(Ended),
@@ -86,6 +93,7 @@ pub struct Seen {
     pub stands_for: Option<MigrationId>,
     /// How far that is.
     pub progress: Option<MigrationProgress>,
+    pub devices: BTreeMap<String, DeviceState>,
 }
 
 impl Seen {
@@ -108,7 +116,8 @@ impl Seen {
         let ended = status.saving.as_ref().filter(|saving| saving.state != SaveState::Saving);
         let stands_for = ended.and_then(|saving| saving.migration).map(MigrationId);
         let progress = status.saving.as_ref().map(progress);
-        Seen { status: seen, quiesced, deadline_ns, pid, overhead_bytes, fault, loaded, stands_for, progress }
+        let devices = status.devices.iter().map(|device| (device.id.clone(), device.state)).collect();
+        Seen { status: seen, quiesced, deadline_ns, pid, overhead_bytes, fault, loaded, stands_for, progress, devices }
     }
 }
 
@@ -256,7 +265,10 @@ impl GuestTask {
                 },
                 // What the notice says is what the status says, a moment later and whole.
                 notice = client.notice() => match notice {
-                    Ok(_) => self.look(client, line).await?,
+                    Ok(notice) => {
+                        self.pass_on(notice).await?;
+                        self.look(client, line).await?
+                    }
                     Err(error) => Err(error),
                 },
                 _ = look.tick() => self.look(client, line).await?,
@@ -269,6 +281,18 @@ impl GuestTask {
                 Err(error) if !error.is_refusal() => return Ok(error),
                 _ => {}
             }
+        }
+    }
+
+    /// What only a notice says.
+    async fn pass_on(&self, notice: Notice) -> Result<(), AgentGone> {
+        match notice {
+            Notice::PlugFailed { id, message } => self.tell(Told::Device(id, message)).await,
+            Notice::Kept { id } => {
+                let words = "the guest does not give it up".to_owned();
+                self.tell(Told::Device(id, words)).await
+            }
+            _ => Ok(()),
         }
     }
 
@@ -334,6 +358,7 @@ impl GuestTask {
                 deadline_ns: (self.release == ReleaseClass::Lease).then(|| deadline.as_ns()),
                 started_marker: self.launcher.marks.path(self.vm, epoch),
             },
+            Order::Memory { mib } => Call::BalloonSet { bytes: mib << 20 },
             Order::Kill => {
                 self.kill(process);
                 return Ok(Ok(()));

@@ -23,8 +23,11 @@ use vmm_control::Identity;
 use vmm_control::LeaseConfig;
 use vmm_control::NicConfig;
 use vmm_control::OnError;
+use vmm_control::OnPanic;
 use vmm_control::RateLimit;
 use vmm_control::VmmConfig;
+use vmm_control::WatchdogAction;
+use vmm_control::WatchdogConfig;
 use vmm_control::config::DEFAULT_MTU;
 
 use crate::lease::clock::Boottime;
@@ -80,7 +83,6 @@ pub fn vmm_config(
     for disk in &spec.disks {
         disks.push(disk_config(disk, allowed)?);
     }
-    let nic = |nic: &Nic| NicConfig { id: nic.id.clone(), mac: nic.mac_of(identity.vm), mtu: DEFAULT_MTU, slot: None };
     let release = release_class(identity.release);
     let config = VmmConfig {
         vm: identity.vm.0,
@@ -96,7 +98,7 @@ pub fn vmm_config(
         initrd: spec.initrd.as_ref().map(|initrd| resolve("initrd", initrd, false)).transpose()?,
         cmdline: format!("{} quorate.epoch={}", spec.cmdline, identity.epoch).trim_start().to_owned(),
         disks,
-        nics: spec.nics.iter().map(nic).collect(),
+        nics: spec.nics.iter().map(|nic| nic_config(nic, identity.vm)).collect(),
         identity: Identity { uuid: identity.vm.0, serial: identity.vm.to_string() },
         release,
         started_marker: places.mark,
@@ -104,9 +106,22 @@ pub fn vmm_config(
         lease: (release == vmm_control::ReleaseClass::Lease && identity.incoming.is_none())
             .then(|| LeaseConfig { deadline_boottime_ns: identity.deadline.as_ns() }),
         log_level: vmm_control::LogLevel::Info,
-        on_panic: Default::default(),
+        on_panic: match spec.on_panic {
+            state::OnPanic::Report => OnPanic::Report,
+            state::OnPanic::Reset => OnPanic::Reset,
+            state::OnPanic::PowerOff => OnPanic::PowerOff,
+            state::OnPanic::Pause => OnPanic::Pause,
+        },
         generation: None,
-        watchdog: None,
+        watchdog: Some(WatchdogConfig {
+            action: match spec.on_watchdog {
+                state::OnWatchdog::Reset => WatchdogAction::Reset,
+                state::OnWatchdog::PowerOff => WatchdogAction::PowerOff,
+                state::OnWatchdog::Pause => WatchdogAction::Pause,
+                state::OnWatchdog::InjectNmi => WatchdogAction::InjectNmi,
+                state::OnWatchdog::None => WatchdogAction::None,
+            },
+        }),
     };
     check(&config, identity.incoming)?;
     Ok(config)
@@ -121,7 +136,12 @@ pub fn check(config: &VmmConfig, incoming: Option<MigrationId>) -> Result<(), Gu
     Ok(())
 }
 
-fn disk_config(disk: &Disk, allowed: &[PathBuf]) -> Result<DiskConfig, GuestFilesError> {
+/// Its MTU follows its bridge, which only its tap finds.
+pub fn nic_config(nic: &Nic, vm: VmId) -> NicConfig {
+    NicConfig { id: nic.id.clone(), mac: nic.mac_of(vm), mtu: DEFAULT_MTU, slot: nic.slot }
+}
+
+pub fn disk_config(disk: &Disk, allowed: &[PathBuf]) -> Result<DiskConfig, GuestFilesError> {
     let what = format!("disk {}", disk.id);
     // An image names the one below it by a path relative to its own, so an image of a chain keeps the path that the definition has.
     let chained = !disk.backing.is_empty();
@@ -139,7 +159,7 @@ fn disk_config(disk: &Disk, allowed: &[PathBuf]) -> Result<DiskConfig, GuestFile
         path: place(&what, &disk.path)?,
         read_only: disk.read_only,
         serial: disk.id.clone(),
-        slot: None,
+        slot: disk.slot,
         // Nothing here can know that no other host reaches the same storage.
         shared: true,
         format: disk_format(disk.format),

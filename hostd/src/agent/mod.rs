@@ -21,6 +21,7 @@ pub mod guest_files;
 pub mod launcher;
 pub mod marks;
 pub mod plan;
+mod plug;
 pub mod reconcile;
 pub mod reports;
 pub mod run_dir;

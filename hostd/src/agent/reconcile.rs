@@ -11,6 +11,7 @@ use statemachine::fold::Fold;
 use statemachine::ids::Epoch;
 use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
+use statemachine::state::DeviceWord;
 use statemachine::state::GuestStatus;
 use statemachine::state::Permit;
 use statemachine::state::ReleaseClass;
@@ -28,6 +29,7 @@ use super::guest;
 use super::guest::Seen;
 use super::plan;
 use super::plan::Action;
+use super::plan::Device;
 use super::plan::Ended;
 use super::plan::Guest;
 use super::plan::Order;
@@ -46,6 +48,7 @@ use super::work::Worked;
 use crate::lease::clock::Boottime;
 use crate::lease::record::ConfirmedGrant;
 use crate::migration::carrier::Journey;
+use crate::migration::carrier::limits;
 
 const TICK: Duration = Duration::from_millis(500);
 /// News of guests and of work that wait for the loop.
@@ -172,7 +175,12 @@ impl Loop {
             match action {
                 Action::Start { vm, permit, deadline } => self.start(fold, vm, permit, deadline),
                 Action::Receive { vm, migration } => self.receive(fold, vm, migration),
-                Action::Carry { vm, epoch, migration, to } => self.carry(vm, epoch, Journey { vm, migration, to }),
+                Action::Carry { vm, epoch, migration, to } => {
+                    let limits = fold.state.vms.get(&vm).map(|known| limits(&fold.state, known)).unwrap_or_default();
+                    self.carry(vm, epoch, Journey { vm, migration, to, limits });
+                }
+                Action::Plug { vm, epoch, device } => self.plug(vm, epoch, device),
+                Action::Unplug { vm, epoch, device } => self.unplug(vm, epoch, device),
                 Action::LookInto { vm, permit } => self.look_into(vm, permit),
                 Action::Renounce { vm, permit } => self.renounce(vm, permit),
                 Action::Order { vm, order, desired_at, .. } => self.order(vm, order, desired_at, now),
@@ -245,6 +253,31 @@ impl Loop {
             }
         });
         self.carriers.insert(vm, (migration, task.abort_handle()));
+    }
+
+    fn plug(&mut self, vm: VmId, epoch: Epoch, device: Device) {
+        let now = self.now();
+        let Some(guest) = self.guests.get_mut(&vm) else { return };
+        let id = device.id().to_owned();
+        guest.note_device(&id, now);
+        guest.plugging.insert(id.clone());
+        let (plugged, told) = (self.own.processes.plug(vm, device), self.told.clone());
+        tokio::spawn(async move {
+            let refusal = plugged.await.err();
+            let _ = told.send((vm, epoch, guest::Told::PlugAnswered(id, refusal))).await;
+        });
+    }
+
+    fn unplug(&mut self, vm: VmId, epoch: Epoch, device: String) {
+        let now = self.now();
+        let Some(guest) = self.guests.get_mut(&vm) else { return };
+        guest.note_device(&device, now);
+        let (asked, told) = (self.own.processes.unplug(vm, device.clone()), self.told.clone());
+        tokio::spawn(async move {
+            if let Err(words) = asked.await {
+                let _ = told.send((vm, epoch, guest::Told::Device(device, words))).await;
+            }
+        });
     }
 
     /// What the log gave up is not carried on, though its target may not say so: the guest's process sees that nobody takes the rest,
@@ -391,6 +424,7 @@ impl Loop {
                 if before != guest.phase && seen.loaded.is_none() {
                     tracing::info!(%vm, %epoch, status = ?seen.status, quiesced = seen.quiesced, "the guest's status");
                 }
+                guest.see_devices(seen.devices.clone());
                 let Some(line) = self.lines.get_mut(&vm) else { return };
                 let progress = seen
                     .progress
@@ -415,6 +449,16 @@ impl Loop {
                     outgoing.failure = Some(adopt::bounded(&words));
                 }
             }
+            guest::Told::Device(device, words) => {
+                tracing::warn!(%vm, %epoch, device, "a device is not as it should be: {words}");
+                guest.device_words.insert(device, adopt::one_line(&words, DeviceWord::MAX_WORDS));
+            }
+            guest::Told::PlugAnswered(device, refusal) => {
+                if let Some(words) = &refusal {
+                    tracing::warn!(%vm, %epoch, device, "the guest does not get a device: {words}");
+                }
+                guest.plug_answered(&device, refusal.map(|words| adopt::one_line(&words, DeviceWord::MAX_WORDS)));
+            }
             guest::Told::Facts(facts) => guest.facts = Some(facts),
             guest::Told::Undone(_) => {
                 self.undone.insert(vm);
@@ -432,6 +476,7 @@ impl Loop {
             if let Some(guest) = self.guests.get_mut(&vm) {
                 guest.confirmed = None;
                 guest.reset = None;
+                guest.memory_told = None;
             }
         }
     }

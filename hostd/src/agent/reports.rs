@@ -16,6 +16,7 @@ use statemachine::ids::Epoch;
 use statemachine::ids::HostId;
 use statemachine::ids::Seq;
 use statemachine::ids::VmId;
+use statemachine::state::HostProcessor;
 use statemachine::state::Liveness;
 
 use super::cluster::Cluster;
@@ -31,6 +32,7 @@ const RETRY_MAX_MS: u64 = 5_000;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Subject {
     Host,
+    Processor,
     Guest(VmId, NewsKind),
 }
 
@@ -55,6 +57,7 @@ impl Owed {
             News::MigrationProgress(migration, progress) => {
                 Command::ReportMigrationProgress { report, vm, migration, progress }
             }
+            News::Device(device, word) => Command::ReportVmDevice { report, vm, epoch, device, word },
             News::DiskFault(fault) => Command::ReportVmDiskFault { report, vm, epoch, fault },
             News::Facts(facts) => Command::ReportVmGuest { report, vm, epoch, facts },
         }
@@ -78,6 +81,8 @@ pub struct Reports {
     held: BTreeMap<Subject, Held>,
     under_way: Option<Subject>,
     counter: u64,
+    /// What this host's processor can be to guests, once it was looked at.
+    pub processor: Option<HostProcessor>,
 }
 
 /// How a report ended.
@@ -89,7 +94,7 @@ pub enum Told {
 
 impl Reports {
     pub fn new(host: HostId, boot: BootId) -> Reports {
-        Reports { host, boot, held: BTreeMap::new(), under_way: None, counter: 0 }
+        Reports { host, boot, held: BTreeMap::new(), under_way: None, counter: 0, processor: None }
     }
 
     /// The next report, if one is owed and none is under way. The host's own word goes first: before it, the log takes this
@@ -105,6 +110,15 @@ impl Reports {
         if news {
             let facts = facts.clone();
             return self.take(Subject::Host, fold, now, |report| Command::ReportHost { report, facts });
+        }
+        let level = fold.state.site.as_ref().map_or(0, |site| site.feature_level);
+        let processor = self.processor.clone().filter(|_| level >= HostProcessor::FEATURE_LEVEL);
+        if let Some(processor) = processor.filter(|own| fold.state.processors.get(&self.host) != Some(own)) {
+            let told =
+                self.take(Subject::Processor, fold, now, |report| Command::ReportProcessor { report, processor });
+            if told.is_some() {
+                return told;
+            }
         }
         let mut owed: Vec<&Owed> = owed.iter().collect();
         owed.sort_by_key(|owed| owed.news.kind());
@@ -164,6 +178,7 @@ mod tests {
     use crate::test_site::boot;
     use crate::test_site::facts;
     use crate::test_site::spec;
+    use statemachine::state::CpuModel;
     use statemachine::state::GuestStatus;
     use statemachine::state::ReleaseClass;
 
@@ -191,6 +206,26 @@ mod tests {
         let (subject, request) = reports.next(&facts(boot(1)), &site.now(), &owed, now).unwrap();
         assert_eq!(subject, Subject::Guest(vm, NewsKind::Status));
         site.request(&request).unwrap();
+    }
+
+    #[test]
+    fn a_host_says_once_what_its_processor_can_be() {
+        let site = Site::with_hosts(1);
+        let processor = HostProcessor {
+            vendor: "GenuineIntel".to_owned(),
+            model_name: "a processor".to_owned(),
+            models: vec![CpuModel::V2],
+            fingerprint: "1".to_owned(),
+        };
+        let now = Boottime::from_ms(1);
+        let mut reports = Reports::new(site.hosts[0], boot(1));
+        assert_eq!(reports.next(&facts(boot(1)), &site.now(), &[], now), None);
+        reports.processor = Some(processor);
+        let (subject, request) = reports.next(&facts(boot(1)), &site.now(), &[], now).unwrap();
+        assert_eq!(subject, Subject::Processor);
+        let seq = site.request(&request).unwrap().seq;
+        reports.settle(subject, &Told::Decided(seq), now);
+        assert_eq!(reports.next(&facts(boot(1)), &site.now(), &[], now), None);
     }
 
     #[test]

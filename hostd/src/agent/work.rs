@@ -28,8 +28,10 @@ use super::guest_files::GuestIdentity;
 use super::launcher::LaunchError;
 use super::launcher::Launcher;
 use super::marks::MarkError;
+use super::plan::Device;
 use super::plan::Ended;
 use super::plan::Order;
+use super::plug;
 use super::run_dir::RunDir;
 use crate::migration::carrier::Journey;
 use crate::migration::carrier::carry;
@@ -96,6 +98,12 @@ pub trait Processes: Send + Sync + 'static {
     /// Brings a guest of this host to its new one. Returns when its stream has ended; the words say why not all of it went.
     fn carry(&self, journey: Journey) -> BoxFuture<'static, Result<(), String>>;
 
+    /// Gives a running guest a device. Returns when its process has taken it on; the words say why it has not.
+    fn plug(&self, vm: VmId, device: Device) -> BoxFuture<'static, Result<(), String>>;
+
+    /// Asks a running guest for a device.
+    fn unplug(&self, vm: VmId, device: String) -> BoxFuture<'static, Result<(), String>>;
+
     /// An epoch that is marked, of which this hostd knows no guest.
     fn look_into(&self, vm: VmId, permit: Permit) -> BoxFuture<'static, Worked>;
 
@@ -140,6 +148,18 @@ impl Processes for Launcher {
         let socket = RunDir::of(&self.vms_dir, journey.vm).control_socket();
         let road = self.road.clone();
         async move { carry(road, &socket, journey).await.map_err(|error| error.to_string()) }.boxed()
+    }
+
+    fn plug(&self, vm: VmId, device: Device) -> BoxFuture<'static, Result<(), String>> {
+        let launcher = self.clone();
+        let plugging = blocking(move || plug::plug(&launcher, vm, &device).map_err(|error| error.to_string()));
+        async move { plugging.await.unwrap_or_else(|| Err("this hostd ends".to_owned())) }.boxed()
+    }
+
+    fn unplug(&self, vm: VmId, device: String) -> BoxFuture<'static, Result<(), String>> {
+        let launcher = self.clone();
+        let asking = blocking(move || plug::unplug(&launcher, vm, &device).map_err(|error| error.to_string()));
+        async move { asking.await.unwrap_or_else(|| Err("this hostd ends".to_owned())) }.boxed()
     }
 
     fn look_into(&self, vm: VmId, permit: Permit) -> BoxFuture<'static, Worked> {

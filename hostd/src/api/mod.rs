@@ -4,6 +4,7 @@
 //! of it. Writes go to the leader through [`crate::member::Member::propose`] and answer with their seq; reads are
 //! of the local fold unless the caller asks for more. Start at [`router`].
 
+mod clusters;
 mod digest;
 pub mod events;
 mod extract;
@@ -87,6 +88,8 @@ pub fn router(api: Api) -> Router {
         .route("/hosts/{host}", get(hosts::show).patch(hosts::change).delete(hosts::remove))
         .route("/hosts/{host}/maintenance", post(hosts::maintenance))
         .route("/hosts/{host}/activate", post(hosts::activate))
+        .route("/clusters", get(clusters::list))
+        .route("/clusters/{cluster}", patch(clusters::change))
         .route("/vms", get(vms::list).post(vms::create))
         .route("/vms/{vm}", get(vms::show).patch(vms::change).delete(vms::delete))
         .route("/vms/{vm}/start", post(vms::start))
@@ -94,6 +97,7 @@ pub fn router(api: Api) -> Router {
         .route("/vms/{vm}/reset", post(vms::reset))
         .route("/vms/{vm}/pause", post(vms::pause))
         .route("/vms/{vm}/resume", post(vms::resume))
+        .route("/vms/{vm}/memory", post(vms::memory))
         .route("/vms/{vm}/migrate", post(vms::migrate))
         .route("/vms/{vm}/cancel-migration", post(vms::cancel_migration))
         .route("/vms/{vm}/why", get(vms::why))

@@ -6,6 +6,7 @@ use hostd_api::event::Mark;
 use hostd_api::event::StateItem;
 use utoipa::OpenApi;
 
+use super::clusters;
 use super::digest;
 use super::events;
 use super::guests;
@@ -53,6 +54,9 @@ use crate::console;
         vms::cancel_migration,
         vms::pause,
         vms::resume,
+        vms::memory,
+        clusters::list,
+        clusters::change,
         vms::why,
         console::open,
         guests::show,

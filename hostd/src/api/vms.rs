@@ -10,6 +10,7 @@ use hostd_api::read::List;
 use hostd_api::read::ReadQuery;
 use hostd_api::vm::NoBody;
 use hostd_api::vm::VmCreate;
+use hostd_api::vm::VmMemory;
 use hostd_api::vm::VmMigrate;
 use hostd_api::vm::VmPatch;
 use hostd_api::vm::VmStart;
@@ -20,7 +21,6 @@ use hostd_api::write::WriteAnswer;
 use statemachine::State;
 use statemachine::VmId;
 use statemachine::command::Command;
-use statemachine::command::VmChange;
 use statemachine::state::Vm;
 
 use super::extract::Administrator;
@@ -60,7 +60,7 @@ pub async fn show(
     Ok(Json(Item { applied_seq: fold.head.seq, item: VmView::of(&fold.state, id, vm) }))
 }
 
-/// Changes what the body names. A changed spec takes effect at the next start.
+/// Changes what the body names. A changed spec takes effect at the next start; disks and network cards come and leave at once.
 #[utoipa::path(patch, path = "/v1/vms/{vm}", tag = "vms", params(("vm" = String, Path, description = "Name or id")),
     request_body = VmPatch, responses((status = 200, body = WriteAnswer), (status = "default", body = Problem)))]
 pub async fn change(
@@ -69,8 +69,7 @@ pub async fn change(
     body: Body<VmPatch>,
 ) -> Result<Json<WriteAnswer>, Failure> {
     let vm = known(&administrator, &name).await?;
-    let spec = body.value.spec.unwrap_or_default().into();
-    let change = VmChange { name: body.value.name, run_strategy: body.value.run_strategy, spec };
+    let change = body.value.into_change();
     Ok(Json(administrator.write(body.hash, Command::VmChange { vm, change }).await?.into()))
 }
 
@@ -151,6 +150,18 @@ pub async fn cancel_migration(
 ) -> Result<Json<WriteAnswer>, Failure> {
     let vm = known(&administrator, &name).await?;
     Ok(Json(administrator.write(body.hash, Command::VmCancelMigration { vm }).await?.into()))
+}
+
+/// Has a running VM make do with so much of its memory: its balloon takes what it can get, and gives it back.
+#[utoipa::path(post, path = "/v1/vms/{vm}/memory", tag = "vms", params(("vm" = String, Path, description = "Name or id")),
+    request_body = VmMemory, responses((status = 200, body = WriteAnswer), (status = "default", body = Problem)))]
+pub async fn memory(
+    administrator: Administrator,
+    Path(name): Path<String>,
+    body: Body<VmMemory>,
+) -> Result<Json<WriteAnswer>, Failure> {
+    let vm = known(&administrator, &name).await?;
+    Ok(Json(administrator.write(body.hash, Command::VmMemory { vm, mib: body.value.mib }).await?.into()))
 }
 
 /// Stops a running VM's processors; its memory stays, and its disks are as they are.

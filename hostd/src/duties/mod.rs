@@ -25,6 +25,7 @@ use statemachine::planner;
 use statemachine::state::Administrative;
 use statemachine::state::HostUsage;
 use statemachine::state::Liveness;
+use statemachine::state::Migration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio::time::MissedTickBehavior;
@@ -95,7 +96,7 @@ async fn plan(cluster: Arc<dyn Cluster>, counters: Arc<DutyCounters>) {
     let own = cluster.host();
     let (mut fold, mut leadership) = (cluster.watch_fold(), cluster.leadership());
     let began = Instant::now();
-    let mut backoff = Backoff::default();
+    let (mut backoff, mut evacuation) = (Backoff::default(), Backoff::default());
     let mut session = None;
     let mut resources = Vec::new();
     loop {
@@ -103,6 +104,7 @@ async fn plan(cluster: Arc<dyn Cluster>, counters: Arc<DutyCounters>) {
         let leads = leadership.borrow_and_update().ready_session();
         if leads != session {
             backoff.reset();
+            evacuation.reset();
             session = leads;
         }
         if session.is_some() {
@@ -114,6 +116,10 @@ async fn plan(cluster: Arc<dyn Cluster>, counters: Arc<DutyCounters>) {
             }
             let mut ready = backoff.take(planner::due(&applied.state, own), began.elapsed());
             ready.truncate(AT_ONCE);
+            // A migration takes and frees resources, so that must not be a reason to try the next at once.
+            let mut moves = evacuation.take(planner::evacuations(&applied.state).collect(), began.elapsed());
+            moves.truncate(Migration::MAX_IN_CLUSTER);
+            ready.extend(moves);
             for command in ready {
                 issue(&cluster, &counters, command).await;
             }

@@ -10,6 +10,8 @@ use backon::Retryable;
 use statemachine::ids::HostId;
 use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
+use statemachine::state::State;
+use statemachine::state::Vm;
 use thiserror::Error;
 use tokio::io::AsyncRead;
 use tokio::io::AsyncReadExt;
@@ -22,6 +24,7 @@ use tokio::io::sink;
 use vmm_control::Call;
 use vmm_control::LiveLimits;
 use vmm_control::SaveState;
+use vmm_control::SaveStatus;
 
 use super::Obstacle;
 use super::Road;
@@ -35,6 +38,8 @@ const READY_TRIES: usize = 600;
 /// A vmm notices within a second that its client is gone.
 const SAID_EVERY: Duration = Duration::from_millis(50);
 const SAID_TRIES: usize = 600;
+/// A small guest needs it too, on a busy host.
+const LEAST_TIME_MS: u64 = 30_000;
 /// Guest memory comes in large frames; answers are a few small ones.
 const OUT_BYTES: usize = 1 << 20;
 const ANSWERS_MAX: u64 = 64 << 10;
@@ -57,23 +62,40 @@ pub struct Journey {
     pub vm: VmId,
     pub migration: MigrationId,
     pub to: HostId,
+    pub limits: LiveLimits,
+}
+
+/// What the copy may cost, as the VM or its cluster says.
+pub fn limits(state: &State, vm: &Vm) -> LiveLimits {
+    let policy = state.migration_policy(vm);
+    let memory_mib = vm.granted_spec.as_ref().unwrap_or(&vm.spec).memory_mib;
+    let within = |seconds_per_gib: u32| (u64::from(seconds_per_gib) * 1000 * memory_mib / 1024).max(LEAST_TIME_MS);
+    let by_default = LiveLimits::default();
+    LiveLimits {
+        downtime_ms: policy.downtime_ms.map_or(by_default.downtime_ms, u64::from),
+        bytes_per_second: policy.mib_per_second.map(|mib| u64::from(mib) << 20),
+        timeout_ms: policy.seconds_per_gib.map(within),
+    }
 }
 
 /// Returns when the stream has ended, and says whether all of the guest went into it. From its end on the guest stands still, and
 /// only the log says whether it goes on here.
 pub async fn carry(road: Arc<dyn Road>, socket: &Path, journey: Journey) -> Result<(), CarryError> {
-    let Journey { vm, migration, to } = journey;
+    let Journey { vm, migration, to, limits } = journey;
     let open = || road.open(to, vm, migration);
     let patience = ConstantBuilder::default().with_delay(READY_EVERY).with_max_times(READY_TRIES);
     let opened = open.retry(patience).when(|obstacle| matches!(obstacle, Obstacle::NotYet(_))).await;
     let mut far = opened.map_err(|(Obstacle::NotYet(words) | Obstacle::Never(words))| CarryError::NoRoad(words))?;
-    let live = Some(LiveLimits::default());
-    let mut near = raw_stream(socket, Call::SaveAttach { migration: Some(migration.0), live }).await?;
+    let call = Call::SaveAttach { migration: Some(migration.0), live: Some(limits) };
+    let mut near = raw_stream(socket, call).await?;
     let sent = send(&mut near, &mut far).await;
     // While it is open the vmm may hope that somebody takes the rest.
     drop(near);
     // The vmm that sent it knows best. Whether all of it arrived is the target's to say: it asks for the commit, or reports why not.
-    handed_over(socket).await?;
+    let saved = handed_over(socket).await?;
+    let SaveStatus { round, throttle_percent, bytes_sent, downtime_us, .. } = saved;
+    let sent_mib = bytes_sent >> 20;
+    tracing::info!(%vm, %migration, rounds = round, throttle_percent, sent_mib, stood_us = downtime_us, "all of the guest was sent");
     if let Err(error) = sent {
         tracing::info!(%vm, %migration, "the stream ended badly after all of the guest was sent: {error}");
     }
@@ -89,11 +111,11 @@ async fn send(near: &mut (impl AsyncRead + Unpin), far: &mut (impl AsyncRead + A
 }
 
 /// What the vmm says of it, which knows best; a moment after its stream, which it ends before it says so.
-async fn handed_over(socket: &Path) -> Result<(), CarryError> {
+async fn handed_over(socket: &Path) -> Result<SaveStatus, CarryError> {
     let said = async || {
         let status = VmmClient::connect(socket).await?.status().await?;
         match status.saving {
-            Some(saving) if saving.state == SaveState::Saved => Ok(()),
+            Some(saving) if saving.state == SaveState::Saved => Ok(saving),
             Some(saving) if saving.state == SaveState::Saving => Err(CarryError::StillSending),
             Some(saving) => {
                 let words = saving.error.unwrap_or_else(|| "its stream ended before all of it was sent".to_owned());

@@ -13,7 +13,6 @@ use statemachine::command::VmSpecChange;
 use statemachine::decide::FEATURE_LEVEL;
 use statemachine::state::Capacity;
 use statemachine::state::Fingerprint;
-use statemachine::state::MachineType;
 use statemachine::state::RunStrategy;
 use statemachine::state::VmSpec;
 use uuid::Uuid;
@@ -45,18 +44,7 @@ pub fn site_init() -> Command {
 }
 
 pub fn vm_define(number: usize) -> Command {
-    let spec = VmSpec {
-        machine: MachineType::QDirect1,
-        vcpus: 1,
-        memory_mib: 64,
-        kernel: "/srv/vmlinuz".to_owned(),
-        initrd: None,
-        cmdline: String::new(),
-        disks: Vec::new(),
-        nics: Vec::new(),
-        highly_available: false,
-        release: None,
-    };
+    let spec = VmSpec { vcpus: 1, memory_mib: 64, kernel: "/srv/vmlinuz".to_owned(), ..VmSpec::default() };
     Command::VmDefine { name: format!("vm{number}"), cluster: None, spec, run_strategy: RunStrategy::Halted }
 }
 

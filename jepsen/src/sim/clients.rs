@@ -17,7 +17,6 @@ use statemachine::command::IdempotencyKey;
 use statemachine::command::Request;
 use statemachine::fold::Answer;
 use statemachine::state::GuestStatus;
-use statemachine::state::MachineType;
 use statemachine::state::ReleaseClass;
 use statemachine::state::RunStrategy;
 use statemachine::state::StopMode;
@@ -77,16 +76,12 @@ fn key(request: &Request) -> &str {
 fn define(dice: &mut Dice, id: u64) -> Command {
     let release = if dice.one_in(3) { ReleaseClass::Operator } else { ReleaseClass::Lease };
     let spec = VmSpec {
-        machine: MachineType::QDirect1,
         vcpus: 1,
         memory_mib: 2 * dice.range(32..200),
         kernel: "/srv/vmlinuz".to_owned(),
-        initrd: None,
         cmdline: "x".repeat(dice.range(0..400) as usize),
-        disks: Vec::new(),
-        nics: Vec::new(),
-        highly_available: false,
         release: Some(release),
+        ..VmSpec::default()
     };
     // Some names are wanted twice: whoever comes second is refused, and must be refused on grounds that stay.
     let id = if dice.one_in(3) { id.saturating_sub(dice.below(4)) } else { id };

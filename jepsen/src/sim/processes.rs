@@ -1,6 +1,8 @@
 //! The agent's files and processes in a simulation: [`Processes`] over a [`Machine`]. hostd's own agent loop, plan, reports
 //! and lease run above it unchanged.
 
+use std::collections::BTreeMap;
+use std::future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +14,7 @@ use hostd::agent::guest::Seen;
 use hostd::agent::guest::Told;
 use hostd::agent::guest_files::GuestIdentity;
 use hostd::agent::marks::MarkError;
+use hostd::agent::plan::Device;
 use hostd::agent::plan::Ended;
 use hostd::agent::plan::Order;
 use hostd::agent::work::Attended;
@@ -103,7 +106,7 @@ async fn launch(hardware: Hardware, identity: GuestIdentity) -> Worked {
 /// Rounds over the memory of a guest that runs, then the rest of a guest that stands still: at each step hostd may die, and at each
 /// the other end may be gone.
 async fn carry(from: StandIns, journey: Journey) -> Result<(), String> {
-    let Journey { vm, migration, to } = journey;
+    let Journey { vm, migration, to, .. } = journey;
     let far = || from.roads.far(from.host, to).ok_or_else(|| "the other host is not reached".to_owned());
     let waits = |machine: &Machine| {
         let waiting = machine.vmms.get(&vm).filter(|vmm| vmm.epoch == Epoch(migration.0));
@@ -158,6 +161,15 @@ impl Processes for StandIns {
 
     fn carry(&self, journey: Journey) -> BoxFuture<'static, Result<(), String>> {
         carry(self.clone(), journey).boxed()
+    }
+
+    /// Guests of the simulation have no devices.
+    fn plug(&self, _: VmId, _: Device) -> BoxFuture<'static, Result<(), String>> {
+        future::ready(Ok(())).boxed()
+    }
+
+    fn unplug(&self, _: VmId, _: String) -> BoxFuture<'static, Result<(), String>> {
+        future::ready(Ok(())).boxed()
     }
 
     fn look_into(&self, vm: VmId, permit: Permit) -> BoxFuture<'static, Worked> {
@@ -289,7 +301,7 @@ impl Attendant {
             Order::Run { epoch, deadline } => machine.run_incoming(self.vm, self.epoch, epoch, deadline),
             Order::GoOn { migration } => machine.go_on(self.vm, migration),
             // No client of the simulation asks for these.
-            Order::Reset { .. } | Order::Pause | Order::Resume { .. } => {}
+            Order::Reset { .. } | Order::Pause | Order::Resume { .. } | Order::Memory { .. } => {}
         }
     }
 
@@ -325,6 +337,7 @@ impl Attendant {
             loaded,
             stands_for,
             progress: None,
+            devices: BTreeMap::new(),
         };
         if self.seen.as_ref() == Some(&seen) {
             return None;

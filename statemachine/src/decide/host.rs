@@ -14,6 +14,7 @@ use crate::event::HostActivated;
 use crate::event::HostFailureDomainChanged;
 use crate::event::HostJoined;
 use crate::event::HostMaintenanceRequested;
+use crate::event::HostProcessorReported;
 use crate::event::HostRebooted;
 use crate::event::HostRecovered;
 use crate::event::HostRemoved;
@@ -34,11 +35,13 @@ use crate::rejection::Rejection;
 use crate::rejection::TokenFault;
 use crate::state::AbortReason;
 use crate::state::Administrative;
+use crate::state::CpuModel;
 use crate::state::Created;
 use crate::state::Desired;
 use crate::state::ExitReason;
 use crate::state::Fingerprint;
 use crate::state::Host;
+use crate::state::HostProcessor;
 use crate::state::Liveness;
 use crate::state::StopMode;
 use crate::state::TokenPurpose;
@@ -203,6 +206,26 @@ pub(super) fn check_report<'a>(context: &Context<'a>, report: &ReportId) -> Resu
         true => Ok(host),
         false => Err(Rejection::StaleReport),
     }
+}
+
+pub(super) fn report_processor(
+    context: &Context<'_>,
+    report: &ReportId,
+    processor: &HostProcessor,
+) -> Result<Decided, Rejection> {
+    check_report(context, report)?;
+    let HostProcessor { vendor, model_name, models, fingerprint } = processor;
+    for (field, words) in [("vendor", vendor), ("model name", model_name), ("fingerprint", fingerprint)] {
+        form::text(field, words, HostProcessor::MAX_WORDS)?;
+    }
+    if models.iter().any(|model| !CpuModel::NAMED.contains(model)) || models.len() > CpuModel::NAMED.len() {
+        return Err(form::invalid("models", "only named models, each once, say what a host can run"));
+    }
+    if context.state.processors.get(&report.host) == Some(processor) {
+        return Ok(Decided::nothing());
+    }
+    let (host, counter, processor) = (report.host, report.counter, processor.clone());
+    Ok(Decided::one(HostProcessorReported { host, counter, processor }))
 }
 
 pub(super) fn report(context: &Context<'_>, report: &ReportId, facts: &HostFacts) -> Result<Decided, Rejection> {

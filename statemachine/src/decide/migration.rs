@@ -20,15 +20,18 @@ use super::host;
 use super::vm::find;
 use super::vm::wrong_state;
 use crate::command::ReportId;
+use crate::event::ClusterMigrationPolicyChanged;
 use crate::event::Event;
 use crate::event::MigrationAborted;
 use crate::event::MigrationCommitted;
 use crate::event::MigrationProgressed;
 use crate::event::MigrationStarted;
+use crate::ids::ClusterId;
 use crate::ids::HostId;
 use crate::ids::MigrationId;
 use crate::ids::Seq;
 use crate::ids::VmId;
+use crate::rejection::Noun;
 use crate::rejection::Rejection;
 use crate::scheduler;
 use crate::state::AbortReason;
@@ -36,6 +39,7 @@ use crate::state::Desired;
 use crate::state::GuestStatus;
 use crate::state::Liveness;
 use crate::state::Migration;
+use crate::state::MigrationPolicy;
 use crate::state::MigrationProgress;
 use crate::state::State;
 
@@ -117,6 +121,16 @@ pub(super) fn abort(state: &State, vm: VmId, reason: AbortReason) -> Option<Even
 pub(super) fn abort_into(state: &State, host: HostId, reason: AbortReason) -> impl Iterator<Item = Event> {
     let into = state.all_moving().filter(move |(_, moving)| moving.to == host);
     into.filter_map(move |(vm, _)| abort(state, vm, reason))
+}
+
+pub(super) fn policy(context: &Context<'_>, cluster: ClusterId, policy: MigrationPolicy) -> Result<Decided, Rejection> {
+    let known = context.state.clusters.get(&cluster);
+    known.ok_or_else(|| Rejection::NotFound { noun: Noun::Cluster, name: cluster.to_string() })?;
+    form::migration_policy(&policy)?;
+    if context.state.migration_policies.get(&cluster).copied().unwrap_or_default() == policy {
+        return Ok(Decided::nothing());
+    }
+    Ok(Decided::one(ClusterMigrationPolicyChanged { cluster, policy }))
 }
 
 fn find_moving<'a>(context: &Context<'a>, vm: VmId, migration: MigrationId) -> Result<&'a Migration, Rejection> {

@@ -4,6 +4,7 @@
 //! (DESIGN §3). Each family of commands has a file: [`site`], [`host`], [`vm`], [`spm`], [`recover`]; who may ask
 //! for what is [`permission`]; the form of names, paths and sizes is [`form`].
 
+mod devices;
 mod form;
 mod host;
 mod migration;
@@ -128,6 +129,12 @@ fn judge(context: &Context<'_>) -> Result<Decided, Rejection> {
 
         Command::VmMigrate { vm, host } => migration::start(context, *vm, *host),
         Command::VmCancelMigration { vm } => migration::cancel(context, *vm),
+        Command::VmMemory { vm, mib } => devices::memory(context, *vm, *mib),
+        Command::ReportVmDevice { report, vm, epoch, device, word } => {
+            devices::report(context, report, *vm, *epoch, device, word)
+        }
+        Command::ReportProcessor { report, processor } => host::report_processor(context, report, processor),
+        Command::ClusterMigrationPolicy { cluster, policy } => migration::policy(context, *cluster, *policy),
         Command::ReportMigrationProgress { report, vm, migration, progress } => {
             migration::progressed(context, report, *vm, *migration, *progress)
         }

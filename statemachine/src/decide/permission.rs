@@ -16,6 +16,7 @@ enum Needs {
     /// The host that holds the thing, checked by the rule itself, or an administrator.
     HolderOrAdministrator,
     Duty,
+    DutyOrAdministrator,
     Joiner,
 }
 
@@ -26,6 +27,8 @@ fn needs(command: &Command) -> Needs {
         | Command::ReportVmExited { report, .. }
         | Command::ReportVmGuest { report, .. }
         | Command::ReportVmDiskFault { report, .. }
+        | Command::ReportVmDevice { report, .. }
+        | Command::ReportProcessor { report, .. }
         | Command::ReportMigrationProgress { report, .. }
         | Command::ReportMigrationLoaded { report, .. }
         | Command::ReportMigrationFailed { report, .. } => Needs::Itself(report.host),
@@ -39,6 +42,7 @@ fn needs(command: &Command) -> Needs {
         | Command::SiteRecover { .. }
         | Command::SpmGrant { .. } => Needs::Duty,
         Command::SpmRelease { .. } => Needs::HolderOrAdministrator,
+        Command::VmMigrate { .. } => Needs::DutyOrAdministrator,
         Command::HostJoin { .. } => Needs::Joiner,
         Command::SiteInit { .. }
         | Command::TokenCreate { .. }
@@ -55,7 +59,8 @@ fn needs(command: &Command) -> Needs {
         | Command::VmStop { .. }
         | Command::VmReset { .. }
         | Command::VmPause { .. }
-        | Command::VmMigrate { .. }
+        | Command::VmMemory { .. }
+        | Command::ClusterMigrationPolicy { .. }
         | Command::VmCancelMigration { .. } => Needs::Administrator,
     }
 }
@@ -68,7 +73,9 @@ pub(super) fn check(context: &Context<'_>) -> Result<(), Rejection> {
         (Needs::Administrator | Needs::HolderOrAdministrator, Actor::Token(_)) => return check_token(context),
         (Needs::HolderOrAdministrator, Actor::Host(host)) => *host == context.request.origin,
         (Needs::Itself(about), Actor::Host(host)) => about == *host && *host == context.request.origin,
-        (Needs::Duty, Actor::Duty(host)) => *host == context.request.origin,
+        (Needs::DutyOrAdministrator, Actor::Root(host)) => *host == context.request.origin,
+        (Needs::DutyOrAdministrator, Actor::Token(_)) => return check_token(context),
+        (Needs::Duty | Needs::DutyOrAdministrator, Actor::Duty(host)) => *host == context.request.origin,
         (Needs::Joiner, Actor::Joiner) => true,
         _ => false,
     };

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::Context;
 use super::Decided;
+use super::devices;
 use super::form;
 use super::host;
 use super::migration;
@@ -99,11 +100,16 @@ pub(super) fn change(context: &Context<'_>, vm: VmId, change: &VmChange) -> Resu
         }
         events.push(VmRenamed { vm, name: name.clone() }.into());
     }
-    let spec = change.spec.over(&known.spec);
+    if let Some(id) = change.spec.unplug.iter().find(|id| !known.spec.has_device(id)) {
+        return Err(form::invalid("unplug", format!("{} has no disk or network card {id}", known.name)));
+    }
+    let mut spec = change.spec.over(&known.spec);
     if spec != *known.spec {
         form::vm_spec(&spec)?;
         check_macs(context, vm, &spec)?;
+        let desired = devices::follow(context, vm, known, &mut spec)?;
         events.push(VmSpecChanged { vm, spec: Arc::new(spec) }.into());
+        events.extend(desired);
     }
     if let Some(run_strategy) = change.run_strategy.filter(|strategy| *strategy != known.run_strategy) {
         events.push(VmRunStrategyChanged { vm, run_strategy }.into());
@@ -192,7 +198,7 @@ pub(super) fn place(context: &Context<'_>, vm: VmId) -> Result<Decided, Rejectio
 
 /// Chooses a host and grants the permit, in one batch: the choice holds on exactly the state it was made on.
 fn permit(context: &Context<'_>, vm: VmId, known: &Vm, pinned: Option<HostId>) -> Result<Vec<Event>, Rejection> {
-    check_disks(context, vm, known)?;
+    check_disks(context, vm, &known.name, &known.spec.disks)?;
     let decided_on = Seq(context.seq.0 - 1);
     let explanation = scheduler::place(context.state, known, pinned, decided_on).map_err(|explanation| {
         Rejection::NoHostFits { name: known.name.clone(), explanation: Box::new(explanation) }
@@ -208,14 +214,14 @@ fn permit(context: &Context<'_>, vm: VmId, known: &Vm, pinned: Option<HostId>) -
     ])
 }
 
-/// Refuses a permit that would give a volume a second writer (S2).
-fn check_disks(context: &Context<'_>, vm: VmId, known: &Vm) -> Result<(), Rejection> {
+/// Refuses what would give a volume a second writer (S2).
+pub(super) fn check_disks(context: &Context<'_>, vm: VmId, name: &str, disks: &[Disk]) -> Result<(), Rejection> {
     for (other_id, other) in context.state.vms.iter() {
         let Some(granted) = other.granted_spec.as_ref().filter(|_| *other_id != vm) else { continue };
-        for volume in known.spec.disks.iter().flat_map(Disk::volumes) {
+        for volume in disks.iter().flat_map(Disk::volumes) {
             if granted.disks.iter().flat_map(Disk::volumes).any(|held| held.clashes(&volume)) {
                 return Err(Rejection::DiskInUse {
-                    name: known.name.clone(),
+                    name: name.to_owned(),
                     path: volume.path.to_owned(),
                     holder: other.name.clone(),
                 });
@@ -268,7 +274,12 @@ pub(super) fn pause(context: &Context<'_>, vm: VmId, paused: bool) -> Result<Dec
     }
 }
 
-fn find_reported<'a>(context: &Context<'a>, report: &ReportId, vm: VmId, epoch: Epoch) -> Result<&'a Vm, Rejection> {
+pub(super) fn find_reported<'a>(
+    context: &Context<'a>,
+    report: &ReportId,
+    vm: VmId,
+    epoch: Epoch,
+) -> Result<&'a Vm, Rejection> {
     host::check_report(context, report)?;
     let known = find(context, vm)?;
     match known.permit {

@@ -10,6 +10,7 @@ use super::Question;
 use crate::mutant;
 use crate::mutant::Mutant;
 use crate::state::Administrative;
+use crate::state::CpuModel;
 use crate::state::Host;
 use crate::state::Liveness;
 use crate::state::Migration;
@@ -28,6 +29,8 @@ pub enum FilterName {
     Memory,
     /// Level 3: a running guest does not go to its own host, nor where enough are on their way to already.
     Migration,
+    /// Level 3: the host's processor has not what the guest's is to have.
+    Processor,
 }
 
 impl fmt::Display for FilterName {
@@ -40,6 +43,7 @@ impl fmt::Display for FilterName {
             FilterName::CpuOverload => "CpuOverload",
             FilterName::Memory => "Memory",
             FilterName::Migration => "Migration",
+            FilterName::Processor => "Processor",
         })
     }
 }
@@ -52,6 +56,7 @@ const FILTERS: &[(FilterName, Filter)] = &[
     (FilterName::Migration, migration),
     (FilterName::HostStatus, host_status),
     (FilterName::ClusterInMaintenance, cluster_in_maintenance),
+    (FilterName::Processor, processor),
     (FilterName::Cpu, cpu),
     (FilterName::CpuOverload, cpu_overload),
     (FilterName::Memory, memory),
@@ -90,6 +95,19 @@ fn cluster_in_maintenance(question: &Question<'_>, _: &Candidate<'_>) -> Objecti
     let maintenance = question.cluster.scheduling.policy == PolicyName::ClusterMaintenance;
     (maintenance && question.vm.permit.is_none() && !question.vm.spec.highly_available)
         .then(|| "the cluster is in maintenance and starts highly available VMs only".to_owned())
+}
+
+/// Hosts that have not said what they can run are taken at their word later: their vmm refuses what it cannot be.
+fn processor(question: &Question<'_>, candidate: &Candidate<'_>) -> Objection {
+    let there = question.state.processors.get(&candidate.id)?;
+    let model = question.state.settled_model(question.vm.cluster, question.spec().cpu.model);
+    if !there.runs(model) {
+        return Some(format!("its processor cannot be {}", model.name()));
+    }
+    let from = question.state.processors.get(&question.vm.permit?.host)?;
+    let all_of_its_host = matches!(model, CpuModel::Host | CpuModel::Cluster);
+    let differs = all_of_its_host && from.fingerprint != there.fingerprint;
+    differs.then(|| "the guest has all of its host's processor, and this one is another".to_owned())
 }
 
 /// A guest never has more vCPUs than its host has threads.

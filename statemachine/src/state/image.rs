@@ -12,8 +12,11 @@ use super::DataCenter;
 use super::DiskFault;
 use super::GuestFacts;
 use super::Host;
+use super::HostProcessor;
 use super::Migration;
+use super::MigrationPolicy;
 use super::Pause;
+use super::Plugs;
 use super::Remembered;
 use super::RememberedKey;
 use super::Site;
@@ -33,22 +36,32 @@ use crate::ids::VmId;
 pub enum StateImage {
     WithoutSite(Box<Entries>),
     WithSite(Box<(Site, Entries)>),
-    /// Level 3: with what is known of guests that run.
-    WithGuests(Box<(Option<Site>, Entries, Guests)>),
+    /// With what only level 3 can say.
+    Level3(Box<(Option<Site>, Entries, Newer)>),
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Guests {
+pub struct Newer {
     facts: Vec<(VmId, Arc<GuestFacts>)>,
     migrations: Vec<(VmId, Migration)>,
     pauses: Vec<(VmId, Pause)>,
     disk_faults: Vec<(VmId, DiskFault)>,
+    plugs: Vec<(VmId, Plugs)>,
+    memory_targets: Vec<(VmId, u64)>,
+    processors: Vec<(HostId, HostProcessor)>,
+    migration_policies: Vec<(ClusterId, MigrationPolicy)>,
 }
 
-impl Guests {
+impl Newer {
     fn is_empty(&self) -> bool {
-        let Guests { facts, migrations, pauses, disk_faults } = self;
-        facts.is_empty() && migrations.is_empty() && pauses.is_empty() && disk_faults.is_empty()
+        let Newer { facts, migrations, pauses, disk_faults, plugs, memory_targets, processors, migration_policies } =
+            self;
+        let of_guests = facts.is_empty() && migrations.is_empty() && pauses.is_empty() && disk_faults.is_empty();
+        of_guests
+            && plugs.is_empty()
+            && memory_targets.is_empty()
+            && processors.is_empty()
+            && migration_policies.is_empty()
     }
 }
 
@@ -76,26 +89,30 @@ impl From<&State> for StateImage {
             vm_names: state.vm_names.to_entries(),
             remembered: state.remembered.to_entries(),
         };
-        let guests = Guests {
+        let newer = Newer {
             facts: state.guests.to_entries(),
             migrations: state.migrations.to_entries(),
             pauses: state.pauses.to_entries(),
             disk_faults: state.disk_faults.to_entries(),
+            plugs: state.plugs.to_entries(),
+            memory_targets: state.memory_targets.to_entries(),
+            processors: state.processors.to_entries(),
+            migration_policies: state.migration_policies.to_entries(),
         };
-        match (state.site.clone(), guests.is_empty()) {
+        match (state.site.clone(), newer.is_empty()) {
             (None, true) => StateImage::WithoutSite(Box::new(entries)),
             (Some(site), true) => StateImage::WithSite(Box::new((site, entries))),
-            (site, false) => StateImage::WithGuests(Box::new((site, entries, guests))),
+            (site, false) => StateImage::Level3(Box::new((site, entries, newer))),
         }
     }
 }
 
 impl From<StateImage> for State {
     fn from(image: StateImage) -> Self {
-        let (site, entries, guests) = match image {
-            StateImage::WithoutSite(entries) => (None, *entries, Guests::default()),
-            StateImage::WithSite(both) => (Some(both.0), both.1, Guests::default()),
-            StateImage::WithGuests(all) => *all,
+        let (site, entries, newer) = match image {
+            StateImage::WithoutSite(entries) => (None, *entries, Newer::default()),
+            StateImage::WithSite(both) => (Some(both.0), both.1, Newer::default()),
+            StateImage::Level3(all) => *all,
         };
         State {
             site,
@@ -106,10 +123,14 @@ impl From<StateImage> for State {
             tokens: DigestMap::from_entries("token", entries.tokens),
             vms: DigestMap::from_entries("vm", entries.vms),
             vm_names: DigestMap::from_entries("vm_name", entries.vm_names),
-            guests: DigestMap::from_entries("guest", guests.facts),
-            migrations: DigestMap::from_entries("migration", guests.migrations),
-            pauses: DigestMap::from_entries("pause", guests.pauses),
-            disk_faults: DigestMap::from_entries("disk_fault", guests.disk_faults),
+            guests: DigestMap::from_entries("guest", newer.facts),
+            migrations: DigestMap::from_entries("migration", newer.migrations),
+            pauses: DigestMap::from_entries("pause", newer.pauses),
+            disk_faults: DigestMap::from_entries("disk_fault", newer.disk_faults),
+            plugs: DigestMap::from_entries("plugs", newer.plugs),
+            memory_targets: DigestMap::from_entries("memory_target", newer.memory_targets),
+            processors: DigestMap::from_entries("processor", newer.processors),
+            migration_policies: DigestMap::from_entries("migration_policy", newer.migration_policies),
             remembered_order: entries.remembered.iter().map(|(key, remembered)| (remembered.seq, *key)).collect(),
             remembered: DigestMap::from_entries("remembered", entries.remembered),
         }
@@ -159,7 +180,7 @@ mod tests {
             let entries = match image.clone() {
                 StateImage::WithoutSite(entries) => *entries,
                 StateImage::WithSite(both) => both.1,
-                StateImage::WithGuests(_) => panic!("no guest said anything"),
+                StateImage::Level3(_) => panic!("no guest said anything"),
             };
             assert_eq!(codec::encode(&image), codec::encode(&Former { site: state.site, entries }));
         }

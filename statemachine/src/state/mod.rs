@@ -8,6 +8,7 @@ mod guest_facts;
 mod host;
 mod image;
 mod migration;
+mod plugs;
 mod site;
 mod spec;
 mod standstill;
@@ -17,6 +18,7 @@ pub use guest_facts::*;
 pub use host::*;
 pub use image::*;
 pub use migration::*;
+pub use plugs::*;
 pub use site::*;
 pub use spec::*;
 pub use standstill::*;
@@ -56,6 +58,14 @@ pub struct State {
     pub pauses: DigestMap<VmId, Pause>,
     /// Errors of disks that hold guests. Level 3.
     pub disk_faults: DigestMap<VmId, DiskFault>,
+    /// Devices that come and leave while their guests run. Level 3.
+    pub plugs: DigestMap<VmId, Plugs>,
+    /// What users want guests that run to make do with, in MiB. Level 3.
+    pub memory_targets: DigestMap<VmId, u64>,
+    /// What hosts' processors can be to guests. Level 3.
+    pub processors: DigestMap<HostId, HostProcessor>,
+    /// How the guests of clusters may be moved. Level 3.
+    pub migration_policies: DigestMap<ClusterId, MigrationPolicy>,
     pub remembered: DigestMap<RememberedKey, Remembered>,
     /// Insertion order of `remembered`, so that it can be bounded. An index: neither digested nor written down.
     pub remembered_order: OrdMap<Seq, RememberedKey>,
@@ -76,6 +86,10 @@ impl Default for State {
             migrations: DigestMap::new("migration"),
             pauses: DigestMap::new("pause"),
             disk_faults: DigestMap::new("disk_fault"),
+            plugs: DigestMap::new("plugs"),
+            memory_targets: DigestMap::new("memory_target"),
+            processors: DigestMap::new("processor"),
+            migration_policies: DigestMap::new("migration_policy"),
             remembered: DigestMap::new("remembered"),
             remembered_order: OrdMap::new(),
         }
@@ -102,7 +116,7 @@ impl State {
         let mut total = Digest::of("site", &self.site);
         // Without entries a map adds nothing, so one of a later level is not seen before that level.
         sum!(total, data_centers, clusters, hosts, removed_hosts, tokens, vms, vm_names, remembered);
-        sum!(total, guests, migrations, pauses, disk_faults);
+        sum!(total, guests, migrations, pauses, disk_faults, plugs, memory_targets, processors, migration_policies);
         total
     }
 
@@ -131,6 +145,27 @@ impl State {
     /// All of those.
     pub fn all_moving(&self) -> impl Iterator<Item = (VmId, &Migration)> {
         self.migrations.iter().filter(|(_, migration)| migration.is_moving()).map(|(vm, migration)| (*vm, migration))
+    }
+
+    /// How this VM may be moved: as it says itself, or its cluster, or as everybody's guests.
+    pub fn migration_policy(&self, vm: &Vm) -> MigrationPolicy {
+        let cluster = self.migration_policies.get(&vm.cluster).copied().unwrap_or_default();
+        let own = vm.granted_spec.as_ref().unwrap_or(&vm.spec).migration;
+        own.or(cluster).or(MigrationPolicy::DEFAULT)
+    }
+
+    /// The processor that a guest of this model gets where it starts now. Of a cluster none of whose hosts has said what it can run,
+    /// nothing is known, and `cluster` stays as it is: such a guest gets what its host has.
+    pub fn settled_model(&self, cluster: ClusterId, model: CpuModel) -> CpuModel {
+        if model != CpuModel::Cluster {
+            return model;
+        }
+        let members = self.hosts.iter().filter(|(_, host)| host.cluster == cluster);
+        let known = members.filter_map(|(id, _)| self.processors.get(id)).collect::<Vec<_>>();
+        match known.is_empty() {
+            true => CpuModel::Cluster,
+            false => common_model(known.into_iter()).unwrap_or(CpuModel::Host),
+        }
     }
 
     pub fn token_by_hash(&self, secret_hash: &[u8; 32]) -> Option<(TokenId, &Token)> {

@@ -11,6 +11,7 @@ use crate::ids::Epoch;
 use crate::ids::HostId;
 use crate::ids::Seq;
 use crate::scheduler::Explanation;
+use crate::state::CpuModel;
 use crate::state::VmSpec;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -35,6 +36,17 @@ pub struct Vm {
 }
 
 impl Vm {
+    /// The guest was started with what its definition does not say any more.
+    pub fn runs_with_another_spec(&self) -> bool {
+        let Some(granted) = &self.granted_spec else { return false };
+        let mut wanted = VmSpec::clone(&self.spec);
+        if wanted.cpu.model == CpuModel::Cluster {
+            // Settled when it started.
+            wanted.cpu.model = granted.cpu.model;
+        }
+        wanted != **granted
+    }
+
     /// Does it go on running, on some host, after this exit?
     pub fn restarts_after(&self, reason: ExitReason) -> bool {
         match (self.run_strategy, reason) {

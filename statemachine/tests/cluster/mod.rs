@@ -23,7 +23,6 @@ use statemachine::state::Capacity;
 use statemachine::state::Disk;
 use statemachine::state::ExitReason;
 use statemachine::state::Fingerprint;
-use statemachine::state::MachineType;
 use statemachine::state::Nic;
 use statemachine::state::Permit;
 use statemachine::state::RunStrategy;
@@ -93,16 +92,11 @@ impl Cluster {
 
     fn spec(vcpus: u32, memory_mib: u64) -> VmSpec {
         VmSpec {
-            machine: MachineType::QDirect1,
             vcpus,
             memory_mib,
             kernel: "/srv/vmlinuz".to_owned(),
-            initrd: None,
             cmdline: "console=ttyS0".to_owned(),
-            disks: Vec::new(),
-            nics: Vec::new(),
-            highly_available: false,
-            release: None,
+            ..VmSpec::default()
         }
     }
 
@@ -129,18 +123,18 @@ impl Cluster {
 
     /// With so many network cards.
     pub fn define_with(name: &str, disks: Vec<Disk>, nics: usize) -> Command {
-        let nic = |number| Nic { id: format!("n{number}"), bridge: "br0".to_owned(), mac: None };
+        let nic = |number| Nic { id: format!("n{number}"), bridge: "br0".to_owned(), mac: None, slot: None };
         let spec = VmSpec { disks, nics: (0..nics).map(nic).collect(), ..Cluster::spec(1, 64) };
         Cluster::definition(name, spec, RunStrategy::Manual)
     }
 
     /// On one network, with the address that is given or made.
     pub fn define_with_nic(name: &str, mac: Option<MacAddr>) -> Command {
-        Cluster::define_on_network(name, Nic { id: "lan".to_owned(), bridge: "br0".to_owned(), mac })
+        Cluster::define_on_network(name, Nic { id: "lan".to_owned(), bridge: "br0".to_owned(), mac, slot: None })
     }
 
     pub fn define_on_bridge(name: &str, bridge: &str) -> Command {
-        Cluster::define_on_network(name, Nic { id: "lan".to_owned(), bridge: bridge.to_owned(), mac: None })
+        Cluster::define_on_network(name, Nic { id: "lan".to_owned(), bridge: bridge.to_owned(), mac: None, slot: None })
     }
 
     fn define_on_network(name: &str, nic: Nic) -> Command {

@@ -1,5 +1,7 @@
 //! A small world in which random steps become requests about things that exist, or nearly do.
 
+mod devices;
+
 use pnet_base::MacAddr;
 use proptest::prelude::*;
 use statemachine::command::Actor;
@@ -34,7 +36,6 @@ use statemachine::state::Fingerprint;
 use statemachine::state::GuestFacts;
 use statemachine::state::GuestInterface;
 use statemachine::state::GuestStatus;
-use statemachine::state::MachineType;
 use statemachine::state::Migration;
 use statemachine::state::MigrationProgress;
 use statemachine::state::Nic;
@@ -55,7 +56,7 @@ pub struct Step {
 }
 
 pub fn step() -> impl Strategy<Value = Step> {
-    (0..52u8, any::<u16>(), any::<u16>(), prop::bool::weighted(0.2)).prop_map(|(action, a, b, keyed)| Step {
+    (0..68u8, any::<u16>(), any::<u16>(), prop::bool::weighted(0.2)).prop_map(|(action, a, b, keyed)| Step {
         action,
         a,
         b,
@@ -101,23 +102,21 @@ pub fn spec(a: u16) -> VmSpec {
         disks.push(Disk { format: DiskFormat::Qcow2, backing, ..Disk::raw("data", &format!("/srv/top{a}")) });
     }
     // Few addresses, so that two VMs ask for the same; a card without one gets its own.
-    let nic = |mac| Nic { id: "lan".to_owned(), bridge: "br0".to_owned(), mac };
+    let nic = |mac| Nic { id: "lan".to_owned(), bridge: "br0".to_owned(), mac, slot: None };
     let nics = match a % 7 {
         2 => vec![nic(None)],
         4 => vec![nic(Some(MacAddr::new(2, 0, 0, 0, 0, (a % 4) as u8)))],
         _ => Vec::new(),
     };
     VmSpec {
-        machine: MachineType::QDirect1,
         vcpus: u32::from(a % 5),
         memory_mib: 64 << (a % 6),
         kernel: "/srv/vmlinuz".to_owned(),
-        initrd: None,
         cmdline: "console=ttyS0".to_owned(),
         disks,
         nics,
         highly_available: a.is_multiple_of(3),
-        release: None,
+        ..VmSpec::default()
     }
 }
 
@@ -141,6 +140,12 @@ impl World {
             if step.b.is_multiple_of(50) { self.clock_ms.saturating_sub(500_000) } else { self.clock_ms + 700 };
         self.counter += 1;
         let Step { action, a, b, .. } = *step;
+        // Rare ways need many steps.
+        let action = match action {
+            60..=63 => 41,
+            64.. => 45,
+            other => other,
+        };
         let hosts: Vec<HostId> = state.hosts.iter().map(|(id, _)| *id).collect();
         let vms: Vec<VmId> = state.vms.iter().map(|(id, _)| *id).collect();
         let tokens: Vec<TokenId> = state.tokens.iter().map(|(id, _)| *id).collect();
@@ -294,6 +299,10 @@ impl World {
             45..=48 => {
                 migration_step(state, step, self.counter).unwrap_or((root, leader, Command::VmCancelMigration { vm }))
             }
+            53..=59 => match devices::step(state, step, about, epoch, holder_report) {
+                devices::Said::User(command) => (root, leader, command),
+                devices::Said::Host(command) => (Actor::Host(holder), holder, command),
+            },
             38 | 39 => (Actor::Host(holder), holder, {
                 let interface = GuestInterface {
                     name: "eth0".to_owned(),

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use hostd_api::cluster::ClusterPatch;
+use hostd_api::cluster::ClusterView;
 use hostd_api::digest::DigestQuery;
 use hostd_api::digest::StateDigest;
 use hostd_api::guest::AgentView;
@@ -29,6 +31,7 @@ use hostd_api::token::TokenCreated;
 use hostd_api::token::TokenView;
 use hostd_api::vm::NoBody;
 use hostd_api::vm::VmCreate;
+use hostd_api::vm::VmMemory;
 use hostd_api::vm::VmMigrate;
 use hostd_api::vm::VmPatch;
 use hostd_api::vm::VmStart;
@@ -137,6 +140,18 @@ impl Client {
 
     pub async fn vm_reset(&self, vm: &str) -> Result<WriteAnswer, ClientError> {
         self.post(&["v1", "vms", vm, "reset"], &NoBody {}).await
+    }
+
+    pub async fn vm_memory(&self, vm: &str, mib: u64) -> Result<WriteAnswer, ClientError> {
+        self.post(&["v1", "vms", vm, "memory"], &VmMemory { mib }).await
+    }
+
+    pub async fn clusters(&self) -> Result<List<ClusterView>, ClientError> {
+        self.get(&["v1", "clusters"], &()).await
+    }
+
+    pub async fn cluster_change(&self, cluster: &str, patch: &ClusterPatch) -> Result<WriteAnswer, ClientError> {
+        self.patch(&["v1", "clusters", cluster], patch).await
     }
 
     pub async fn vm_migrate(&self, vm: &str, request: &VmMigrate) -> Result<WriteAnswer, ClientError> {

@@ -11,7 +11,6 @@ use statemachine::command::IdempotencyKey;
 use statemachine::decide::FEATURE_LEVEL;
 use statemachine::state::Capacity;
 use statemachine::state::Fingerprint;
-use statemachine::state::MachineType;
 use statemachine::state::RunStrategy;
 use statemachine::state::VmSpec;
 use uuid::Uuid;
@@ -25,18 +24,7 @@ fn root(command: Command) -> Request {
 }
 
 fn define(name: &str) -> Request {
-    let spec = VmSpec {
-        machine: MachineType::QDirect1,
-        vcpus: 1,
-        memory_mib: 64,
-        kernel: "/srv/vmlinuz".to_owned(),
-        initrd: None,
-        cmdline: String::new(),
-        disks: Vec::new(),
-        nics: Vec::new(),
-        highly_available: false,
-        release: None,
-    };
+    let spec = VmSpec { vcpus: 1, memory_mib: 64, kernel: "/srv/vmlinuz".to_owned(), ..VmSpec::default() };
     root(Command::VmDefine { name: name.to_owned(), cluster: None, spec, run_strategy: RunStrategy::Halted })
 }
 

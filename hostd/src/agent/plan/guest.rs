@@ -1,5 +1,7 @@
 //! What a host knows of a guest that it has, and what its process is told.
 
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use statemachine::ids::Epoch;
@@ -11,6 +13,7 @@ use statemachine::state::GuestFacts;
 use statemachine::state::GuestStatus;
 use statemachine::state::MigrationProgress;
 use statemachine::state::ReleaseClass;
+use vmm_control::DeviceState;
 
 use crate::lease::clock::Boottime;
 
@@ -120,6 +123,18 @@ pub struct Guest {
     pub facts: Option<Arc<GuestFacts>>,
     /// The error of a disk that holds it.
     pub fault: Option<DiskFault>,
+    /// Its disks and network cards as its process has them; `None` until that has answered.
+    pub devices: Option<BTreeMap<String, DeviceState>>,
+    /// Those that its process is asked to take, and has not answered yet.
+    pub plugging: BTreeSet<String>,
+    /// The next word of its process on its devices may be from before it answered.
+    pub devices_may_be_old: bool,
+    /// Why a device is not as it should be.
+    pub device_words: BTreeMap<String, String>,
+    /// When a device was last plugged, or asked for.
+    pub device_tries: BTreeMap<String, Retry>,
+    /// What its process was told to make do with, in MiB.
+    pub memory_told: Option<u64>,
     /// The migration by which it comes, until it runs here.
     pub incoming: Option<MigrationId>,
     /// The carrier's word of the migration by which it leaves.
@@ -141,6 +156,12 @@ impl Guest {
             retry: Retry::default(),
             facts: None,
             fault: None,
+            devices: None,
+            plugging: BTreeSet::new(),
+            devices_may_be_old: false,
+            device_words: BTreeMap::new(),
+            device_tries: BTreeMap::new(),
+            memory_told: None,
             incoming: None,
             outgoing: None,
             stands_for: None,
@@ -165,6 +186,36 @@ impl Guest {
         matches!(self.phase, Phase::Gone(_))
     }
 
+    /// Notes that a device was plugged, or asked for.
+    pub fn note_device(&mut self, id: &str, now: Boottime) {
+        self.device_tries.entry(id.to_owned()).or_default().note(Seq::ZERO, now);
+    }
+
+    /// Its process has answered for a device that it was asked to take. What it said of its devices before does not count any more, and
+    /// one such word may still be on its way: it is asked again only when its last answer was heard.
+    pub fn plug_answered(&mut self, id: &str, refusal: Option<String>) {
+        self.plugging.remove(id);
+        self.devices = None;
+        self.devices_may_be_old = true;
+        self.device_words.remove(id);
+        self.device_words.extend(refusal.map(|words| (id.to_owned(), words)));
+    }
+
+    /// What its process says of its devices. One that is there has no words against it.
+    pub fn see_devices(&mut self, seen: BTreeMap<String, DeviceState>) {
+        if std::mem::take(&mut self.devices_may_be_old) {
+            return;
+        }
+        let before = self.devices.replace(seen).unwrap_or_default();
+        let now = self.devices.iter().flatten();
+        for (id, state) in now.filter(|(id, state)| before.get(*id) != Some(state)) {
+            if *state == DeviceState::Present {
+                self.device_words.remove(id);
+                self.device_tries.remove(id);
+            }
+        }
+    }
+
     /// Notes an order that was handed to the guest's process, so that it is not planned again.
     pub fn note(&mut self, order: Order, desired_at: Seq, now: Boottime) {
         let stopping = || Stopping::new(desired_at);
@@ -176,6 +227,7 @@ impl Guest {
                 self.confirmed = Some(deadline);
             }
             Order::Pause | Order::GoOn { .. } => self.nudged = Some(now),
+            Order::Memory { mib } => self.memory_told = Some(mib),
             Order::Resume { wish } => {
                 self.nudged = Some(now);
                 if matches!(self.phase, Phase::Alive { status: GuestStatus::PausedIo, .. }) {
@@ -222,6 +274,10 @@ pub enum Order {
     /// Lets a guest go on that stood still for a migration which came to nothing.
     GoOn {
         migration: MigrationId,
+    },
+    /// Makes do with so much of its memory.
+    Memory {
+        mib: u64,
     },
     Kill,
 }

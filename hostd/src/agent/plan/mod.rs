@@ -9,10 +9,11 @@
 //! - **End** what is superseded: a guest whose epoch is not the permit, once applied state has reached that epoch.
 //! - **An exit is reported** only of a guest that the shell found gone: lock free and control group empty. The shell marks the
 //!   epoch first, so no epoch is ever started after its exit was reported.
-//! - **Migrations** have rules of their own ([`moving`]).
+//! - **Migrations** have rules of their own ([`moving`]), and so have **devices** that come and leave ([`devices`]).
 //! - **A marked epoch without a guest** is looked into, never guessed about; and, like a permit that is not wanted, only once
 //!   applied state has caught up with a grant: hostd begins with the state of its last snapshot.
 
+mod devices;
 mod guest;
 mod moving;
 
@@ -30,6 +31,7 @@ use statemachine::ids::VmId;
 use statemachine::mutant;
 use statemachine::mutant::Mutant;
 use statemachine::state::Desired;
+use statemachine::state::DeviceWord;
 use statemachine::state::DiskFault;
 use statemachine::state::GuestFacts;
 use statemachine::state::GuestStatus;
@@ -39,6 +41,7 @@ use statemachine::state::ReleaseClass;
 use statemachine::state::StopMode;
 use statemachine::state::Vm;
 
+pub use devices::Device;
 pub use guest::Ended;
 pub use guest::Guest;
 pub use guest::Order;
@@ -75,6 +78,7 @@ pub enum News {
     MigrationLoaded(MigrationId),
     Status(GuestStatus),
     DiskFault(Option<DiskFault>),
+    Device(String, DeviceWord),
     MigrationProgress(MigrationId, MigrationProgress),
     Facts(Arc<GuestFacts>),
 }
@@ -87,6 +91,7 @@ pub enum NewsKind {
     MigrationLoaded,
     Status,
     DiskFault,
+    Device,
     MigrationProgress,
     Facts,
 }
@@ -100,6 +105,7 @@ impl News {
             News::MigrationProgress(..) => NewsKind::MigrationProgress,
             News::Status(_) => NewsKind::Status,
             News::DiskFault(_) => NewsKind::DiskFault,
+            News::Device(..) => NewsKind::Device,
             News::Facts(_) => NewsKind::Facts,
         }
     }
@@ -144,6 +150,18 @@ pub enum Action {
         epoch: Epoch,
         migration: MigrationId,
         to: HostId,
+    },
+    /// The guest is to get a device while it runs.
+    Plug {
+        vm: VmId,
+        epoch: Epoch,
+        device: Device,
+    },
+    /// The guest is asked to give a device up.
+    Unplug {
+        vm: VmId,
+        epoch: Epoch,
+        device: String,
     },
     /// The log knows that this epoch is over and no process is left: clear its run directory.
     Forget {
@@ -256,6 +274,7 @@ fn tend(view: &View<'_>, vm: VmId, known: &Vm, guest: &Guest, actions: &mut Vec<
         Desired::Stopped(StopMode::Shutdown) => actions.extend(shut_down(view, known, guest).map(order)),
     }
     actions.extend(stand_or_go(view, vm, known, guest).map(order));
+    devices::follow(view, vm, known, guest, actions);
     moving::leave(view, vm, known, guest, actions);
     let status = match guest.phase {
         Phase::Alive { status, .. } => status,

@@ -145,8 +145,10 @@ impl World {
                 self.agent.guests.remove(&vm);
             }
             Action::Report { .. } => {}
-            // Its guests do not move.
-            Action::Receive { .. } | Action::Carry { .. } => unreachable!("nobody asked for it"),
+            // Its guests do not move, and keep their devices.
+            Action::Receive { .. } | Action::Carry { .. } | Action::Plug { .. } | Action::Unplug { .. } => {
+                unreachable!("nobody asked for it")
+            }
         }
         Ok(())
     }

@@ -7,6 +7,8 @@ use crate::test_site::Site;
 use crate::test_site::boot;
 use crate::test_site::spec;
 
+#[path = "device_tests.rs"]
+mod device_stories;
 #[path = "moving_tests.rs"]
 mod moving_stories;
 #[path = "property_tests.rs"]

@@ -23,6 +23,9 @@ pub struct Disk {
     pub on_error: OnError,
     #[serde(default)]
     pub rate_limit: Option<RateLimit>,
+    /// Where the guest finds it, 1 to [`VmSpec::SLOTS`](super::VmSpec::SLOTS). `None`: the first slot that is free.
+    #[serde(default)]
+    pub slot: Option<u8>,
 }
 
 impl Disk {
@@ -40,6 +43,7 @@ impl Disk {
             backing: Vec::new(),
             on_error: OnError::Stop,
             rate_limit: None,
+            slot: None,
         }
     }
 

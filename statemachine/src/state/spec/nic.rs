@@ -16,6 +16,9 @@ pub struct Nic {
     pub bridge: String,
     /// Hardware address; `None` takes the one of [`Nic::mac_of`].
     pub mac: Option<MacAddr>,
+    /// Where the guest finds it, 1 to [`VmSpec::SLOTS`](super::VmSpec::SLOTS). `None`: the last slot that is free.
+    #[serde(default)]
+    pub slot: Option<u8>,
 }
 
 impl Nic {
@@ -45,7 +48,7 @@ mod tests {
     use super::*;
 
     fn nic(id: &str) -> Nic {
-        Nic { id: id.to_owned(), bridge: "br0".to_owned(), mac: None }
+        Nic { id: id.to_owned(), bridge: "br0".to_owned(), mac: None, slot: None }
     }
 
     #[test]

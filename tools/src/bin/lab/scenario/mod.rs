@@ -16,6 +16,7 @@ mod join;
 mod lease;
 mod migrate;
 mod minority;
+mod plug;
 mod poweroff;
 pub mod probe;
 mod recover;
@@ -44,6 +45,8 @@ pub enum Story {
     Storage,
     /// A guest moves between two hosts while it runs, back and forth.
     Migrate,
+    /// A disk and a network card come to a guest that runs, move with it, and leave it.
+    Plug,
     /// hostd dies or restarts under a guest, and during starts.
     Restart,
     /// The leader loses its power.
@@ -99,6 +102,7 @@ pub async fn tell(dir: &LabDir, story: Story, options: &StoryOptions) -> Result<
         Story::Guest => first_guest::tell(&mut stage).await,
         Story::Agent => agent::tell(&mut stage).await,
         Story::Migrate => migrate::tell(&mut stage, options.runs.unwrap_or(10)).await,
+        Story::Plug => plug::tell(&mut stage).await,
         Story::Storage => storage::tell(&mut stage).await,
         Story::Restart => restart::tell(&mut stage, options.runs.unwrap_or(50)).await,
         Story::Failover => failover::tell(&mut stage, options.runs.unwrap_or(20), options).await,

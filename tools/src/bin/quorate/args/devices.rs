@@ -1,9 +1,9 @@
 //! Disks and network cards as people type them: `name=value` words with commas between.
 
-use hostd_api::vm::BackingImageBody;
-use hostd_api::vm::DiskBody;
-use hostd_api::vm::NicBody;
-use hostd_api::vm::RateLimitBody;
+use hostd_api::spec::BackingImageBody;
+use hostd_api::spec::DiskBody;
+use hostd_api::spec::NicBody;
+use hostd_api::spec::RateLimitBody;
 use statemachine::state::DiskFormat;
 use statemachine::state::OnError;
 
@@ -22,6 +22,7 @@ pub fn parse_disk(text: &str) -> Result<DiskBody, String> {
             Some(("format", value)) => disk.format = parse_format(value).map_err(wrong)?,
             Some(("backing", value)) => disk.backing.push(parse_backing(value).map_err(wrong)?),
             Some(("on-error", value)) => disk.on_error = parse_policy(value).map_err(wrong)?,
+            Some(("slot", value)) => disk.slot = Some(parse_slot(value).map_err(wrong)?),
             Some(("iops", value)) => limit.iops = Some(parse_number(value).map_err(wrong)?),
             Some(("mib-per-second", value)) => {
                 let mib = parse_number(value).map_err(wrong)?;
@@ -64,18 +65,23 @@ fn parse_backing(text: &str) -> Result<BackingImageBody, String> {
     Ok(BackingImageBody { path: path.to_owned(), format: parse_format(format)? })
 }
 
+fn parse_slot(text: &str) -> Result<u8, String> {
+    text.parse().map_err(|_| format!("{text:?} is no slot"))
+}
+
 fn parse_number(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| format!("{text:?} is not a number"))
 }
 
 /// `id=lan,bridge=br0,mac=52:54:00:12:34:56`.
 pub fn parse_nic(text: &str) -> Result<NicBody, String> {
-    let wrong = |why: String| format!("{why}; write id=NAME,bridge=BRIDGE[,mac=ADDRESS]");
-    let (mut id, mut bridge, mut mac) = (None, None, None);
+    let wrong = |why: String| format!("{why}; write id=NAME,bridge=BRIDGE[,mac=ADDRESS][,slot=N]");
+    let (mut id, mut bridge, mut mac, mut slot) = (None, None, None, None);
     for part in text.split(',') {
         match part.split_once('=') {
             Some(("id", value)) => id = Some(value.to_owned()),
             Some(("bridge", value)) => bridge = Some(value.to_owned()),
+            Some(("slot", value)) => slot = Some(parse_slot(value).map_err(wrong)?),
             Some(("mac", value)) => {
                 let address = value.parse().map_err(|_| wrong(format!("{value:?} is not a hardware address")))?;
                 mac = Some(address);
@@ -85,5 +91,5 @@ pub fn parse_nic(text: &str) -> Result<NicBody, String> {
     }
     let id = id.ok_or_else(|| wrong("the card has no id".to_owned()))?;
     let bridge = bridge.ok_or_else(|| wrong("the card has no bridge".to_owned()))?;
-    Ok(NicBody { id, bridge, mac })
+    Ok(NicBody { id, bridge, mac, slot })
 }

@@ -2,11 +2,13 @@
 
 mod devices;
 mod guest;
+mod parts;
 mod values;
 mod vm;
 
 pub use devices::*;
 pub use guest::*;
+pub use parts::*;
 pub use values::*;
 pub use vm::*;
 
@@ -94,6 +96,9 @@ pub enum Command {
     /// The site as a whole
     #[command(subcommand)]
     Site(SiteCommand),
+    /// Clusters of the site: hosts that are alike, and the rules of their guests
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
     /// Hosts of the site
     #[command(subcommand)]
     Host(HostCommand),
@@ -189,6 +194,20 @@ pub enum SiteCommand {
         /// How many hosts vote: 3 survive the loss of one, 5 of two
         #[arg(long, value_name = "N")]
         voters: u8,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ClusterCommand {
+    /// List clusters
+    #[command(after_help = "Example:\n  quorate cluster list")]
+    List,
+    /// Change a cluster: how its guests may be moved, where they do not say themselves
+    #[command(after_help = "Example:\n  quorate cluster set Default --migrate-bandwidth 200 --migrate-downtime 500")]
+    Set {
+        cluster: String,
+        #[command(flatten)]
+        migration: MigrationArgs,
     },
 }
 

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use clap::CommandFactory;
-use hostd_api::vm::VmSpecBody;
+use hostd_api::spec::VmSpecBody;
 use statemachine::state::DiskFormat;
 use statemachine::state::OnError;
 
@@ -66,7 +66,7 @@ fn options_go_over_the_definition_of_a_file() {
     let mut spec = VmSpecBody { vcpus: Some(4), kernel: Some("/a".into()), ..Default::default() };
     let cli = parse("quorate vm create web1 --kernel /b --memory 1GiB --ha --disk id=r,path=/r --nic id=lan,bridge=br0,mac=52:54:00:12:34:56").unwrap();
     let Command::Vm(VmCommand::Create(create)) = cli.command else { panic!("not vm create") };
-    create.machine.apply(&mut spec);
+    create.machine.apply("web1", None, &mut spec);
     assert_eq!((spec.vcpus, spec.memory_mib, spec.highly_available), (Some(4), Some(1024), Some(true)));
     assert_eq!(spec.kernel.as_deref(), Some("/b"));
     assert_eq!(spec.disks.map(|disks| disks.len()), Some(1));

@@ -6,6 +6,9 @@ use clap::ValueEnum;
 use hostd_api::event::StartFrom;
 use jiff::Span;
 use jiff::SpanRelativeTo;
+use statemachine::state::MemoryPages;
+use statemachine::state::OnPanic;
+use statemachine::state::OnWatchdog;
 use statemachine::state::ReleaseClass;
 use statemachine::state::RunStrategy;
 use statemachine::state::TokenPurpose;
@@ -33,6 +36,72 @@ impl From<Purpose> for TokenPurpose {
             Purpose::Join => TokenPurpose::Join,
             Purpose::Admin => TokenPurpose::Admin,
             Purpose::Viewer => TokenPurpose::Viewer,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Pages {
+    /// Whatever the kernel gives
+    Any,
+    /// Huge pages of 2 MiB that the host has set aside
+    #[value(name = "2MiB")]
+    Mib2,
+    /// Huge pages of 1 GiB that the host has set aside
+    #[value(name = "1GiB")]
+    Gib1,
+}
+
+impl From<Pages> for MemoryPages {
+    fn from(pages: Pages) -> MemoryPages {
+        match pages {
+            Pages::Any => MemoryPages::Any,
+            Pages::Mib2 => MemoryPages::Mib2,
+            Pages::Gib1 => MemoryPages::Gib1,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Watchdog {
+    Reset,
+    PowerOff,
+    /// It stands, for somebody to look at it
+    Pause,
+    /// A non-maskable interrupt, on which a kernel can panic and dump
+    InjectNmi,
+    None,
+}
+
+impl From<Watchdog> for OnWatchdog {
+    fn from(action: Watchdog) -> OnWatchdog {
+        match action {
+            Watchdog::Reset => OnWatchdog::Reset,
+            Watchdog::PowerOff => OnWatchdog::PowerOff,
+            Watchdog::Pause => OnWatchdog::Pause,
+            Watchdog::InjectNmi => OnWatchdog::InjectNmi,
+            Watchdog::None => OnWatchdog::None,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Panic {
+    /// It is told, and the guest is left to itself
+    Report,
+    Reset,
+    PowerOff,
+    /// It stands, for somebody to look at it
+    Pause,
+}
+
+impl From<Panic> for OnPanic {
+    fn from(action: Panic) -> OnPanic {
+        match action {
+            Panic::Report => OnPanic::Report,
+            Panic::Reset => OnPanic::Reset,
+            Panic::PowerOff => OnPanic::PowerOff,
+            Panic::Pause => OnPanic::Pause,
         }
     }
 }

@@ -4,13 +4,19 @@ use std::path::PathBuf;
 
 use clap::Args;
 use clap::Subcommand;
-use hostd_api::vm::DiskBody;
-use hostd_api::vm::NicBody;
-use hostd_api::vm::VmSpecBody;
+use hostd_api::spec::DiskBody;
+use hostd_api::spec::NicBody;
+use hostd_api::spec::VmSpecBody;
 
+use super::CpuArgs;
+use super::FirstBootArgs;
+use super::MigrationArgs;
+use super::Pages;
+use super::Panic;
 use super::Release;
 use super::Strategy;
 use super::Wait;
+use super::Watchdog;
 use super::parse_disk;
 use super::parse_duration;
 use super::parse_memory_mib;
@@ -24,7 +30,7 @@ pub enum VmCommand {
       --disk id=root,path=/srv/vm/web1.raw --cmdline 'console=ttyS0 root=/dev/vda1' --start --wait
   quorate vm create db1 --file db1.json        the body of POST /v1/vms, JSON or YAML")]
     Create(Box<CreateArgs>),
-    /// Change a VM; a changed machine takes effect at its next start
+    /// Change a VM; a changed machine takes effect at its next start, but disks and network cards come and leave at once
     #[command(after_help = "Example:\n  quorate vm change web1 --memory 2GiB --run-strategy always")]
     Change(Box<ChangeArgs>),
     /// List VMs
@@ -56,7 +62,7 @@ pub enum VmCommand {
     /// Reset a VM as its reset button does; it stays on its host
     #[command(after_help = "Example:\n  quorate vm reset web1")]
     Reset { vm: String },
-    /// Move a running VM to another host without a restart; it stands still while its memory is sent
+    /// Move a running VM to another host without a restart; it runs while its memory is copied
     #[command(after_help = "Examples:\n  quorate vm migrate web1 --wait\n  quorate vm migrate web1 --to n2")]
     Migrate {
         vm: String,
@@ -72,6 +78,36 @@ pub enum VmCommand {
     /// Stop a VM's processors; it keeps its memory and its place
     #[command(after_help = "Example:\n  quorate vm pause web1 && quorate vm resume web1")]
     Pause { vm: String },
+    /// Give a VM disks and network cards more; a running one gets them at once
+    #[command(after_help = "Example:\n  quorate vm plug web1 --disk id=data,path=/srv/vm/data.raw --wait")]
+    Plug {
+        vm: String,
+        /// As for `vm create`
+        #[arg(long, value_name = "DISK", value_parser = parse_disk, required_unless_present = "nic")]
+        disk: Vec<DiskBody>,
+        /// As for `vm create`
+        #[arg(long, value_name = "NIC", value_parser = parse_nic)]
+        nic: Vec<NicBody>,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Take disks and network cards away from a VM; a running one is asked to give them up. Disks are left alone
+    #[command(after_help = "Example:\n  quorate vm unplug web1 data --wait")]
+    Unplug {
+        vm: String,
+        /// Ids of disks and network cards
+        #[arg(required = true, value_name = "DEVICE")]
+        devices: Vec<String>,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Have a running VM make do with less memory, or give it back what it was started with
+    #[command(after_help = "Example:\n  quorate vm memory web1 512MiB")]
+    Memory {
+        vm: String,
+        #[arg(value_name = "SIZE", value_parser = parse_memory_mib)]
+        memory: u64,
+    },
     /// Let a paused VM go on; one that an error of a disk holds tries again at once
     #[command(after_help = "Example:\n  quorate vm resume web1")]
     Resume { vm: String },
@@ -134,6 +170,9 @@ pub struct ChangeArgs {
     /// Take all network cards away
     #[arg(long, conflicts_with = "nic")]
     pub no_nics: bool,
+    /// Tell the guest nothing at its first boot
+    #[arg(long, conflicts_with_all = ["host_name", "user", "address", "gateway", "dns", "user_data"])]
+    pub no_first_boot: bool,
 }
 
 /// What a guest is made of; what is left out stays, or has its default.
@@ -157,10 +196,11 @@ pub struct MachineArgs {
     /// A disk: id=NAME,path=PATH[,OPTION...]; once for each, and all of them
     ///
     /// Options: ro; shareable; format=raw|qcow2 [raw]; backing=PATH:FORMAT, once for each image under a qcow2 one, nearest
-    /// first; on-error=stop|report|ignore|enospc [stop]; iops=N and mib-per-second=N, what it may do at most.
+    /// first; on-error=stop|report|ignore|enospc [stop]; iops=N and mib-per-second=N, what it may do at most; slot=N, where the guest
+    /// finds it.
     #[arg(long, value_name = "DISK", value_parser = parse_disk)]
     pub disk: Vec<DiskBody>,
-    /// A network card: id=NAME,bridge=BRIDGE[,mac=ADDRESS]; once for each, and all of them
+    /// A network card: id=NAME,bridge=BRIDGE[,mac=ADDRESS][,slot=N]; once for each, and all of them
     #[arg(long, value_name = "NIC", value_parser = parse_nic)]
     pub nic: Vec<NicBody>,
     /// Restart it elsewhere when its host is lost
@@ -169,11 +209,26 @@ pub struct MachineArgs {
     /// What may end its right to run without its host's word
     #[arg(long, value_enum)]
     pub release: Option<Release>,
+    /// What guest memory is made of
+    #[arg(long, value_enum)]
+    pub pages: Option<Pages>,
+    /// When the guest's watchdog runs out [default: reset]
+    #[arg(long, value_enum)]
+    pub on_watchdog: Option<Watchdog>,
+    /// When the guest's kernel panics [default: report]
+    #[arg(long, value_enum)]
+    pub on_panic: Option<Panic>,
+    #[command(flatten)]
+    pub cpu: CpuArgs,
+    #[command(flatten)]
+    pub first_boot: FirstBootArgs,
+    #[command(flatten)]
+    pub migration: MigrationArgs,
 }
 
 impl MachineArgs {
-    /// Puts what was given over `spec`.
-    pub fn apply(self, spec: &mut VmSpecBody) {
+    /// Puts what was given over `spec`, of a VM of this name. `user_data` is what its file holds.
+    pub fn apply(self, vm: &str, user_data: Option<String>, spec: &mut VmSpecBody) {
         fn over<T>(field: &mut Option<T>, given: Option<T>) {
             if given.is_some() {
                 *field = given;
@@ -188,5 +243,11 @@ impl MachineArgs {
         over(&mut spec.nics, (!self.nic.is_empty()).then_some(self.nic));
         over(&mut spec.highly_available, self.ha);
         over(&mut spec.release, self.release.map(Into::into));
+        over(&mut spec.pages, self.pages.map(Into::into));
+        over(&mut spec.on_watchdog, self.on_watchdog.map(Into::into));
+        over(&mut spec.on_panic, self.on_panic.map(Into::into));
+        self.cpu.apply(&mut spec.cpu);
+        self.first_boot.apply(vm, user_data, &mut spec.first_boot);
+        self.migration.apply(&mut spec.migration);
     }
 }

@@ -1,6 +1,8 @@
 //! What each command asks of hostd, and what it waits for.
 
+mod cluster;
 mod console;
+mod devices;
 mod events;
 mod guest;
 mod host;
@@ -41,6 +43,7 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Status => output::show(context.format, &context.client.status().await?),
         Command::Token(command) => token::run(&context, command).await,
         Command::Site(command) => site::run(&context, command).await,
+        Command::Cluster(command) => cluster::run(&context, command).await,
         Command::Host(command) => host::run(&context, command).await,
         Command::Vm(command) => vm::run(&context, command).await,
         Command::Guest(command) => guest::run(&context, command).await,

@@ -5,23 +5,29 @@ use std::path::Path;
 
 use hostd_api::MAX_BODY_BYTES;
 use hostd_api::read::Item;
+use hostd_api::spec::FirstBootBody;
+use hostd_api::spec::VmSpecBody;
 use hostd_api::vm::DesiredView;
+use hostd_api::vm::PlugBody;
 use hostd_api::vm::VmCreate;
 use hostd_api::vm::VmMigrate;
 use hostd_api::vm::VmPatch;
-use hostd_api::vm::VmSpecBody;
 use hostd_api::vm::VmStart;
 use hostd_api::vm::VmStop;
 use hostd_api::vm::VmView;
 use hostd_api::write::WriteAnswer;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use statemachine::ClusterId;
 use statemachine::Seq;
+use statemachine::state::FirstBoot;
 use statemachine::state::RunStrategy;
 use statemachine::state::StopMode;
 use statemachine::view::VmStatus;
 
 use super::Context;
 use super::console;
+use super::devices;
 use crate::args::ChangeArgs;
 use crate::args::CreateArgs;
 use crate::args::MachineArgs;
@@ -50,6 +56,11 @@ pub async fn run(context: &Context, command: VmCommand) -> Result<(), Failure> {
             let answer = client.vm_cancel_migration(&vm).await?;
             output::done(context.format, &answer, &format!("vm {vm} stays where it is (seq {})", answer.seq))
         }
+        VmCommand::Plug { vm, disk, nic, wait } => {
+            devices::plug(context, &vm, PlugBody { disks: disk, nics: nic }, wait).await
+        }
+        VmCommand::Unplug { vm, devices, wait } => devices::unplug(context, &vm, devices, wait).await,
+        VmCommand::Memory { vm, memory } => devices::memory(context, &vm, memory).await,
         VmCommand::Pause { vm } => {
             let answer = client.vm_pause(&vm).await?;
             output::done(context.format, &answer, &format!("vm {vm} is to stand still (seq {})", answer.seq))
@@ -98,7 +109,8 @@ fn definition(args: CreateArgs) -> Result<VmCreate, Failure> {
     if let Some(cluster) = args.cluster {
         body.cluster = Some(ClusterId(cluster));
     }
-    args.machine.apply(&mut body.spec);
+    let user_data = user_data(&args.machine)?;
+    args.machine.apply(&body.name, user_data, &mut body.spec);
     match body.spec.kernel {
         Some(_) => Ok(body),
         None => Err(Failure::Usage("a VM boots a kernel; name it with --kernel PATH".to_owned())),
@@ -122,7 +134,12 @@ fn from_file(path: &Path) -> Result<VmCreate, Failure> {
 }
 
 async fn change(context: &Context, args: ChangeArgs) -> Result<(), Failure> {
-    let patch = patch(&args);
+    let machine = &args.machine;
+    let mut parts = VmSpecBody::default();
+    if machine.cpu.is_given() || machine.first_boot.is_given() || machine.migration.is_given() {
+        present_parts(&context.client.vm(&args.vm, None).await?.item, machine, &mut parts)?;
+    }
+    let patch = patch(&args, parts)?;
     if patch == VmPatch::default() {
         return Err(Failure::Usage(format!(
             "nothing to change was named; `quorate vm change --help` says what can be, `quorate vm show {}` what is",
@@ -133,9 +150,13 @@ async fn change(context: &Context, args: ChangeArgs) -> Result<(), Failure> {
     output::done(context.format, &answer, &format!("vm {} is changed (seq {})", args.vm, answer.seq))
 }
 
-fn patch(args: &ChangeArgs) -> VmPatch {
-    let mut spec = VmSpecBody::default();
-    args.machine.clone().apply(&mut spec);
+/// `spec`: parts that have several values, as they are now.
+fn patch(args: &ChangeArgs, mut spec: VmSpecBody) -> Result<VmPatch, Failure> {
+    let machine = &args.machine;
+    machine.clone().apply(&args.vm, user_data(machine)?, &mut spec);
+    if args.no_first_boot {
+        spec.first_boot = Some(FirstBootBody::default());
+    }
     if args.no_initrd {
         spec.initrd = Some(String::new());
     }
@@ -145,11 +166,45 @@ fn patch(args: &ChangeArgs) -> VmPatch {
     if args.no_nics {
         spec.nics = Some(Vec::new());
     }
-    let names_machine = args.no_initrd || args.no_disks || args.no_nics || args.machine != MachineArgs::default();
-    VmPatch {
+    let takes_away = args.no_initrd || args.no_disks || args.no_nics || args.no_first_boot;
+    Ok(VmPatch {
         name: args.rename.clone(),
         run_strategy: args.run_strategy.map(Into::into),
-        spec: names_machine.then_some(spec),
+        spec: (takes_away || *machine != MachineArgs::default()).then_some(spec),
+        ..VmPatch::default()
+    })
+}
+
+/// Parts that have several values, and of which some change: the others stay as they are.
+fn present_parts(vm: &VmView, machine: &MachineArgs, spec: &mut VmSpecBody) -> Result<(), Failure> {
+    if machine.cpu.is_given() {
+        spec.cpu = Some(as_body(&vm.spec.cpu)?);
+    }
+    if machine.first_boot.is_given() {
+        spec.first_boot = vm.spec.first_boot.as_ref().map(as_body).transpose()?;
+    }
+    if machine.migration.is_given() {
+        spec.migration = Some(as_body(&vm.spec.migration)?);
+    }
+    Ok(())
+}
+
+/// What is shown can be sent again: the fields are the same.
+fn as_body<T: DeserializeOwned>(shown: &impl Serialize) -> Result<T, Failure> {
+    let body = serde_json::to_value(shown).and_then(serde_json::from_value);
+    body.map_err(|error| Failure::Local(format!("the definition is not understood by this `quorate`: {error}")))
+}
+
+fn user_data(machine: &MachineArgs) -> Result<Option<String>, Failure> {
+    let Some(path) = &machine.first_boot.user_data else { return Ok(None) };
+    let failed = |why: String| Failure::Local(format!("cannot read user data from {}: {why}", path.display()));
+    let most = FirstBoot::MAX_USER_DATA_BYTES as u64;
+    let mut text = String::new();
+    let read = std::fs::File::open(path).and_then(|file| file.take(most + 1).read_to_string(&mut text));
+    match read {
+        Ok(_) if text.len() as u64 > most => Err(failed(format!("it is larger than {most} bytes"))),
+        Ok(_) => Ok(Some(text)),
+        Err(error) => Err(failed(error.to_string())),
     }
 }
 
@@ -187,14 +242,15 @@ async fn migrate(context: &Context, vm: &str, host: Option<String>, wait: Wait) 
     )
 }
 
-async fn wait_for(
+pub(super) async fn wait_for(
     context: &Context,
     vm: &str,
     answer: &WriteAnswer,
     wait: Wait,
-    judge: fn(&VmView, Seq) -> Look<()>,
+    judge: impl Fn(&VmView, Seq) -> Look<()>,
 ) -> Result<VmView, Failure> {
     let (client, seq) = (&context.client, answer.seq);
+    let judge = &judge;
     let look = || async move {
         let Item { item, .. } = client.vm(vm, Some(seq)).await?;
         Ok(match judge(&item, seq) {

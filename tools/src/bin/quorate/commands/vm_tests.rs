@@ -34,6 +34,8 @@ fn vm(status: VmStatus, desired: DesiredView) -> VmView {
         guest: None,
         spec: std::sync::Arc::new(VmSpecBody::default().into_spec()),
         spec_pending: false,
+        devices: Vec::new(),
+        memory_target_mib: None,
     }
 }
 
@@ -114,6 +116,6 @@ fn a_misspelt_definition_and_a_vm_without_a_kernel_are_refused_here() {
 fn a_change_holds_what_was_named_and_nothing_else() {
     let words = ["quorate", "vm", "change", "web1", "--memory", "2GiB", "--no-disks"];
     let Command::Vm(VmCommand::Change(args)) = Cli::try_parse_from(words).unwrap().command else { panic!() };
-    let json = serde_json::to_value(patch(&args)).unwrap();
+    let json = serde_json::to_value(patch(&args, VmSpecBody::default()).unwrap()).unwrap();
     assert_eq!(json, serde_json::json!({"spec": {"memory_mib": 2048, "disks": []}}));
 }

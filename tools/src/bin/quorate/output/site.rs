@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use hostd_api::cluster::ClusterView;
 use hostd_api::digest::StateDigest;
 use hostd_api::host::SpmView;
 use hostd_api::read::List;
@@ -59,6 +60,27 @@ impl Show for Status {
         table.field("version", format!("{}, feature level {}", self.version, member.feature_level));
         for alarm in &member.alarms {
             table.field("ALARM", alarm);
+        }
+        table.render()
+    }
+}
+
+impl Show for List<ClusterView> {
+    fn table(&self) -> String {
+        let mut table =
+            Table::with_header(&["NAME", "ID", "HOSTS", "VMS", "CPU", "DOWNTIME", "BANDWIDTH", "AUTOMATIC"]);
+        for cluster in &self.items {
+            let migration = cluster.migration;
+            table.row(vec![
+                cluster.name.clone(),
+                cluster.id.to_string(),
+                cluster.hosts.to_string(),
+                cluster.vms.to_string(),
+                cluster.cpu.name().to_owned(),
+                or_dash(migration.downtime_ms.map(|ms| format!("{ms} ms"))),
+                or_dash(migration.mib_per_second.map(|mib| format!("{mib} MiB/s"))),
+                word(&migration.automatic.unwrap_or(true)),
+            ]);
         }
         table.render()
     }

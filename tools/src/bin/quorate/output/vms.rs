@@ -69,6 +69,13 @@ impl Show for Item<VmView> {
         for nic in &spec.nics {
             table.field(&format!("nic {}", nic.id), format!("{} on {}", nic.mac_of(vm.id), nic.bridge));
         }
+        for device in &vm.devices {
+            let why = device.why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
+            table.field(&format!("device {}", device.id), format!("{}{why}", device.state.replace('_', " ")));
+        }
+        if let Some(mib) = vm.memory_target_mib {
+            table.field("makes do with", memory(mib));
+        }
         if let Some(migration) = &vm.migration {
             let far = migration.progress.map(|it| format!(", round {}, {} MiB sent", it.round, it.sent_bytes >> 20));
             table.field("moves", format!("from {} to {}{}", migration.from, migration.to, far.unwrap_or_default()));

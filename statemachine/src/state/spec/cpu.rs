@@ -1,0 +1,150 @@
+//! The virtual processor.
+
+use serde::Deserialize;
+use serde::Serialize;
+
+/// What of a processor the guest sees, and how much of the host's it gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cpu {
+    pub model: CpuModel,
+    /// `None`: one socket, a core a vCPU.
+    pub topology: Option<Topology>,
+    /// The guest's part of a busy host's processors, beside other guests: cgroup v2's `cpu.weight`. `None`: 100.
+    pub weight: Option<u32>,
+    /// At most so much of a host's processors, in percent of one CPU thread: cgroup v2's `cpu.max`.
+    pub cap_percent: Option<u32>,
+}
+
+impl Cpu {
+    /// What the kernel takes.
+    pub const MAX_WEIGHT: u32 = 10_000;
+    /// Less of a thread, and a guest does not get through its timers.
+    pub const MIN_CAP_PERCENT: u32 = 5;
+}
+
+/// Features of the virtual processor. A guest moves only between hosts that have all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+pub enum CpuModel {
+    /// The highest of the named ones that all hosts of the cluster can run, settled when the guest starts.
+    #[default]
+    #[serde(rename = "cluster")]
+    Cluster,
+    /// All that its host has.
+    #[serde(rename = "host")]
+    Host,
+    /// The levels of the x86-64 psABI.
+    #[serde(rename = "x86-64-v2")]
+    V2,
+    #[serde(rename = "x86-64-v3")]
+    V3,
+}
+
+impl CpuModel {
+    /// Those that mean the same on every host, the highest first.
+    pub const NAMED: [CpuModel; 2] = [CpuModel::V3, CpuModel::V2];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            CpuModel::Cluster => "cluster",
+            CpuModel::Host => "host",
+            CpuModel::V2 => "x86-64-v2",
+            CpuModel::V3 => "x86-64-v3",
+        }
+    }
+}
+
+/// Sockets, cores of each, threads of each core: together the vCPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Topology {
+    pub sockets: u32,
+    pub cores: u32,
+    pub threads: u32,
+}
+
+impl Topology {
+    pub fn vcpus(self) -> Option<u32> {
+        self.sockets.checked_mul(self.cores)?.checked_mul(self.threads)
+    }
+}
+
+/// What guest memory is made of on its host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum MemoryPages {
+    /// Whatever the kernel gives; large ones where it can.
+    #[default]
+    #[serde(rename = "any")]
+    Any,
+    /// Huge pages that the host has set aside for guests.
+    #[serde(rename = "2MiB")]
+    Mib2,
+    #[serde(rename = "1GiB")]
+    Gib1,
+}
+
+impl MemoryPages {
+    /// Guest memory is a whole number of them.
+    pub fn mib(self) -> u64 {
+        match self {
+            MemoryPages::Any | MemoryPages::Mib2 => 2,
+            MemoryPages::Gib1 => 1024,
+        }
+    }
+}
+
+/// What a host's processor can be to guests.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostProcessor {
+    pub vendor: String,
+    pub model_name: String,
+    /// The named ones that it can run.
+    pub models: Vec<CpuModel>,
+    /// Of all that a guest of model `host` depends on: such a guest moves between hosts that have the same.
+    pub fingerprint: String,
+}
+
+impl HostProcessor {
+    pub const MAX_WORDS: usize = 128;
+    /// Since when it is reported.
+    pub const FEATURE_LEVEL: u32 = 3;
+
+    pub fn runs(&self, model: CpuModel) -> bool {
+        match model {
+            CpuModel::Cluster | CpuModel::Host => true,
+            named => self.models.contains(&named),
+        }
+    }
+}
+
+/// The highest named model that all of them can run; `None` when nothing is known, or when they have none in common.
+pub fn common_model<'a>(processors: impl Iterator<Item = &'a HostProcessor> + Clone) -> Option<CpuModel> {
+    processors.clone().next()?;
+    CpuModel::NAMED.into_iter().find(|model| processors.clone().all(|processor| processor.runs(*model)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn processor(models: &[CpuModel]) -> HostProcessor {
+        HostProcessor {
+            vendor: "AuthenticAMD".to_owned(),
+            model_name: "a processor".to_owned(),
+            models: models.to_vec(),
+            fingerprint: "1".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_cluster_has_the_model_that_its_weakest_host_can_run() {
+        let (new, old, ancient) =
+            (processor(&[CpuModel::V2, CpuModel::V3]), processor(&[CpuModel::V2]), processor(&[]));
+        let common = |hosts: &[&HostProcessor]| common_model(hosts.iter().copied());
+        assert_eq!(common(&[&new, &new]), Some(CpuModel::V3));
+        assert_eq!(common(&[&new, &old]), Some(CpuModel::V2));
+        assert_eq!(common(&[&new, &old, &ancient]), None);
+        assert_eq!(common(&[]), None);
+    }
+}
