@@ -35,15 +35,15 @@ demo: build ## The main job, shown on three emulated hosts
 test: setup build ## Every test; the lab's run in emulated hosts
 	cargo nextest run --workspace -E 'all() $(WITHOUT_TAPS)'
 
-test-fast: ## Tests that need no lab
-	cargo nextest run --workspace -E 'not binary(lab_stories) $(WITHOUT_TAPS)'
+test-fast: ## Tests that need no emulator
+	cargo nextest run --workspace -E 'not binary(lab_stories) and not test(/_in_an_emulator/) $(WITHOUT_TAPS)'
 
 lint: ## Format, clippy
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 
 shows: build ## The long runs behind docs/operations/measured.md (about an hour)
-	for story in demo join guest agent storage migrate plug restart failover lease minority recover poweroff; do $(SUDO) $(LAB) show $$story; done
+	for story in demo join guest first-boot agent storage migrate plug restart failover lease minority recover poweroff; do $(SUDO) $(LAB) show $$story; done
 
 fuzz: setup ## Every fuzz target for SECONDS (60)
 	cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::control::{self, Request};
 use crate::machine::EMULATOR;
+use crate::nbd::ROOT_DISK;
 use crate::paths::LabDir;
 use crate::process::ProcessId;
 use crate::state::{LabConfig, LabState};
@@ -37,7 +38,8 @@ pub async fn up(dir: &LabDir, config: LabConfig, binaries: &Path, timeout_s: u64
     remove_witnesses(dir)?;
     let start = Instant::now();
     let mut say = |line: &str| println!("[{:5.1} s] {line}", start.elapsed().as_secs_f64());
-    image::build(dir, binaries, &mut say)?;
+    let images = image::build(dir, binaries, &mut say)?;
+    image::lay_root_disk(&images, &dir.shared_disk(ROOT_DISK))?;
     let state = LabState::new(config.clone());
     state.save(dir)?;
     net::create(&config)?;

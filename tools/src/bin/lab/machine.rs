@@ -139,6 +139,7 @@ mod tests {
             host_initrd: "/i".into(),
             guest_kernel: "/gk".into(),
             guest_initrd: "/gi".into(),
+            root_disk: "/rd".into(),
         };
         let arguments = arguments(&dir, &config, &images, HostId(2));
         let drives: Vec<_> = arguments.iter().filter(|word| word.contains("\"nbd\"")).collect();

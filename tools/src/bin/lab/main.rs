@@ -121,7 +121,7 @@ enum Verb {
     Disk {
         host: HostId,
         action: DiskAction,
-        /// `disk` (the host's own), `shared`, `shared1` to `shared4`.
+        /// `disk` (the host's own), `shared`, `shared1` to `shared4`, `root`.
         export: String,
     },
     /// A host's serial log: kernel, init, services.

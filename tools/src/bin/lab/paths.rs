@@ -56,6 +56,11 @@ impl LabDir {
         self.root.join("disks")
     }
 
+    /// The file behind a shared export.
+    pub fn shared_disk(&self, export: &str) -> PathBuf {
+        self.disks().join(format!("{export}.raw"))
+    }
+
     pub fn logs(&self) -> PathBuf {
         self.root.join("logs")
     }

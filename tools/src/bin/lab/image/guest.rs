@@ -13,7 +13,7 @@ use crate::paths::LabDir;
 
 const MODULES: &[&str] = &["virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "virtio_rng", "button", "evdev"];
 
-const GZIP: &[&str] = &["gzip", "-n", "-6"];
+pub const GZIP: &[&str] = &["gzip", "-n", "-6"];
 
 macro_rules! script {
     ($name:literal) => {

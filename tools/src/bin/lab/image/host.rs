@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use super::cpio::Archive;
 use super::guest::GuestImage;
 use super::packages::{Packages, program};
+use super::root_disk::RootDisk;
 use super::{Images, kernel, packed, tree};
 use crate::paths::LabDir;
 
@@ -51,10 +52,11 @@ pub fn build(
     dir: &LabDir,
     packages: &Packages,
     guest: &GuestImage,
+    root: &RootDisk,
     binaries: &Path,
     say: &mut dyn FnMut(&str),
 ) -> Result<Images> {
-    let base = packed(dir, "host-base.lz4", &base(packages, guest)?, LZ4)?;
+    let base = packed(dir, "host-base.lz4", &base(packages, guest, root)?, LZ4)?;
     let product = packed(dir, "host-product.lz4", &product(dir, binaries, say)?, LZ4)?;
     let both = [tree::read(&base)?, tree::read(&product)?].concat();
     let initrd = dir.images().join(format!("host-initrd-{}", &blake3::hash(&both).to_hex()[..16]));
@@ -67,10 +69,11 @@ pub fn build(
         host_initrd: initrd,
         guest_kernel: guest.kernel.clone(),
         guest_initrd: guest.initrd.clone(),
+        root_disk: root.disk.clone(),
     })
 }
 
-fn base(packages: &Packages, guest: &GuestImage) -> Result<Vec<u8>> {
+fn base(packages: &Packages, guest: &GuestImage, root: &RootDisk) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for directory in ["proc", "sys", "dev", "run", "tmp", "root", "var/log", "var/lib/quorate"] {
         archive.directory(directory);
@@ -92,6 +95,7 @@ fn base(packages: &Packages, guest: &GuestImage) -> Result<Vec<u8>> {
     archive.file("usr/share/quorate/images/guest-vmlinuz", 0o644, &tree::read(&guest.kernel)?);
     archive.file("usr/share/quorate/images/guest-initrd.gz", 0o644, &tree::read(&guest.initrd)?);
     archive.file("usr/share/quorate/images/guest-agent-initrd.gz", 0o644, &tree::read(&guest.agent_initrd)?);
+    archive.file("usr/share/quorate/images/guest-root-initrd.gz", 0o644, &tree::read(&root.initrd)?);
     Ok(archive.finish())
 }
 
@@ -137,6 +141,8 @@ pub fn remove_old(dir: &LabDir, images: &Images) -> Result<()> {
         "guest-initrd.gz-",
         "guest-agent.gz-",
         "guest-agent-initrd.gz-",
+        "guest-root-initrd.gz-",
+        "root-disk-",
         "host-base.lz4-",
         "host-product.lz4-",
         "host-initrd-",
@@ -149,7 +155,7 @@ pub fn remove_old(dir: &LabDir, images: &Images) -> Result<()> {
             .filter_map(|entry| entry.ok())
             .filter(|entry| entry.file_name().to_string_lossy().starts_with(kind))
             .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
-            .filter(|(_, path)| *path != images.host_initrd && *path != images.guest_initrd)
+            .filter(|(_, path)| ![&images.host_initrd, &images.guest_initrd, &images.root_disk].contains(&path))
             .collect();
         files.sort();
         for (_, path) in files.iter().rev().skip(KEEP) {

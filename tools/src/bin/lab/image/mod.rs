@@ -1,6 +1,6 @@
 //! Images: the kernels and first file systems of hosts and guests, made from Debian packages,
 //! this machine's libraries and our own binaries, and cached by content below `.lab/images`.
-//! Start reading at [`build`]; `host` and `guest` say what goes in.
+//! Start reading at [`build`]; `host`, `guest` and `root_disk` say what goes in.
 
 mod cpio;
 mod guest;
@@ -8,6 +8,7 @@ mod host;
 mod kernel;
 mod modules;
 mod packages;
+pub mod root_disk;
 mod tree;
 
 use std::io::Write;
@@ -27,6 +28,8 @@ pub struct Images {
     pub host_initrd: PathBuf,
     pub guest_kernel: PathBuf,
     pub guest_initrd: PathBuf,
+    /// What the shared disk `root` holds when a lab begins.
+    pub root_disk: PathBuf,
 }
 
 impl Images {
@@ -43,11 +46,22 @@ pub fn build(dir: &LabDir, binaries: &Path, say: &mut dyn FnMut(&str)) -> Result
     std::fs::create_dir_all(dir.images()).with_context(|| format!("create {}", dir.images().display()))?;
     let packages = packages::fetch(dir, say)?;
     let guest = guest::build(dir, &packages, say)?;
-    let images = host::build(dir, &packages, &guest, binaries, say)?;
+    let root = root_disk::build(dir, &packages, say)?;
+    let images = host::build(dir, &packages, &guest, &root, binaries, say)?;
     let text = serde_json::to_vec_pretty(&images)?;
     crate::paths::write_atomically(&dir.images().join("current.json"), &text)?;
     host::remove_old(dir, &images)?;
     Ok(images)
+}
+
+/// Lays a fresh copy of the root disk where the block server looks for it; a disk that a lab has used stays as it is.
+pub fn lay_root_disk(images: &Images, at: &Path) -> Result<()> {
+    if at.exists() {
+        return Ok(());
+    }
+    let copy = at.with_extension("copy");
+    packages::run(Command::new("cp").args(["--sparse=always", "--reflink=auto"]).arg(&images.root_disk).arg(&copy))?;
+    std::fs::rename(&copy, at).with_context(|| format!("move a root disk to {}", at.display()))
 }
 
 /// Packs an archive, or finds the copy that was packed before. The name holds the content's hash.

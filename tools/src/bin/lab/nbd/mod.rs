@@ -17,6 +17,7 @@ use tokio::net::UnixListener;
 use tokio::sync::watch;
 
 use crate::clock;
+use crate::image::root_disk::ROOT_DISK_BYTES;
 use crate::paths::LabDir;
 use crate::state::{HostId, LabConfig};
 use crate::witness::EventRecord;
@@ -26,9 +27,18 @@ use export::Export;
 pub const OWN_DISK: &str = "disk";
 const OWN_DISK_BYTES: u64 = 4 << 30;
 
+/// A guest's root disk; its file is laid before the server starts.
+pub const ROOT_DISK: &str = "root";
+
 /// Shared exports, attached to every host in this order.
-pub const SHARED: &[(&str, u64)] =
-    &[("shared", 1 << 30), ("shared1", 64 << 20), ("shared2", 64 << 20), ("shared3", 64 << 20), ("shared4", 64 << 20)];
+pub const SHARED: &[(&str, u64)] = &[
+    ("shared", 1 << 30),
+    ("shared1", 64 << 20),
+    ("shared2", 64 << 20),
+    ("shared3", 64 << 20),
+    ("shared4", 64 << 20),
+    (ROOT_DISK, ROOT_DISK_BYTES),
+];
 
 /// A host's power as its connections see it: the number changes when power is lost, and with it
 /// every connection made before ends and everything that it still asks is refused.
@@ -51,7 +61,7 @@ impl BlockServer {
         std::fs::create_dir_all(dir.disks()).with_context(|| format!("create {}", dir.disks().display()))?;
         let mut shared = BTreeMap::new();
         for (name, size) in SHARED {
-            let path = dir.disks().join(format!("{name}.raw"));
+            let path = dir.shared_disk(name);
             let export = Export::open(name, &path, *size, config.ignore_flush)?.witnessed(&dir.write_witness(name))?;
             shared.insert(*name, Arc::new(export));
         }

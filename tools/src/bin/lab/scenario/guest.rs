@@ -14,6 +14,8 @@ pub const KERNEL: &str = "/usr/share/quorate/images/guest-vmlinuz";
 pub const INITRD: &str = "/usr/share/quorate/images/guest-initrd.gz";
 /// The same with QEMU's guest agent in it.
 pub const AGENT_INITRD: &str = "/usr/share/quorate/images/guest-agent-initrd.gz";
+/// The one that goes over to the root disk.
+pub const ROOT_INITRD: &str = "/usr/share/quorate/images/guest-root-initrd.gz";
 /// Emulated hosts that boot guests while others do are slow.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
 
@@ -57,6 +59,11 @@ impl Guest {
             words.push("--ha");
         }
         stage.quorate(asked, &words).await?;
+        Guest::defined(stage, asked, name).await
+    }
+
+    /// One that was defined in other words.
+    pub async fn defined(stage: &Stage, asked: HostId, name: &str) -> Result<Guest> {
         let shown = stage.query(asked, &["vm", "show", name]).await?;
         let id = field(&shown, "id").and_then(Value::as_str).context("`vm show` names no id")?;
         Ok(Guest { name: name.to_owned(), id: id.to_owned() })

@@ -10,6 +10,7 @@
 mod agent;
 mod demo;
 mod failover;
+mod first_boot;
 mod first_guest;
 mod guest;
 mod join;
@@ -39,6 +40,8 @@ pub enum Story {
     Join,
     /// A Linux guest: console, vCPUs, ACPI shutdown, disk.
     Guest,
+    /// A Debian root disk takes name, key and address from a seed at its first boot.
+    FirstBoot,
     /// A guest with QEMU's guest agent: its facts as events, programs, freezing.
     Agent,
     /// A guest on a qcow2 image over a base, and one whose storage is full.
@@ -100,6 +103,7 @@ pub async fn tell(dir: &LabDir, story: Story, options: &StoryOptions) -> Result<
         Story::Demo => demo::tell(&mut stage).await,
         Story::Join => join::tell(&mut stage).await,
         Story::Guest => first_guest::tell(&mut stage).await,
+        Story::FirstBoot => first_boot::tell(&mut stage).await,
         Story::Agent => agent::tell(&mut stage).await,
         Story::Migrate => migrate::tell(&mut stage, options.runs.unwrap_or(10)).await,
         Story::Plug => plug::tell(&mut stage).await,
