@@ -21,6 +21,8 @@ use vmm_control::LeaseConfig;
 use vmm_control::VmmConfig;
 use vmm_control::config::MAX_MTU;
 
+use super::first_boot;
+use super::first_boot::FirstBootError;
 use super::group::Group;
 use super::group::Groups;
 use super::guest_files;
@@ -49,6 +51,8 @@ pub enum LaunchError {
     Files(#[from] GuestFilesError),
     #[error(transparent)]
     RunDir(#[from] RunDirError),
+    #[error(transparent)]
+    FirstBoot(#[from] FirstBootError),
     #[error(transparent)]
     Mark(#[from] MarkError),
     #[error("network card {id}: {source}")]
@@ -124,6 +128,10 @@ impl Launcher {
         let mark = self.marks.path(identity.vm, identity.epoch);
         let places = GuestPlaces { run_dir: run_dir.path().to_owned(), mark };
         let mut config = guest_files::vmm_config(identity, spec, &self.allowed_paths, places)?;
+        if let Some(first_boot) = &spec.first_boot {
+            run_dir.write_seed(&lock, &first_boot::image(identity.vm, spec, first_boot)?)?;
+            config.disks.push(first_boot::disk(&run_dir));
+        }
         // Last, so that a definition that makes no guest moves no cable.
         let taps = plug_in(&mut config, spec, identity.incoming)?;
         run_dir.prepare(&lock, &config, identity.incoming)?;

@@ -15,6 +15,7 @@ pub mod adopt;
 pub mod cluster;
 #[cfg(test)]
 mod fake_vmm;
+mod first_boot;
 pub mod group;
 pub mod guest;
 pub mod guest_files;

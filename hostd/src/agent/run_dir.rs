@@ -76,6 +76,11 @@ impl RunDir {
         self.path.join("config.json")
     }
 
+    /// The seed of the guest's first boot, as a disk.
+    pub fn seed_file(&self) -> PathBuf {
+        self.path.join("seed.img")
+    }
+
     pub fn vmm_log(&self) -> PathBuf {
         self.path.join("vmm.log")
     }
@@ -141,6 +146,12 @@ impl RunDir {
         self.write_config(config)
     }
 
+    /// Writes the seed of a first boot, before the configuration that names it. Under the lock.
+    pub fn write_seed(&self, _lock: &Lock, image: &[u8]) -> Result<(), RunDirError> {
+        let path = self.seed_file();
+        fs::write(&path, image).map_err(failed("write", &path))
+    }
+
     /// The guest that was taken in runs: the configuration names its permit.
     pub fn settle(&self, config: &VmmConfig) -> Result<(), RunDirError> {
         self.write_config(config)?;
@@ -159,7 +170,8 @@ impl RunDir {
     /// Clears what an epoch left, so that the directory names no epoch any more. Logs stay for whoever wants to read them,
     /// unless the VM itself is gone.
     pub fn clear(&self, _lock: &Lock, vm_exists: bool) -> Result<(), RunDirError> {
-        for left in [self.control_socket(), self.config_file(), ExitReport::path(&self.path), self.migration_file()] {
+        let report = ExitReport::path(&self.path);
+        for left in [self.control_socket(), self.config_file(), report, self.migration_file(), self.seed_file()] {
             remove(&left)?;
         }
         match vm_exists {

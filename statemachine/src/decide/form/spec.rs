@@ -126,6 +126,9 @@ fn first_boot(first_boot: &FirstBoot, nics: &[Nic]) -> Result<(), Rejection> {
             return Err(invalid("ssh keys", format!("{} given, at most {}", ssh_keys.len(), FirstBoot::MAX_KEYS)));
         }
         ssh_keys.iter().try_for_each(|key| ssh_key(key))?;
+        if ssh_keys.is_empty() && user_data.is_none() {
+            return Err(invalid("ssh keys", format!("nobody could log in as {name}: give a key, or user data")));
+        }
     }
     for (index, interface) in interfaces.iter().enumerate() {
         if !nics.iter().any(|nic| nic.id == interface.nic) {
