@@ -72,20 +72,20 @@ impl Guest {
         self.emulator.kill().await.expect("the emulator ends");
     }
 
-    /// All lines up to one that begins so.
-    async fn until(&mut self, start: &str) -> Vec<String> {
+    /// All lines up to the one that says what boot this was.
+    async fn until_up(&mut self) -> Vec<String> {
         let mut lines = Vec::new();
         let read = async {
             while let Some(line) = self.said.next_line().await.expect("text") {
                 lines.push(line.trim_end().to_owned());
-                if line.contains(start) {
+                if line.contains(" boot host=") {
                     return true;
                 }
             }
             false
         };
-        let found = tokio::time::timeout(PATIENCE, read).await.unwrap_or(false);
-        assert!(found, "the guest does not say {start:?}: {lines:#?}");
+        let is_up = tokio::time::timeout(PATIENCE, read).await.unwrap_or(false);
+        assert!(is_up, "the guest does not come up: {lines:#?}");
         lines
     }
 }
@@ -111,18 +111,18 @@ async fn a_seed_is_applied_at_the_first_boot_and_not_again_in_an_emulator() {
     };
 
     let mut first = boot(&seed("i-1", "web1.example.org"));
-    let said = first.until("quorate-guest first boot").await;
+    let said = first.until_up().await;
     assert_eq!(said.last(), Some(&expected("first boot", "web1")), "{said:#?}");
     assert!(said.iter().any(|line| line == "user-data: web1 by bash, 6"), "{said:#?}");
     first.lose_power().await;
 
     let mut later = boot(&seed("i-1", "web2"));
-    let said = later.until("quorate-guest later boot").await;
+    let said = later.until_up().await;
     assert_eq!(said.last(), Some(&expected("later boot", "web1")), "{said:#?}");
     assert!(!said.iter().any(|line| line.starts_with("user-data:")), "{said:#?}");
     later.lose_power().await;
 
     let mut renewed = boot(&seed("i-2", "web2"));
-    let said = renewed.until("quorate-guest first boot").await;
+    let said = renewed.until_up().await;
     assert_eq!(said.last(), Some(&expected("first boot", "web2")), "another id is another first boot: {said:#?}");
 }
