@@ -36,10 +36,14 @@ pub enum Mutant {
     CapacityIgnoresPending,
     /// An old host's report about an epoch that is over is believed (hazard H16).
     LateReportBelieved,
+    /// A guest runs at its target as soon as all of it is there, before the log says whose it is (DESIGN §5).
+    RunBeforeCommit,
+    /// A guest that stands for a migration goes on where it was, though nobody gave the migration up (DESIGN §5).
+    GoOnWithoutAbort,
 }
 
 impl Mutant {
-    pub const ALL: [Mutant; 15] = [
+    pub const ALL: [Mutant; 17] = [
         Mutant::VoteNotSynced,
         Mutant::AppendNotSynced,
         Mutant::AcknowledgeBeforeQuorum,
@@ -55,6 +59,8 @@ impl Mutant {
         Mutant::HostIdReused,
         Mutant::CapacityIgnoresPending,
         Mutant::LateReportBelieved,
+        Mutant::RunBeforeCommit,
+        Mutant::GoOnWithoutAbort,
     ];
 }
 

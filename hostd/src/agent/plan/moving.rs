@@ -10,6 +10,8 @@ use statemachine::ids::Epoch;
 use statemachine::ids::MigrationId;
 use statemachine::ids::Seq;
 use statemachine::ids::VmId;
+use statemachine::mutant;
+use statemachine::mutant::Mutant;
 use statemachine::state::Migration;
 use statemachine::state::MigrationPhase;
 use statemachine::state::Vm;
@@ -49,6 +51,10 @@ pub(super) fn take_in(view: &View<'_>, vm: VmId, guest: &Guest, id: MigrationId,
         // The permit stays: what is left is forgotten, and the guest starts from its disks.
         (Phase::Gone(_), MigrationPhase::Committed { .. }) => false,
         (Phase::Incoming { loaded: true }, MigrationPhase::Moving) => {
+            if mutant::is_on(Mutant::RunBeforeCommit) {
+                let order = Order::Run { epoch: guest.epoch, deadline: view.now.plus_ms(12_000) };
+                actions.push(Action::Order { vm, epoch: guest.epoch, order, desired_at: Seq::from(id) });
+            }
             actions.push(report(News::MigrationLoaded(id)));
             true
         }
@@ -70,6 +76,9 @@ pub(super) fn leave(view: &View<'_>, vm: VmId, known: &Vm, guest: &Guest, action
     let (epoch, desired_at) = (guest.epoch, known.desired_at);
     let report = |news| Action::Report { vm, epoch, news };
     let moving = view.fold.state.moving(vm).filter(|moving| moving.from == view.host && moving.epoch == epoch);
+    if mutant::is_on(Mutant::GoOnWithoutAbort) {
+        actions.extend(go_on(view, epoch, guest).map(|order| Action::Order { vm, epoch, order, desired_at }));
+    }
     let Some(moving) = moving else {
         actions.extend(go_on(view, epoch, guest).map(|order| Action::Order { vm, epoch, order, desired_at }));
         return;

@@ -95,7 +95,7 @@ pub async fn tell(stage: &mut Stage) -> Result<()> {
 
 /// The serials of its disks and the names of its cards, as the guest sees them.
 async fn has(stage: &Stage, guest: &Guest, disks: &[&str], cards: &[&str]) -> Result<()> {
-    let ask = "sh echo has $(cat /sys/block/vd*/serial) and $(ls /sys/class/net) in-all";
+    let ask = "sh echo has $(for d in /sys/block/vd*; do cat $d/serial; echo; done) and $(ls /sys/class/net) in-all";
     let said = guest.console(stage, ASKER, &[ask], "in-all").await?;
     let line =
         said.lines().rev().find(|line| line.starts_with("has ")).with_context(|| format!("no answer: {said}"))?;
