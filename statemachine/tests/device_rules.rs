@@ -203,6 +203,8 @@ fn report_processor(cluster: &mut Cluster, host: HostId, models: &[CpuModel], fi
         model_name: "a processor".to_owned(),
         models: models.to_vec(),
         fingerprint: fingerprint.to_owned(),
+        tsc_khz: 2_000_000,
+        scales_tsc: false,
     };
     let report = cluster.report(host);
     cluster.ask(Actor::Host(host), host, Command::ReportProcessor { report, processor }).expect("its own word");

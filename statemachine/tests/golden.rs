@@ -191,6 +191,8 @@ fn samples() -> Vec<Event> {
                 model_name: text(),
                 models: vec![CpuModel::V2, CpuModel::V3],
                 fingerprint: "0a1b".to_owned(),
+                tsc_khz: 2_000_000,
+                scales_tsc: false,
             },
         }
         .into(),

@@ -12,13 +12,18 @@ use statemachine::ids::VmId;
 use statemachine::state;
 use statemachine::state::Disk;
 use statemachine::state::MachineType;
+use statemachine::state::MemoryPages;
 use statemachine::state::Nic;
 use statemachine::state::ReleaseClass;
+use statemachine::state::Topology;
 use statemachine::state::VmSpec;
 use thiserror::Error;
 use vmm_control::BackingImage;
+use vmm_control::CpuConfig;
+use vmm_control::CpuModel;
 use vmm_control::DiskConfig;
 use vmm_control::DiskFormat;
+use vmm_control::HugePages;
 use vmm_control::Identity;
 use vmm_control::LeaseConfig;
 use vmm_control::NicConfig;
@@ -113,6 +118,12 @@ pub fn vmm_config(
             state::OnPanic::Pause => OnPanic::Pause,
         },
         generation: None,
+        cpu: Some(cpu_config(spec)),
+        huge_pages: match spec.pages {
+            MemoryPages::Any => None,
+            MemoryPages::Mib2 => Some(HugePages::Mib2),
+            MemoryPages::Gib1 => Some(HugePages::Gib1),
+        },
         watchdog: Some(WatchdogConfig {
             action: match spec.on_watchdog {
                 state::OnWatchdog::Reset => WatchdogAction::Reset,
@@ -134,6 +145,22 @@ pub fn check(config: &VmmConfig, incoming: Option<MigrationId>) -> Result<(), Gu
         None => config.check()?,
     }
     Ok(())
+}
+
+/// A model that was not settled when the guest got its permit is all of its host's.
+fn cpu_config(spec: &VmSpec) -> CpuConfig {
+    let model = match spec.cpu.model {
+        state::CpuModel::Cluster | state::CpuModel::Host => CpuModel::Host,
+        state::CpuModel::V2 => CpuModel::X86_64V2,
+        state::CpuModel::V3 => CpuModel::X86_64V3,
+    };
+    let number = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
+    match spec.cpu.topology {
+        Some(Topology { sockets, cores, threads }) => {
+            CpuConfig { model, sockets: number(sockets), cores: number(cores), threads: number(threads) }
+        }
+        None => CpuConfig::of(model, number(spec.vcpus)),
+    }
 }
 
 /// Its MTU follows its bridge, which only its tap finds.

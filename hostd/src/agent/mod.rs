@@ -23,6 +23,7 @@ pub mod launcher;
 pub mod marks;
 pub mod plan;
 mod plug;
+mod processor;
 pub mod reconcile;
 pub mod reports;
 pub mod run_dir;

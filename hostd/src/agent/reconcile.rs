@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt;
 use statemachine::command::HostFacts;
 use statemachine::fold::Fold;
 use statemachine::ids::Epoch;
@@ -126,6 +127,7 @@ impl Reconciler {
         for (vm, found) in looked.found {
             state.take_in(vm, found);
         }
+        let mut processor = state.own.processes.processor().fuse();
         let mut fold = state.own.cluster.watch_fold();
         let mut grant = state.own.grant.clone();
         let mut facts = state.own.facts.clone();
@@ -142,6 +144,7 @@ impl Reconciler {
                 changed = fold.changed() => if changed.is_err() { return },
                 changed = grant.changed() => if changed.is_err() { return },
                 changed = facts.changed() => if changed.is_err() { return },
+                known = &mut processor => state.reports.processor = known,
                 Some((vm, epoch, news)) = told_news.recv() => state.hear(vm, epoch, news),
                 Some((vm, news)) = worked_news.recv() => state.work_done(vm, news),
                 Some((subject, news)) = reported_news.recv() => state.report_done(subject, &news),

@@ -216,6 +216,8 @@ mod tests {
             model_name: "a processor".to_owned(),
             models: vec![CpuModel::V2],
             fingerprint: "1".to_owned(),
+            tsc_khz: 2_000_000,
+            scales_tsc: false,
         };
         let now = Boottime::from_ms(1);
         let mut reports = Reports::new(site.hosts[0], boot(1));

@@ -14,6 +14,7 @@ use statemachine::ids::Epoch;
 use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
 use statemachine::state::ExitReason;
+use statemachine::state::HostProcessor;
 use statemachine::state::Permit;
 use statemachine::state::ReleaseClass;
 use statemachine::state::VmSpec;
@@ -32,6 +33,7 @@ use super::plan::Device;
 use super::plan::Ended;
 use super::plan::Order;
 use super::plug;
+use super::processor;
 use super::run_dir::RunDir;
 use crate::migration::carrier::Journey;
 use crate::migration::carrier::carry;
@@ -89,6 +91,9 @@ pub type News = mpsc::Sender<(VmId, Epoch, Told)>;
 pub trait Processes: Send + Sync + 'static {
     fn look(&self) -> BoxFuture<'static, Result<Looked, AgentError>>;
 
+    /// What this host's processor can be to guests; `None` when nothing of that is known.
+    fn processor(&self) -> BoxFuture<'static, Option<HostProcessor>>;
+
     /// Starts the process of a permit whose epoch was never used.
     fn start(&self, identity: GuestIdentity, spec: Arc<VmSpec>) -> BoxFuture<'static, Worked>;
 
@@ -134,6 +139,21 @@ impl Processes for Launcher {
             Ok(Looked { marked, found })
         });
         async move { looking.await.unwrap_or(Err(AgentError::Stopping)) }.boxed()
+    }
+
+    fn processor(&self) -> BoxFuture<'static, Option<HostProcessor>> {
+        let vmm = self.vmm.clone();
+        let looking = blocking(move || processor::look(&vmm));
+        let said = async move {
+            match looking.await? {
+                Ok(processor) => Some(processor),
+                Err(error) => {
+                    tracing::warn!("guests with a processor of their cluster's model may not find this host: {error}");
+                    None
+                }
+            }
+        };
+        said.boxed()
     }
 
     fn start(&self, identity: GuestIdentity, spec: Arc<VmSpec>) -> BoxFuture<'static, Worked> {

@@ -33,6 +33,7 @@ use statemachine::ids::VmId;
 use statemachine::mutant;
 use statemachine::mutant::Mutant;
 use statemachine::state::ExitReason;
+use statemachine::state::HostProcessor;
 use statemachine::state::Permit;
 use statemachine::state::VmSpec;
 use tokio::sync::mpsc;
@@ -161,6 +162,11 @@ impl Processes for StandIns {
 
     fn carry(&self, journey: Journey) -> BoxFuture<'static, Result<(), String>> {
         carry(self.clone(), journey).boxed()
+    }
+
+    /// All hosts of the simulation are alike, and none says so.
+    fn processor(&self) -> BoxFuture<'static, Option<HostProcessor>> {
+        future::ready(None).boxed()
     }
 
     /// Guests of the simulation have no devices.

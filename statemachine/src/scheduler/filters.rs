@@ -10,7 +10,6 @@ use super::Question;
 use crate::mutant;
 use crate::mutant::Mutant;
 use crate::state::Administrative;
-use crate::state::CpuModel;
 use crate::state::Host;
 use crate::state::Liveness;
 use crate::state::Migration;
@@ -105,9 +104,7 @@ fn processor(question: &Question<'_>, candidate: &Candidate<'_>) -> Objection {
         return Some(format!("its processor cannot be {}", model.name()));
     }
     let from = question.state.processors.get(&question.vm.permit?.host)?;
-    let all_of_its_host = matches!(model, CpuModel::Host | CpuModel::Cluster);
-    let differs = all_of_its_host && from.fingerprint != there.fingerprint;
-    differs.then(|| "the guest has all of its host's processor, and this one is another".to_owned())
+    there.takes(model, from).err().map(str::to_owned)
 }
 
 /// A guest never has more vCPUs than its host has threads.

@@ -61,6 +61,8 @@ pub fn step(state: &State, step: &Step, vm: VmId, epoch: Epoch, report: ReportId
                 model_name: "a processor".to_owned(),
                 models,
                 fingerprint: (b % 2).to_string(),
+                tsc_khz: 2_000_000,
+                scales_tsc: false,
             };
             Said::Host(Command::ReportProcessor { report, processor })
         }

@@ -103,12 +103,35 @@ pub struct HostProcessor {
     pub models: Vec<CpuModel>,
     /// Of all that a guest of model `host` depends on: such a guest moves between hosts that have the same.
     pub fingerprint: String,
+    /// The frequency of its time stamp counter, and whether it can give a guest another one.
+    pub tsc_khz: u32,
+    pub scales_tsc: bool,
 }
 
 impl HostProcessor {
     pub const MAX_WORDS: usize = 128;
     /// Since when it is reported.
     pub const FEATURE_LEVEL: u32 = 3;
+
+    /// The largest difference between two time stamp counters that a guest lives with where they cannot be scaled, in millionths: what NTP
+    /// corrects.
+    const TSC_TOLERANCE_PPM: u64 = 250;
+
+    /// Whether a guest that runs on `first` with this model can come here. It keeps its vendor and the frequency of its counter. Advice: the
+    /// vmm there decides by the guest itself.
+    pub fn takes(&self, model: CpuModel, first: &HostProcessor) -> Result<(), &'static str> {
+        let apart = u64::from(self.tsc_khz.abs_diff(first.tsc_khz)) * 1_000_000;
+        match model {
+            CpuModel::Cluster | CpuModel::Host if self.fingerprint != first.fingerprint => {
+                Err("the guest has all of its host's processor, and this one is another")
+            }
+            _ if self.vendor != first.vendor => Err("its processor is another vendor's"),
+            _ if !self.scales_tsc && apart > u64::from(self.tsc_khz) * Self::TSC_TOLERANCE_PPM => {
+                Err("its time stamp counter has another frequency, and cannot be scaled")
+            }
+            _ => Ok(()),
+        }
+    }
 
     pub fn runs(&self, model: CpuModel) -> bool {
         match model {
@@ -134,7 +157,26 @@ mod tests {
             model_name: "a processor".to_owned(),
             models: models.to_vec(),
             fingerprint: "1".to_owned(),
+            tsc_khz: 2_000_000,
+            scales_tsc: false,
         }
+    }
+
+    #[test]
+    fn a_guest_goes_where_its_processor_and_its_clock_are() {
+        let first = processor(&[CpuModel::V3]);
+        let with = |change: fn(&mut HostProcessor)| {
+            let mut other = first.clone();
+            change(&mut other);
+            let takes = |model| other.takes(model, &first).is_ok();
+            (takes(CpuModel::Host), takes(CpuModel::V3))
+        };
+        assert_eq!(with(|_| {}), (true, true));
+        assert_eq!(with(|it| it.fingerprint = "2".to_owned()), (false, true));
+        assert_eq!(with(|it| it.vendor = "GenuineIntel".to_owned()), (false, false));
+        assert_eq!(with(|it| it.tsc_khz = 2_000_500), (true, true));
+        assert_eq!(with(|it| it.tsc_khz = 2_000_501), (false, false));
+        assert_eq!(with(|it| (it.tsc_khz, it.scales_tsc) = (3_000_000, true)), (true, true));
     }
 
     #[test]
