@@ -107,6 +107,8 @@ pub fn vmm_config(
         on_panic: Default::default(),
         generation: None,
         watchdog: None,
+        cpu: None,
+        huge_pages: None,
     };
     check(&config, identity.incoming)?;
     Ok(config)
