@@ -245,7 +245,7 @@ fn run_guest(kvm: &Kvm, mode: Mode) -> GuestResult {
 type PrepareError = Box<dyn std::error::Error>;
 
 fn prepare(kvm: &Kvm, mode: Mode) -> Result<(Arc<KvmVm>, GuestMemory, VcpuFd), PrepareError> {
-    let memory = memory::allocate(&Layout::new(MEMORY_BYTES, MEMORY_BYTES))?;
+    let memory = memory::allocate(&Layout::new(MEMORY_BYTES, MEMORY_BYTES), None)?;
     let vm = KvmVm::new(kvm, &memory)?;
     let vcpu = vm.create_vcpu(0)?;
     let supported = cpuid::supported(kvm)?;

@@ -32,6 +32,7 @@ use crate::machine::device_manager::DeviceManager;
 use crate::machine::layout::Layout;
 use crate::machine::open_device::Host;
 use crate::machine::{self, Beginning, Context, Ending, Endings, EndingsReceiver, Machine, kvm};
+use crate::memory::huge_pages::Reserved;
 use crate::metrics::ExitCounters;
 use crate::saved::incoming::Incoming;
 use crate::saved::session::Saves;
@@ -182,6 +183,8 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
     let layout = Layout::new(config.memory_bytes, config.max_memory_bytes());
     // What the host cannot give is said before the epoch is used up.
     model::leaves(config.cpu().model, &cpuid::supported(&kvm)?, layout.address_bits())?;
+    let reserve = |pages| Reserved::take_from_host(pages, config.memory_bytes);
+    let reserved = config.huge_pages.map(reserve).transpose()?;
     let files = BootFiles::open(&config.kernel, config.initrd.as_deref(), &config.cmdline)?;
     let console = ConsoleHub::with_log(&config.run_dir.join("console.log"))?;
     let gate = RunGate::new();
@@ -242,6 +245,7 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         config: config.clone(),
         kvm,
         files,
+        reserved,
         devices,
         console,
         agent,

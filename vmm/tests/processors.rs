@@ -1,13 +1,14 @@
-//! Processors as the configuration asks for them, with small guests on whatever KVM this machine has.
+//! Processors and huge pages as the configuration asks for them, with small guests on whatever KVM this machine has.
 
 mod support;
 
+use std::io::Read;
 use std::process::Command;
 
 use serde_json::json;
 use support::moving::{hand_over, load, run, save, source, target};
 use support::{TestVm, flat_guests_run, wait_for};
-use vmm_control::{Call, CpuModel, ExitReason, HostProcessor};
+use vmm_control::{Call, CpuModel, ErrorCode, ExitReason, HostProcessor, LiveLimits};
 
 /// What `vmm processor` says. `None` where there is no KVM.
 fn this_host() -> Option<HostProcessor> {
@@ -102,5 +103,60 @@ fn a_guest_moves_with_its_places_and_only_to_the_same() {
         let text = second.console();
         (text.contains('z') && text.contains('9')).then_some(())
     });
+    assert!(!first.console().contains('!') && !second.console().contains('!'), "{}", second.console());
+}
+
+/// A guest in huge pages, or the words on why there are none. Others may have them.
+fn in_huge_pages(mut vm: TestVm) -> Option<TestVm> {
+    vm.set("huge_pages", json!("mib2")).start();
+    let runs = wait_for("a start or a report", || {
+        vm.report().map(|_| false).or_else(|| vm.console().contains("up").then_some(true))
+    });
+    if runs {
+        return Some(vm);
+    }
+    assert_eq!(vm.wait_exit().code(), Some(i32::from(ExitReason::StartFailed.exit_code())));
+    let report = vm.report().unwrap();
+    assert!(report.detail.contains("huge pages of 2 MiB") && !report.ran, "{}", report.detail);
+    assert!(!vm.path("started-41").exists(), "the epoch was not used up");
+    eprintln!("skipped: {}", report.detail);
+    None
+}
+
+#[test]
+fn a_guest_is_in_huge_pages_for_all_of_its_lives_or_does_not_start() {
+    if !flat_guests_run() {
+        return;
+    }
+    let Some(mut vm) = in_huge_pages(TestVm::new("counter")) else { return };
+    let mut client = vm.client();
+    let refused = client.ask(Call::BalloonSet { bytes: 31 << 20 }).error.unwrap();
+    assert_eq!(refused.code, ErrorCode::BadRequest, "{refused}");
+    // They stay the guest's: nobody has them between two machines.
+    for id in 1..=3 {
+        assert!(client.ask(Call::Reset { id }).error.is_none());
+        let lives = id as usize + 1;
+        wait_for("the next life", || (vm.console().matches("up\n").count() == lives).then_some(()));
+    }
+    client.ask(Call::PowerOff);
+    assert_eq!(vm.wait_exit().code(), Some(0));
+}
+
+#[test]
+fn a_guest_moves_out_of_huge_pages_while_it_runs() {
+    if !flat_guests_run() {
+        return;
+    }
+    let Some(first) = in_huge_pages(source("m")) else { return };
+    first.wait_console("xyz");
+    let mut client = first.client();
+    assert!(client.ask(Call::SaveAttach { migration: None, live: Some(LiveLimits::default()) }).error.is_none());
+    let mut saved = Vec::new();
+    client.reader.read_to_end(&mut saved).unwrap();
+    let mut second = target("m");
+    second.start();
+    load(&second, &saved);
+    run(&second, 42);
+    second.wait_console("xyz");
     assert!(!first.console().contains('!') && !second.console().contains('!'), "{}", second.console());
 }

@@ -111,7 +111,7 @@ mod tests {
     #[test]
     fn every_table_is_reached_from_the_rsdp_and_sums_to_zero() {
         let layout = Layout::new(1 << 30, 1 << 30);
-        let memory = crate::memory::allocate(&layout).unwrap();
+        let memory = crate::memory::allocate(&layout, None).unwrap();
         let cpu = CpuConfig::of(CpuModel::Host, 254);
         let rsdp = write(&memory, &layout, Machine { vcpus: 254, cpu, last_bus: 24 }).unwrap();
         let root = read(&memory, rsdp, 36);

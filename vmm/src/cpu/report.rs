@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use vmm_control::{CpuModel, HostProcessor};
+use vmm_control::{CpuModel, HostProcessor, HugePages};
 
 use super::leaves::Leaves;
 use super::model::{self, MIN_ADDRESS_BITS};
 use crate::machine::kvm::{self, KvmError, refused};
+use crate::memory::huge_pages;
 use crate::saved::processor::{Model, fingerprint};
 use crate::saved::vcpu::scales_tsc;
 
@@ -17,7 +18,8 @@ pub fn run() -> Result<HostProcessor, KvmError> {
     let vm = kvm.create_vm().map_err(refused("create a VM"))?;
     let vcpu = vm.create_vcpu(0).map_err(refused("create a vCPU"))?;
     let tsc_khz = vcpu.get_tsc_khz().map_err(refused("read the frequency of the TSC"))?;
-    Ok(HostProcessor { tsc_khz, scales_tsc: scales_tsc(&kvm), ..features(&supported) })
+    let huge_pages = HugePages::ALL.into_iter().filter_map(|pages| Some((pages, huge_pages::free(pages)?))).collect();
+    Ok(HostProcessor { tsc_khz, scales_tsc: scales_tsc(&kvm), huge_pages, ..features(&supported) })
 }
 
 /// The part that follows from CPUID alone.

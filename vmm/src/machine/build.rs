@@ -52,6 +52,7 @@ use crate::interrupt::InterruptError;
 use crate::io_stop::IoStop;
 use crate::lease::Lease;
 use crate::lease::quiesce::DiskGate;
+use crate::memory::huge_pages::Reserved;
 use crate::memory::{self, GuestMemory, MemoryError};
 use crate::metrics::ExitCounters;
 use crate::pci::topology::MAX_SLOTS;
@@ -115,6 +116,8 @@ pub struct Context {
     pub config: VmmConfig,
     pub kvm: Kvm,
     pub files: BootFiles,
+    /// The guest's memory, where it is in huge pages.
+    pub reserved: Option<Reserved>,
     /// Disks and network cards, which come and go.
     pub devices: Arc<DeviceManager>,
     pub console: Arc<ConsoleHub>,
@@ -147,7 +150,7 @@ pub enum Beginning {
 pub fn build(context: &Context, beginning: Beginning) -> Result<Machine, MachineError> {
     let config = &context.config;
     let layout = Layout::new(config.memory_bytes, config.max_memory_bytes());
-    let memory = memory::allocate(&layout)?;
+    let memory = memory::allocate(&layout, context.reserved.as_ref())?;
     let vm = KvmVm::new(&context.kvm, &memory)?;
     let msi = KvmMsi::new(Arc::clone(&vm))?;
     let pio = PioBus::new();

@@ -316,7 +316,7 @@ mod tests {
     }
 
     fn one(kvm: &Kvm) -> One {
-        let memory = allocate(&Layout::new(16 << 20, 16 << 20)).unwrap();
+        let memory = allocate(&Layout::new(16 << 20, 16 << 20), None).unwrap();
         let vm = KvmVm::new(kvm, &memory).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         let supported = cpuid::supported(kvm).unwrap();
