@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_control::{CpuConfig, CpuModel};
 
 use crate::boot::Entry;
 use crate::cpu::{cpuid, msr, regs};
@@ -244,11 +245,12 @@ fn run_guest(kvm: &Kvm, mode: Mode) -> GuestResult {
 type PrepareError = Box<dyn std::error::Error>;
 
 fn prepare(kvm: &Kvm, mode: Mode) -> Result<(Arc<KvmVm>, GuestMemory, VcpuFd), PrepareError> {
-    let memory = memory::allocate(&Layout::new(MEMORY_BYTES, MEMORY_BYTES))?;
+    let memory = memory::allocate(&Layout::new(MEMORY_BYTES, MEMORY_BYTES), None)?;
     let vm = KvmVm::new(kvm, &memory)?;
     let vcpu = vm.create_vcpu(0)?;
     let supported = cpuid::supported(kvm)?;
-    vcpu.set_cpuid2(&cpuid::for_vcpu(&supported, 0, 1))?;
+    let told = cpuid::for_vcpu(&supported, CpuConfig::of(CpuModel::Host, 1), 0);
+    vcpu.set_cpuid2(&told.to_kvm().ok_or("more leaves of CPUID than KVM takes")?)?;
     msr::set_boot_msrs(&vcpu)?;
     match mode {
         Mode::Real => {

@@ -1,4 +1,4 @@
-//! The `vmm` binary: `vmm run` runs one guest for hostd, `vmm check` tells what this host's KVM can do.
+//! The `vmm` binary: `vmm run` runs one guest for hostd, `vmm check` tells what this host's KVM can do, `vmm processor` what it offers.
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use clap::{Parser, Subcommand};
 use vmm::check;
+use vmm::cpu::report;
 use vmm::devices::net::TapFd;
 use vmm::process::{self, RunOptions};
 
@@ -40,6 +41,8 @@ enum Command {
     },
     /// Run tiny test guests and tell what this host's KVM can do
     Check,
+    /// Tell what this host offers to guests, as one object of JSON: processor models, clock, huge pages
+    Processor,
 }
 
 fn main() -> ExitCode {
@@ -60,5 +63,15 @@ fn main() -> ExitCode {
             // 0: any guest; 1: small guests only; 2: none.
             ExitCode::from(if report.runs_linux() { 0 } else { 2 - u8::from(report.runs_flat_guests()) })
         }
+        Command::Processor => match report::run() {
+            Ok(found) => {
+                println!("{}", serde_json::json!(found));
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("vmm: {}", vmm::process::chain(&error));
+                ExitCode::FAILURE
+            }
+        },
     }
 }

@@ -20,6 +20,7 @@ use crate::boot::BootFiles;
 use crate::console_hub::ConsoleHub;
 use crate::control::{Control, ControlServer, Running};
 use crate::cpu::gate::{RunGate, Stop};
+use crate::cpu::{cpuid, model};
 use crate::devices::legacy::boot_timer::BootTime;
 use crate::devices::net::{TapFd, tap};
 use crate::incident::{Incident, Incidents};
@@ -28,8 +29,10 @@ use crate::lease::quiesce::DiskGate;
 use crate::lease::{self, Lease, LeaseChange};
 use crate::log;
 use crate::machine::device_manager::DeviceManager;
+use crate::machine::layout::Layout;
 use crate::machine::open_device::Host;
 use crate::machine::{self, Beginning, Context, Ending, Endings, EndingsReceiver, Machine, kvm};
+use crate::memory::huge_pages::Reserved;
 use crate::metrics::ExitCounters;
 use crate::saved::incoming::Incoming;
 use crate::saved::session::Saves;
@@ -64,7 +67,7 @@ impl Outcome {
 }
 
 /// An error with its causes, in one line.
-pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
@@ -177,6 +180,11 @@ type PrepareError = Box<dyn std::error::Error>;
 fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> Result<Prepared, PrepareError> {
     let taps = tap::adopt_all(&config.nics, &options.tap_fds, options.lock_fd)?;
     let kvm = kvm::open()?;
+    let layout = Layout::new(config.memory_bytes, config.max_memory_bytes());
+    // What the host cannot give is said before the epoch is used up.
+    model::leaves(config.cpu().model, &cpuid::supported(&kvm)?, layout.address_bits())?;
+    let reserve = |pages| Reserved::take_from_host(pages, config.memory_bytes);
+    let reserved = config.huge_pages.map(reserve).transpose()?;
     let files = BootFiles::open(&config.kernel, config.initrd.as_deref(), &config.cmdline)?;
     let console = ConsoleHub::with_log(&config.run_dir.join("console.log"))?;
     let gate = RunGate::new();
@@ -237,6 +245,7 @@ fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> 
         config: config.clone(),
         kvm,
         files,
+        reserved,
         devices,
         console,
         agent,

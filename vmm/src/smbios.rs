@@ -144,7 +144,7 @@ mod tests {
     #[test]
     fn the_guest_finds_its_uuid_and_serial() {
         let layout = Layout::new(16 << 20, 16 << 20);
-        let memory = crate::memory::allocate(&layout).unwrap();
+        let memory = crate::memory::allocate(&layout, None).unwrap();
         let uuid = Uuid::from_u128(0x00112233_4455_6677_8899_aabbccddeeff);
         let board = Board { product: "q-direct-1", version: "1", serial: "S-42", uuid };
         write(&memory, &board).unwrap();

@@ -111,7 +111,7 @@ fn the_watchdogs_interrupt_reaches_every_vcpu() {
     assert!(!vm.log().contains("does not reach"), "{}", vm.log());
 
     let kvm = kvm::open().unwrap();
-    let memory = memory::allocate(&Layout::new(16 << 20, 16 << 20)).unwrap();
+    let memory = memory::allocate(&Layout::new(16 << 20, 16 << 20), None).unwrap();
     let machine = KvmVm::new(&kvm, &memory).unwrap();
     let vcpus = [machine.create_vcpu(0).unwrap(), machine.create_vcpu(1).unwrap()];
     let pending = || vcpus.each_ref().map(|vcpu| vcpu.get_vcpu_events().unwrap().nmi.pending);

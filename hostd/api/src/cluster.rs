@@ -18,7 +18,7 @@ pub struct ClusterView {
     pub name: String,
     pub hosts: usize,
     pub vms: usize,
-    /// What a guest of model `cluster` gets that starts now; `cluster`: no host has said yet what it can run.
+    /// What a guest of model `cluster` gets that starts now: `host` where all hosts are alike; `cluster`: no host has said yet what it can run.
     #[schema(value_type = String, example = "x86-64-v3")]
     pub cpu: CpuModel,
     /// How its guests are moved that do not say themselves.

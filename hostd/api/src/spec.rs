@@ -85,8 +85,8 @@ pub struct VmSpecBody {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CpuBody {
-    /// `cluster` (default: the highest named one that all hosts of the cluster can run, settled at the start), `host`, `x86-64-v2` or
-    /// `x86-64-v3`.
+    /// `cluster` (default: what its hosts have in common, settled at the start: all of it where they are alike, or else the highest named
+    /// one that all can run), `host`, `x86-64-v2` or `x86-64-v3`.
     #[schema(value_type = String, example = "cluster")]
     pub model: CpuModel,
     /// Default: one socket, a core a vCPU.

@@ -20,6 +20,7 @@ use crate::rejection::Rejection;
 use crate::state::Desired;
 use crate::state::DeviceWord;
 use crate::state::Devices;
+use crate::state::MemoryPages;
 use crate::state::Plugs;
 use crate::state::Vm;
 use crate::state::VmSpec;
@@ -131,6 +132,12 @@ pub(super) fn memory(context: &Context<'_>, vm: VmId, mib: u64) -> Result<Decide
     };
     let most = granted.memory_mib;
     let least = VmSpec::MIN_MEMORY_TARGET_MIB.min(most);
+    if granted.pages != MemoryPages::Any && mib != most {
+        return Err(form::invalid(
+            "memory",
+            "it is in huge pages that its host has set aside, and those are not given back",
+        ));
+    }
     if !(least..=most).contains(&mib) {
         return Err(form::invalid("memory", format!("{mib} MiB asked for, {least} to {most} are possible")));
     }

@@ -214,7 +214,7 @@ pub(super) fn report_processor(
     processor: &HostProcessor,
 ) -> Result<Decided, Rejection> {
     check_report(context, report)?;
-    let HostProcessor { vendor, model_name, models, fingerprint } = processor;
+    let HostProcessor { vendor, model_name, models, fingerprint, .. } = processor;
     for (field, words) in [("vendor", vendor), ("model name", model_name), ("fingerprint", fingerprint)] {
         form::text(field, words, HostProcessor::MAX_WORDS)?;
     }

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::host::HugePages;
+
 /// No guest is asked to live with less: Linux would kill its programs one after the other.
 pub const MIN_BALLOON_TARGET_BYTES: u64 = 64 << 20;
 
@@ -69,15 +71,21 @@ pub enum BalloonTargetError {
     TooLarge { asked: u64, memory_bytes: u64 },
     #[error("a guest is not asked to live with less than {least} bytes, and {asked} is less")]
     TooSmall { asked: u64, least: u64 },
+    #[error(
+        "the guest's memory is in huge pages, which stay reserved for it: what a balloon takes, nobody else can have"
+    )]
+    Reserved,
 }
 
 /// Whether a guest of so much memory can be asked to make do with `asked` bytes. A guest that is small from the start keeps all.
-pub fn check_target(asked: u64, memory_bytes: u64) -> Result<(), BalloonTargetError> {
+pub fn check_target(asked: u64, memory_bytes: u64, huge_pages: Option<HugePages>) -> Result<(), BalloonTargetError> {
     let least = MIN_BALLOON_TARGET_BYTES.min(memory_bytes);
     if asked > memory_bytes {
         Err(BalloonTargetError::TooLarge { asked, memory_bytes })
     } else if asked < least {
         Err(BalloonTargetError::TooSmall { asked, least })
+    } else if asked < memory_bytes && huge_pages.is_some() {
+        Err(BalloonTargetError::Reserved)
     } else {
         Ok(())
     }
@@ -100,8 +108,11 @@ mod tests {
             (31, 32, false),
             (64, 32, false),
         ] {
-            assert_eq!(check_target(asked * MIB, memory * MIB).is_ok(), fits, "{asked} of {memory}");
+            assert_eq!(check_target(asked * MIB, memory * MIB, None).is_ok(), fits, "{asked} of {memory}");
         }
+        let huge = |asked| check_target(asked, 256 * MIB, Some(HugePages::Mib2));
+        assert_eq!(huge(256 * MIB), Ok(()));
+        assert_eq!(huge(128 * MIB), Err(BalloonTargetError::Reserved));
     }
 
     #[test]

@@ -11,7 +11,9 @@ use pnet_base::MacAddr;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::cpu::{CpuConfig, CpuModel};
 use crate::disk::DiskConfig;
+use crate::host::HugePages;
 
 /// Bounds of a configuration. They are far above use, and keep a damaged file from asking for the impossible.
 pub const MAX_CONFIG_BYTES: u64 = 256 << 10;
@@ -201,6 +203,13 @@ pub struct VmmConfig {
     /// A guest without one has no such device; its address stays free.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub watchdog: Option<WatchdogConfig>,
+    /// What its processors are. Left out, they are the host's, one socket of `vcpus` cores.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuConfig>,
+    /// Puts the guest's memory into pages that the host keeps apart, all of it before the guest starts. A matter of this host: where the
+    /// guest moves to, it may be otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub huge_pages: Option<HugePages>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -269,6 +278,11 @@ impl VmmConfig {
         self.generation.unwrap_or(self.vm)
     }
 
+    /// What its processors are.
+    pub fn cpu(&self) -> CpuConfig {
+        self.cpu.unwrap_or_else(|| CpuConfig::of(CpuModel::Host, self.vcpus))
+    }
+
     /// Every bound of this module.
     pub fn check(&self) -> Result<(), ConfigError> {
         self.check_guest()?;
@@ -302,6 +316,7 @@ impl VmmConfig {
         if self.vcpus == 0 || self.vcpus > MAX_VCPUS {
             return Err(invalid("vcpus", format!("must be 1 to {MAX_VCPUS}")));
         }
+        self.cpu().check(self.vcpus)?;
         self.check_memory()?;
         if self.cmdline.len() > MAX_CMDLINE_BYTES {
             let why = format!("longer than the {MAX_CMDLINE_BYTES} bytes that Linux takes");
@@ -340,6 +355,12 @@ impl VmmConfig {
         }
         if self.max_memory_bytes() < self.memory_bytes {
             return Err(invalid("max_memory_bytes", "below memory_bytes"));
+        }
+        if let Some(pages) = self.huge_pages
+            && !self.memory_bytes.is_multiple_of(pages.bytes())
+        {
+            let why = format!("must be a multiple of {} where the guest is in pages of that size", pages.bytes());
+            return Err(invalid("memory_bytes", why));
         }
         Ok(())
     }
@@ -407,153 +428,4 @@ pub(crate) fn check_path(field: &str, path: &Path) -> Result<(), ConfigError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::{Value, json};
-
-    fn example() -> Value {
-        json!({
-            "vm": "6f2d1a34-5b1c-4f0e-9d3a-0a4f5e7b8c9d",
-            "name": "web1",
-            "epoch": 41,
-            "machine": "q-direct-1",
-            "vcpus": 2,
-            "memory_bytes": 268435456u64,
-            "kernel": "/var/lib/quorate/vmlinuz",
-            "cmdline": "console=ttyS0 quorate.epoch=41",
-            "disks": [{"id": "root", "path": "/dev/nbd0", "shared": true}],
-            "nics": [{"id": "lan", "mac": "52:54:00:12:34:56", "mtu": 9000}],
-            "identity": {"uuid": "6f2d1a34-5b1c-4f0e-9d3a-0a4f5e7b8c9d"},
-            "release": "operator",
-            "started_marker": "/var/lib/quorate/started/41",
-            "run_dir": "/run/quorate/vm/web1"
-        })
-    }
-
-    fn with(field: &str, value: Value) -> Result<VmmConfig, ConfigError> {
-        let mut config = example();
-        config[field] = value;
-        VmmConfig::parse(config.to_string().as_bytes())
-    }
-
-    #[test]
-    fn a_configuration_survives_being_written_and_read() {
-        let config = VmmConfig::parse(example().to_string().as_bytes()).unwrap();
-        let again = serde_json::to_vec(&config).unwrap();
-        assert_eq!(VmmConfig::parse(&again).unwrap(), config);
-        assert_eq!(config.machine, MachineType::QDirect1);
-        assert_eq!(config.nics[0].mac, MacAddr::new(0x52, 0x54, 0, 0x12, 0x34, 0x56));
-    }
-
-    #[test]
-    fn a_configuration_of_before_network_cards_has_none() {
-        let mut config = example();
-        config.as_object_mut().unwrap().remove("nics");
-        let config = VmmConfig::parse(config.to_string().as_bytes()).unwrap();
-        assert!(config.nics.is_empty());
-        // And is written as before, for a vmm of before.
-        assert!(!serde_json::to_string(&config).unwrap().contains("nics"));
-    }
-
-    #[test]
-    fn a_card_without_an_mtu_has_that_of_ethernet() {
-        let config = with("nics", json!([{"id": "lan", "mac": "52:54:00:12:34:56"}])).unwrap();
-        assert_eq!(config.nics[0].mtu, 1500);
-    }
-
-    #[test]
-    fn disks_and_cards_share_the_slots() {
-        let disks = |count: u8| (0..count).map(|i| json!({"id": format!("d{i}"), "path": "/x"})).collect::<Vec<_>>();
-        let nics: Vec<_> =
-            (0..8).map(|i| json!({"id": format!("n{i}"), "mac": format!("02:00:00:00:00:0{i}")})).collect();
-        let mut config = example();
-        config["nics"] = json!(nics);
-        config["disks"] = json!(disks(15));
-        VmmConfig::parse(config.to_string().as_bytes()).unwrap();
-        config["disks"] = json!(disks(16));
-        assert!(matches!(VmmConfig::parse(config.to_string().as_bytes()), Err(ConfigError::Invalid { .. })));
-    }
-
-    #[test]
-    fn panics_are_reported_and_watchdogs_reset_unless_said_otherwise() {
-        let plain = VmmConfig::parse(example().to_string().as_bytes()).unwrap();
-        assert_eq!((plain.on_panic, plain.watchdog), (OnPanic::Report, None));
-        assert_eq!(plain.generation(), plain.vm);
-        let text = serde_json::to_string(&plain).unwrap();
-        assert!(
-            ["panic", "watchdog", "generation"].iter().all(|field| !text.contains(field)),
-            "as it was before: {text}"
-        );
-        let watched = with("watchdog", json!({})).unwrap();
-        assert_eq!(watched.watchdog.unwrap().action, WatchdogAction::Reset);
-        let watched = with("watchdog", json!({"action": "inject_nmi"})).unwrap();
-        assert_eq!(watched.watchdog.unwrap().action, WatchdogAction::InjectNmi);
-        assert_eq!(with("on_panic", json!("power_off")).unwrap().on_panic, OnPanic::PowerOff);
-        for (field, value) in [("on_panic", json!("explode")), ("watchdog", json!({"action": "reset", "more": 1}))] {
-            assert!(matches!(with(field, value), Err(ConfigError::Parse(_))));
-        }
-    }
-
-    #[test]
-    fn an_unknown_field_is_refused() {
-        assert!(matches!(with("tpm", json!(true)), Err(ConfigError::Parse(_))));
-    }
-
-    #[test]
-    fn a_lease_belongs_to_the_lease_class_and_to_no_other() {
-        assert!(with("release", json!("lease")).is_err());
-        assert!(with("lease", json!({"deadline_boottime_ns": 1})).is_err());
-        let mut config = example();
-        config["release"] = json!("lease");
-        config["lease"] = json!({"deadline_boottime_ns": 1});
-        VmmConfig::parse(config.to_string().as_bytes()).unwrap();
-    }
-
-    #[test]
-    fn a_guest_that_comes_gets_its_first_deadline_later() {
-        let incoming = |config: &Value| VmmConfig::parse_incoming(config.to_string().as_bytes());
-        let mut config = example();
-        config["release"] = json!("lease");
-        incoming(&config).unwrap();
-        config["lease"] = json!({"deadline_boottime_ns": 1});
-        assert!(incoming(&config).is_err());
-        let mut config = example();
-        config["vcpus"] = json!(0);
-        assert!(matches!(incoming(&config), Err(ConfigError::Invalid { .. })));
-    }
-
-    fn nic(id: &str, mac: &str) -> Value {
-        json!({"id": id, "mac": mac})
-    }
-
-    #[test]
-    fn bounds_are_kept() {
-        for (field, value) in [
-            ("epoch", json!(0)),
-            ("vcpus", json!(0)),
-            ("vcpus", json!(255)),
-            ("memory_bytes", json!(4096)),
-            ("memory_bytes", json!(268435457u64)),
-            ("max_memory_bytes", json!(134217728u64)),
-            ("cmdline", json!("x".repeat(2048))),
-            ("cmdline", json!("a\nb")),
-            ("name", json!("n".repeat(256))),
-            ("kernel", json!("vmlinuz")),
-            ("disks", json!([{"id": "a", "path": "/x"}, {"id": "a", "path": "/y"}])),
-            ("disks", json!([{"id": "a", "path": "/x", "serial": "s".repeat(21)}])),
-            ("nics", json!([nic("a", "00:00:00:00:00:00")])),
-            ("nics", json!([nic("a", "ff:ff:ff:ff:ff:ff")])),
-            ("nics", json!([nic("a", "01:00:5e:00:00:01")])),
-            ("nics", json!([nic("", "02:00:00:00:00:01")])),
-            ("nics", json!([nic("a=b", "02:00:00:00:00:01")])),
-            ("nics", json!([nic("a", "02:00:00:00:00:01"), nic("a", "02:00:00:00:00:02")])),
-            ("nics", json!([nic("a", "02:00:00:00:00:01"), nic("b", "02:00:00:00:00:01")])),
-            ("nics", json!([{"id": "a", "mac": "02:00:00:00:00:01", "mtu": 1279}])),
-            ("nics", json!([{"id": "a", "mac": "02:00:00:00:00:01", "mtu": 65522}])),
-            ("nics", json!((0..9).map(|i| nic(&format!("n{i}"), &format!("02:00:00:00:00:0{i}"))).collect::<Vec<_>>())),
-        ] {
-            let shown = value.to_string();
-            assert!(matches!(with(field, value), Err(ConfigError::Invalid { .. })), "{field} = {shown}");
-        }
-    }
-}
+mod tests;

@@ -10,10 +10,12 @@
 
 pub mod balloon;
 pub mod config;
+pub mod cpu;
 pub mod descriptor;
 pub mod device;
 pub mod disk;
 pub mod exit;
+pub mod host;
 pub mod protocol;
 pub mod slots;
 
@@ -21,9 +23,11 @@ pub use config::{
     ConfigError, Identity, LeaseConfig, LogLevel, MachineType, NicConfig, OnPanic, ReleaseClass, VmmConfig,
     WatchdogAction, WatchdogConfig,
 };
+pub use cpu::{CpuConfig, CpuModel};
 pub use device::{DeviceKind, DeviceState, DeviceStatus};
 pub use disk::{BackingImage, DiskConfig, DiskFormat, OnError, RateLimit};
 pub use exit::{ExitError, ExitReason, ExitReport};
+pub use host::{HostProcessor, HugePages, common_model};
 pub use protocol::{
     Call, DiskFault, ErrorCode, Fault, Hello, IncomingState, IncomingStatus, LiveLimits, Message, Notice, PanicKind,
     PauseReason, ProtocolError, Reply, Request, RunState, SaveState, SaveStatus, Status,

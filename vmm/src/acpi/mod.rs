@@ -10,6 +10,7 @@ use acpi_tables::Aml;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress};
+use vmm_control::CpuConfig;
 
 use crate::machine::layout::{Layout, TABLES_START, VM_GENERATION_ID};
 use crate::memory::GuestMemory;
@@ -57,6 +58,7 @@ fn bytes_of(table: &dyn Aml) -> Vec<u8> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Machine {
     pub vcpus: u16,
+    pub cpu: CpuConfig,
     /// The highest PCI bus, behind the last root port. Linux probes every bus up to it, device by device: naming all 256 costs
     /// 8000 exits, which was a third of the boot time in the lab.
     pub last_bus: u8,
@@ -69,7 +71,7 @@ pub fn write(memory: &GuestMemory, layout: &Layout, machine: Machine) -> Result<
     let facs = writer.place(&tables::facs())?;
     let dsdt = writer.place(&dsdt::build(layout, machine.last_bus))?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    for table in [tables::fadt(facs, dsdt), tables::madt(machine.vcpus), tables::mcfg(machine.last_bus)] {
+    for table in [tables::fadt(facs, dsdt), tables::madt(machine.vcpus, machine.cpu), tables::mcfg(machine.last_bus)] {
         xsdt.add_entry(writer.place(&table)?);
     }
     let xsdt = writer.place(&bytes_of(&xsdt))?;
@@ -79,6 +81,8 @@ pub fn write(memory: &GuestMemory, layout: &Layout, machine: Machine) -> Result<
 
 #[cfg(test)]
 mod tests {
+    use vmm_control::CpuModel;
+
     use super::*;
 
     fn read(memory: &GuestMemory, at: u64, len: usize) -> Vec<u8> {
@@ -107,8 +111,9 @@ mod tests {
     #[test]
     fn every_table_is_reached_from_the_rsdp_and_sums_to_zero() {
         let layout = Layout::new(1 << 30, 1 << 30);
-        let memory = crate::memory::allocate(&layout).unwrap();
-        let rsdp = write(&memory, &layout, Machine { vcpus: 254, last_bus: 24 }).unwrap();
+        let memory = crate::memory::allocate(&layout, None).unwrap();
+        let cpu = CpuConfig::of(CpuModel::Host, 254);
+        let rsdp = write(&memory, &layout, Machine { vcpus: 254, cpu, last_bus: 24 }).unwrap();
         let root = read(&memory, rsdp, 36);
         assert_eq!(&root[..8], b"RSD PTR ");
         let xsdt = table(&memory, u64_at(&root, 24));

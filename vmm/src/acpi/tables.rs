@@ -5,6 +5,7 @@ use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::sdt::Sdt;
+use vmm_control::CpuConfig;
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes_of};
 use crate::devices::legacy::pm;
@@ -77,14 +78,14 @@ const LEVEL_HIGH: u16 = 0b1101;
 const ALL_PROCESSORS: u8 = 0xff;
 
 /// Processors, the I/O APIC, and the two lines that are not as on an ISA bus: the timer on pin 2, the SCI level triggered.
-pub(super) fn madt(vcpus: u16) -> Vec<u8> {
+pub(super) fn madt(vcpus: u16, cpu: CpuConfig) -> Vec<u8> {
     let mut table = Sdt::new(*b"APIC", 36, 5, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let mut body = Vec::new();
     body.extend((LAPIC_BASE as u32).to_le_bytes());
     body.extend(MADT_PCAT_COMPAT.to_le_bytes());
-    // MAX_VCPUS is 254, so that each has an 8-bit APIC id and 255 stays the broadcast.
-    for cpu in 0..vcpus as u8 {
-        body.extend([TYPE_LOCAL_APIC, 8, cpu, cpu]);
+    // MAX_VCPUS and MAX_APIC_ID are 254, so that each has an 8-bit APIC id and 255 stays the broadcast.
+    for vcpu in 0..vcpus {
+        body.extend([TYPE_LOCAL_APIC, 8, vcpu as u8, cpu.apic_id(vcpu) as u8]);
         body.extend(ENABLED.to_le_bytes());
     }
     body.extend([TYPE_IO_APIC, 12, 0, 0]);
@@ -104,4 +105,22 @@ pub(super) fn mcfg(last_bus: u8) -> Vec<u8> {
     let mut table = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     table.add_ecam(ECAM_BASE, 0, 0, last_bus);
     bytes_of(&table)
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_control::CpuModel;
+
+    use super::*;
+
+    #[test]
+    fn processors_have_the_ids_of_their_places() {
+        let table = madt(6, CpuConfig { model: CpuModel::Host, sockets: 2, cores: 3, threads: 1 });
+        let processors: Vec<_> = table[44..]
+            .chunks(8)
+            .take_while(|entry| entry[0] == TYPE_LOCAL_APIC)
+            .map(|entry| (entry[2], entry[3]))
+            .collect();
+        assert_eq!(processors, [(0, 0), (1, 1), (2, 2), (3, 4), (4, 5), (5, 6)]);
+    }
 }

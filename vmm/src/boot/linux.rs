@@ -162,7 +162,7 @@ mod tests {
         initrd: Option<&tempfile::NamedTempFile>,
     ) -> Result<(Entry, GuestMemory), BootError> {
         let layout = Layout::new(memory_bytes, memory_bytes);
-        let memory = crate::memory::allocate(&layout).unwrap();
+        let memory = crate::memory::allocate(&layout, None).unwrap();
         let files = BootFiles::open(kernel.path(), initrd.map(|f| f.path()), "console=ttyS0")?;
         let entry = load(&memory, &layout, &files, 0xe_0000)?;
         Ok((entry, memory))

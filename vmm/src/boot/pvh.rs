@@ -61,7 +61,7 @@ mod tests {
     #[test]
     fn the_start_info_leads_to_the_map_and_the_initrd() {
         let layout = Layout::new(3 << 30, 3 << 30);
-        let memory = crate::memory::allocate(&layout).unwrap();
+        let memory = crate::memory::allocate(&layout, None).unwrap();
         let initrd = Initrd { address: 0x100_0000, bytes: 77 };
         write_start_info(&memory, &layout, initrd, 0xe_0000).unwrap();
         let info: hvm_start_info = memory.read_obj(PVH_START_INFO).unwrap();

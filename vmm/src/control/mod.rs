@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmm_control::{
-    Call, ErrorCode, Hello, LiveLimits, Notice, PauseReason, ReleaseClass, Reply, Request, RunState, Status, VmmConfig,
-    balloon::check_target, protocol::PROTOCOL_VERSION,
+    Call, ErrorCode, Hello, HugePages, LiveLimits, Notice, PauseReason, ReleaseClass, Reply, Request, RunState, Status,
+    VmmConfig, balloon::check_target, protocol::PROTOCOL_VERSION,
 };
 
 use crate::agent_channel::AgentChannel;
@@ -65,6 +65,7 @@ pub struct Control {
     resets: AtomicU64,
     last_reset_id: Mutex<Option<u64>>,
     memory_bytes: u64,
+    huge_pages: Option<HugePages>,
     /// What the guest was asked to make do with.
     balloon_target: Mutex<Option<u64>>,
     overhead: Mutex<Option<(Instant, u64)>>,
@@ -142,6 +143,7 @@ impl Control {
             resets: AtomicU64::new(0),
             last_reset_id: Mutex::new(None),
             memory_bytes: config.memory_bytes,
+            huge_pages: config.huge_pages,
             balloon_target: Mutex::new(None),
             overhead: Mutex::new(None),
         }))
@@ -364,7 +366,7 @@ impl Control {
 
     /// A guest that resets is asked for the same afterwards.
     fn set_balloon(&self, id: u64, bytes: u64) -> Reply {
-        if let Err(error) = check_target(bytes, self.memory_bytes) {
+        if let Err(error) = check_target(bytes, self.memory_bytes, self.huge_pages) {
             return Reply::error(id, ErrorCode::BadRequest, error.to_string());
         }
         // Held until the machine knows: a machine that comes now finds either the target here, or itself asked.

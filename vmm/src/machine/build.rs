@@ -31,6 +31,7 @@ use crate::bus::{BusError, MmioBus, PioBus, PioDevice};
 use crate::console_hub::{self, ConsoleError, ConsoleHub};
 use crate::cpu::errand::Errands;
 use crate::cpu::gate::RunGate;
+use crate::cpu::model::{self, ModelError};
 use crate::cpu::regs::{self, RegsError};
 use crate::cpu::vcpu::{Shared, Vcpu};
 use crate::cpu::{cpuid, msr};
@@ -51,11 +52,12 @@ use crate::interrupt::InterruptError;
 use crate::io_stop::IoStop;
 use crate::lease::Lease;
 use crate::lease::quiesce::DiskGate;
+use crate::memory::huge_pages::Reserved;
 use crate::memory::{self, GuestMemory, MemoryError};
 use crate::metrics::ExitCounters;
 use crate::pci::topology::MAX_SLOTS;
 use crate::pci::{PciBus, PciError, PciMap, Topology};
-use crate::saved::header::Shape;
+use crate::saved::header::{Shape, chosen_cpu};
 use crate::saved::parts::{GivenProcessor, LegacyParts, Parts};
 use crate::saved::processor::Leaves;
 use crate::saved::session::Saves;
@@ -103,6 +105,8 @@ pub enum MachineError {
     Watchdog(#[from] WatchdogError),
     #[error(transparent)]
     Balloon(#[from] BalloonError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
     #[error("this host's KVM runs at most {limit} vCPUs a guest, not {asked}")]
     TooManyVcpus { asked: u16, limit: usize },
 }
@@ -112,6 +116,8 @@ pub struct Context {
     pub config: VmmConfig,
     pub kvm: Kvm,
     pub files: BootFiles,
+    /// The guest's memory, where it is in huge pages.
+    pub reserved: Option<Reserved>,
     /// Disks and network cards, which come and go.
     pub devices: Arc<DeviceManager>,
     pub console: Arc<ConsoleHub>,
@@ -144,7 +150,7 @@ pub enum Beginning {
 pub fn build(context: &Context, beginning: Beginning) -> Result<Machine, MachineError> {
     let config = &context.config;
     let layout = Layout::new(config.memory_bytes, config.max_memory_bytes());
-    let memory = memory::allocate(&layout)?;
+    let memory = memory::allocate(&layout, context.reserved.as_ref())?;
     let vm = KvmVm::new(&context.kvm, &memory)?;
     let msi = KvmMsi::new(Arc::clone(&vm))?;
     let pio = PioBus::new();
@@ -167,7 +173,8 @@ pub fn build(context: &Context, beginning: Beginning) -> Result<Machine, Machine
         errands: Errands::default(),
     });
     let supported = cpuid::supported(&context.kvm)?;
-    let vcpus = create_vcpus(context, &supported, &vm, &memory, entry, &shared)?;
+    let told = model::leaves(config.cpu().model, &supported, layout.address_bits())?;
+    let vcpus = create_vcpus(context, &told, &vm, &memory, entry, &shared)?;
     let nmi = Arc::clone(&vm);
     let parts = Parts {
         memory,
@@ -177,8 +184,8 @@ pub fn build(context: &Context, beginning: Beginning) -> Result<Machine, Machine
         shape: shape(config),
         devices: Arc::clone(&context.devices),
         disk_gate: Arc::clone(&context.disk_gate),
-        supported: Leaves::from(&supported),
-        abilities: VcpuAbilities::of(&context.kvm, vm.fd())?,
+        supported,
+        abilities: VcpuAbilities::of(&context.kvm, vm.fd(), config.cpu().model)?,
         processor: Mutex::new(given_processor(&vcpus)?),
         vm,
     };
@@ -192,6 +199,7 @@ fn shape(config: &VmmConfig) -> Shape {
         vm: config.vm,
         machine: config.machine,
         vcpus: config.vcpus,
+        cpu: chosen_cpu(config.cpu(), config.vcpus),
         memory_bytes: config.memory_bytes,
         max_memory_bytes: config.max_memory_bytes(),
         virtio_keyboard: console_hub::keyboard_is_virtio(&config.cmdline),
@@ -314,7 +322,8 @@ fn machine_type_name(machine: MachineType) -> &'static str {
 
 fn load_guest(context: &Context, memory: &GuestMemory, layout: &Layout) -> Result<boot::Entry, MachineError> {
     let config = &context.config;
-    let rsdp = acpi::write(memory, layout, acpi::Machine { vcpus: config.vcpus, last_bus: LAST_BUS })?;
+    let rsdp =
+        acpi::write(memory, layout, acpi::Machine { vcpus: config.vcpus, cpu: config.cpu(), last_bus: LAST_BUS })?;
     let board = Board {
         product: machine_type_name(config.machine),
         // Of the machine type, not of this program: a guest sees the same on every host and after every upgrade.
@@ -329,22 +338,27 @@ fn load_guest(context: &Context, memory: &GuestMemory, layout: &Layout) -> Resul
 /// Without an entry they have no state of their own to start with.
 fn create_vcpus(
     context: &Context,
-    supported: &CpuId,
+    told: &Leaves,
     vm: &Arc<KvmVm>,
     memory: &GuestMemory,
     entry: Option<boot::Entry>,
     shared: &Arc<Shared>,
 ) -> Result<Vec<Vcpu>, MachineError> {
-    let count = context.config.vcpus;
+    let (count, cpu) = (context.config.vcpus, context.config.cpu());
     let limit = context.kvm.get_max_vcpus();
     if usize::from(count) > limit {
         return Err(MachineError::TooManyVcpus { asked: count, limit });
     }
     let mut vcpus = Vec::with_capacity(usize::from(count));
     for index in 0..count {
-        let fd = vm.create_vcpu(index)?;
+        let fd = vm.create_vcpu(cpu.apic_id(index))?;
         let given = context.given_cpuid.get().and_then(|all| all.get(usize::from(index))).cloned();
-        let cpuid = given.unwrap_or_else(|| cpuid::for_vcpu(supported, index, count));
+        let cpuid = match given {
+            Some(given) => given,
+            None => {
+                cpuid::for_vcpu(told, cpu, index).to_kvm().ok_or(KvmError::Missing("room for these CPUID leaves"))?
+            }
+        };
         fd.set_cpuid2(&cpuid).map_err(kvm::refused("set CPUID"))?;
         msr::set_boot_msrs(&fd)?;
         regs::set_local_pins(&fd)?;

@@ -128,8 +128,9 @@ impl KvmVm {
         &self.fd
     }
 
-    pub fn create_vcpu(&self, index: u16) -> Result<VcpuFd, KvmError> {
-        self.fd.create_vcpu(u64::from(index)).map_err(refused("create a vCPU"))
+    /// KVM's id of a vCPU is its APIC id.
+    pub fn create_vcpu(&self, apic_id: u32) -> Result<VcpuFd, KvmError> {
+        self.fd.create_vcpu(u64::from(apic_id)).map_err(refused("create a vCPU"))
     }
 
     /// A line that is pulsed.

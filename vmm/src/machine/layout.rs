@@ -113,6 +113,11 @@ impl Layout {
         Window { base: (FOUR_GIB + high).next_multiple_of(MMIO64_ALIGN), size: MMIO64_SIZE }
     }
 
+    /// Bits of the highest address.
+    pub fn address_bits(&self) -> u32 {
+        (self.mmio64().end() - 1).ilog2() + 1
+    }
+
     /// What the guest's kernel is told (E820 or PVH), in order.
     pub fn memory_map(&self) -> Vec<(Window, RangeKind)> {
         let range = |base, end| Window { base, size: end - base };
@@ -161,6 +166,8 @@ mod tests {
         let later = Layout::new(64 * GIB, 64 * GIB);
         assert_eq!(now.mmio64(), later.mmio64());
         assert_eq!(now.mmio64().base, 96 * GIB);
+        assert_eq!((now.address_bits(), Layout::new(GIB, GIB).address_bits()), (37, 36));
+        assert_eq!(Layout::new(GIB, 16 << 40).address_bits(), 45);
     }
 
     proptest! {

@@ -166,7 +166,7 @@ mod tests {
         };
         // Above the hole too: two regions.
         let layout = Layout::new(5 << 30, 5 << 30);
-        let memory = memory::allocate(&layout).unwrap();
+        let memory = memory::allocate(&layout, None).unwrap();
         let vm = KvmVm::new(&kvm, &memory).unwrap();
         let bytes = memory.iter().map(|region| region.len()).collect::<Vec<_>>();
         assert!(bytes.len() > 1);

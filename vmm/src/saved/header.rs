@@ -6,13 +6,11 @@ use std::fmt;
 use pnet_base::MacAddr;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
-use vmm_control::MachineType;
+use vmm_control::host::tsc_fits;
+use vmm_control::{CpuConfig, CpuModel, MachineType};
 
 use super::payload::PayloadKind;
 use super::processor::{self, Leaves, Model, ProcessorError};
-
-/// The largest difference between two time stamp counters that a guest lives with where KVM cannot scale them: what NTP corrects.
-const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// The part of a configuration that the guest sees, with what is only known once its devices are open. Two guests of equal
 /// shape have the same memory map, the same PCI addresses and the same tables.
@@ -22,6 +20,9 @@ pub struct Shape {
     pub vm: Uuid,
     pub machine: MachineType,
     pub vcpus: u16,
+    /// Left out where it is what every guest had before there was a choice, so that a vmm of then can read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuConfig>,
     pub memory_bytes: u64,
     pub max_memory_bytes: u64,
     /// COM1 or virtio takes what is typed on the console.
@@ -131,8 +132,7 @@ impl Header {
     pub fn check(&self, here: &Here) -> Result<(), HeaderError> {
         self.shape.check(&here.shape)?;
         processor::check(&self.cpuid, &here.cpuid)?;
-        let apart = u64::from(self.tsc_khz.abs_diff(here.tsc_khz));
-        if !here.scales_tsc && apart * 1_000_000 > u64::from(here.tsc_khz) * TSC_TOLERANCE_PPM {
+        if !tsc_fits(self.tsc_khz, here.tsc_khz, here.scales_tsc) {
             return Err(HeaderError::Tsc { saved: self.tsc_khz, here: here.tsc_khz });
         }
         let known = PayloadKind::versions();
@@ -157,7 +157,17 @@ impl Header {
     }
 }
 
+/// As a shape has it.
+pub fn chosen_cpu(cpu: CpuConfig, vcpus: u16) -> Option<CpuConfig> {
+    Some(cpu).filter(|cpu| *cpu != CpuConfig::of(CpuModel::Host, vcpus))
+}
+
 impl Shape {
+    /// What the guest's processors are.
+    pub fn cpu(&self) -> CpuConfig {
+        self.cpu.unwrap_or_else(|| CpuConfig::of(CpuModel::Host, self.vcpus))
+    }
+
     fn check(&self, here: &Shape) -> Result<(), HeaderError> {
         if self.vm != here.vm {
             return Err(HeaderError::OtherVm { saved: self.vm, here: here.vm });
@@ -168,6 +178,11 @@ impl Shape {
         };
         same("machine type", &self.machine, &here.machine)?;
         same("number of vCPUs", &self.vcpus, &here.vcpus)?;
+        let (saved_cpu, here_cpu) = (self.cpu(), here.cpu());
+        same("model of processors", &saved_cpu.model.as_str(), &here_cpu.model.as_str())?;
+        same("number of sockets", &saved_cpu.sockets, &here_cpu.sockets)?;
+        same("number of cores of a socket", &saved_cpu.cores, &here_cpu.cores)?;
+        same("number of threads of a core", &saved_cpu.threads, &here_cpu.threads)?;
         same("memory in bytes", &self.memory_bytes, &here.memory_bytes)?;
         same("most memory in bytes", &self.max_memory_bytes, &here.max_memory_bytes)?;
         same("keyboard on virtio", &self.virtio_keyboard, &here.virtio_keyboard)?;
@@ -206,6 +221,7 @@ pub(super) mod tests {
                 vm: Uuid::from_u128(7),
                 machine: MachineType::QDirect1,
                 vcpus: 2,
+                cpu: None,
                 memory_bytes: 32 << 20,
                 max_memory_bytes: 64 << 20,
                 virtio_keyboard: false,
@@ -234,11 +250,51 @@ pub(super) mod tests {
         header.check(&here()).unwrap();
     }
 
+    fn cpu(sockets: u16, cores: u16, threads: u16) -> CpuConfig {
+        CpuConfig { model: CpuModel::Host, sockets, cores, threads }
+    }
+
+    #[test]
+    fn a_guest_without_a_choice_of_processors_has_the_header_of_before() {
+        let mut header = header();
+        assert_eq!((header.shape.cpu(), chosen_cpu(cpu(1, 2, 1), 2)), (cpu(1, 2, 1), None));
+        assert!(!String::from_utf8(header.encode()).unwrap().contains("\"cpu\""));
+        header.shape.cpu = chosen_cpu(cpu(2, 1, 1), 2);
+        assert_eq!(Header::decode(&header.encode()).unwrap(), header);
+        // Said or left out, it is the same guest.
+        header.shape.cpu = Some(cpu(1, 2, 1));
+        header.check(&here()).unwrap();
+    }
+
+    #[test]
+    fn a_named_model_moves_where_the_host_has_more_or_other_than_its_own_has() {
+        let v3 = crate::cpu::model_tests::host("GenuineIntel");
+        let mut guest = header();
+        guest.cpuid = crate::cpu::model::leaves(CpuModel::X86_64V3, &v3, 39).unwrap();
+        guest.shape.cpu = Some(CpuConfig::of(CpuModel::X86_64V3, 2));
+        let here = |cpuid: Leaves| Here { shape: guest.shape.clone(), cpuid, ..here() };
+        guest.check(&here(v3.clone())).unwrap();
+        // AVX-512 and another stepping there; and none of what is not in the model.
+        let mut more = v3.clone();
+        more.entry(0x7, 0).ebx |= 1 << 16;
+        more.entry(0x1, 0).eax += 1;
+        guest.check(&here(more.clone())).unwrap();
+        let of_the_host = Header { cpuid: more, ..guest.clone() };
+        assert!(matches!(of_the_host.check(&here(v3.clone())), Err(HeaderError::Processor(_))));
+        let mut less = v3;
+        less.entry(0x7, 0).ebx &= !(1 << 5);
+        assert!(matches!(guest.check(&here(less)), Err(HeaderError::Processor(_))));
+    }
+
     #[test]
     fn whatever_the_guest_would_see_differ_is_refused_by_name() {
         type Change = fn(&mut Header);
-        let changes: [(Change, &str); 15] = [
+        let changes: [(Change, &str); 19] = [
             (|h| h.shape.vcpus = 3, "number of vCPUs is 3, here it is 2"),
+            (|h| h.shape.cpu = Some(CpuConfig::of(CpuModel::X86_64V3, 2)), "\"x86-64-v3\", here it is \"host\""),
+            (|h| h.shape.cpu = Some(cpu(2, 1, 1)), "number of sockets is 2, here it is 1"),
+            (|h| h.shape.cpu = Some(cpu(1, 1, 1)), "number of cores of a socket is 1, here it is 2"),
+            (|h| h.shape.cpu = Some(cpu(1, 2, 2)), "number of threads of a core is 2, here it is 1"),
             (|h| h.shape.memory_bytes = 64 << 20, "memory in bytes is 67108864"),
             (|h| h.shape.max_memory_bytes = 32 << 20, "most memory"),
             (|h| h.shape.virtio_keyboard = true, "keyboard"),

@@ -6,59 +6,9 @@
 
 use std::fmt;
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use serde::{Deserialize, Serialize};
 
-/// One leaf of CPUID: KVM's own struct, field by field, so that a saved guest can be read by people.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Leaf {
-    pub function: u32,
-    pub index: u32,
-    /// `KVM_CPUID_FLAG_SIGNIFCANT_INDEX`.
-    pub flags: u32,
-    pub eax: u32,
-    pub ebx: u32,
-    pub ecx: u32,
-    pub edx: u32,
-}
-
-impl From<&kvm_cpuid_entry2> for Leaf {
-    fn from(entry: &kvm_cpuid_entry2) -> Self {
-        let kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, .. } = *entry;
-        Self { function, index, flags, eax, ebx, ecx, edx }
-    }
-}
-
-impl From<&Leaf> for kvm_cpuid_entry2 {
-    fn from(leaf: &Leaf) -> Self {
-        let Leaf { function, index, flags, eax, ebx, ecx, edx } = *leaf;
-        Self { function, index, flags, eax, ebx, ecx, edx, ..Default::default() }
-    }
-}
-
-/// All leaves of one processor.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Leaves(pub Vec<Leaf>);
-
-impl From<&CpuId> for Leaves {
-    fn from(cpuid: &CpuId) -> Self {
-        Self(cpuid.as_slice().iter().map(Leaf::from).collect())
-    }
-}
-
-impl Leaves {
-    /// For KVM. `None` when there are more than it takes.
-    pub fn to_kvm(&self) -> Option<CpuId> {
-        let entries: Vec<_> = self.0.iter().map(kvm_cpuid_entry2::from).collect();
-        CpuId::from_entries(&entries).ok().filter(|_| entries.len() <= kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-    }
-
-    fn get(&self, function: u32, index: u32) -> Option<&Leaf> {
-        self.0.iter().find(|leaf| leaf.function == function && leaf.index == index)
-    }
-}
+pub use crate::cpu::leaves::{Leaf, Leaves, Register};
 
 /// Who made the processor, and which one it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,8 +23,7 @@ pub struct Model {
 
 impl Model {
     pub fn of(leaves: &Leaves) -> Self {
-        let zero = Leaf { function: 0, index: 0, flags: 0, eax: 0, ebx: 0, ecx: 0, edx: 0 };
-        let leaf = |function| *leaves.get(function, 0).unwrap_or(&zero);
+        let leaf = |function| leaves.get(function, 0).copied().unwrap_or(Leaf::zero(function, 0));
         let text = |words: &[u32]| {
             let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
             String::from_utf8_lossy(&bytes).trim_matches(['\0', ' ']).to_owned()
@@ -100,26 +49,8 @@ impl Model {
 impl fmt::Display for Model {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { vendor, family, model, stepping, brand } = self;
-        write!(f, "{vendor} family {family:#x} model {model:#x} stepping {stepping} ({brand})")
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Register {
-    Eax,
-    Ebx,
-    Ecx,
-    Edx,
-}
-
-impl Register {
-    fn of(self, leaf: &Leaf) -> u32 {
-        match self {
-            Self::Eax => leaf.eax,
-            Self::Ebx => leaf.ebx,
-            Self::Ecx => leaf.ecx,
-            Self::Edx => leaf.edx,
-        }
+        write!(f, "{vendor} family {family:#x} model {model:#x} stepping {stepping}")?;
+        if brand.is_empty() { Ok(()) } else { write!(f, " ({brand})") }
     }
 }
 
@@ -158,6 +89,7 @@ const FEATURES: &[(u32, u32, Register, u32)] = {
     const MANY_PROCESSORS: u32 = 1 << 28;
     const OSPKE: u32 = 1 << 4;
     const CORES_ARE_CORES: u32 = 1 << 1;
+    const TOPOLOGY_LEAVES: u32 = 1 << 22;
     &[
         (0x1, 0, Ecx, OSXSAVE | HYPERVISOR | MONITOR | TSC_DEADLINE),
         (0x1, 0, Edx, LOCAL_APIC | MANY_PROCESSORS),
@@ -181,7 +113,7 @@ const FEATURES: &[(u32, u32, Register, u32)] = {
         (0x1e, 1, Eax, 0),
         (0x24, 0, Ebx, 0),
         (0x4000_0001, 0, Eax, 0),
-        (0x8000_0001, 0, Ecx, CORES_ARE_CORES),
+        (0x8000_0001, 0, Ecx, CORES_ARE_CORES | TOPOLOGY_LEAVES),
         (0x8000_0001, 0, Edx, LOCAL_APIC),
         (0x8000_0007, 0, Edx, 0),
         (SIZES, 0, Ebx, 0),
@@ -200,26 +132,47 @@ pub fn check(saved: &Leaves, here: &Leaves) -> Result<(), ProcessorError> {
         return Err(ProcessorError::TooManyLeaves { count: saved.0.len() });
     }
     for (function, index, register, no_promise) in FEATURES.iter().copied() {
-        let bits = |leaves: &Leaves| leaves.get(function, index).map_or(0, |leaf| register.of(leaf));
-        let missing = bits(saved) & !bits(here) & !no_promise;
+        let missing = saved.value(function, index, register) & !here.value(function, index, register) & !no_promise;
         if missing != 0 {
             return Err(ProcessorError::Features { function, index, register, missing });
         }
     }
-    let address_bits = |leaves: &Leaves| leaves.get(SIZES, 0).map_or(36, |leaf| leaf.eax & 0xff);
     if address_bits(saved) > address_bits(here) {
         return Err(ProcessorError::AddressBits { saved: address_bits(saved), here: address_bits(here) });
     }
     // XSAVE areas are in guest memory too, so their layout cannot be translated.
     for component in 2..=MAX_STATE_COMPONENTS {
-        let place = |leaves: &Leaves| leaves.get(EXTENDED_STATE, component).map(|leaf| (leaf.ebx, leaf.eax));
-        if let Some(theirs) = place(saved).filter(|(_, bytes)| *bytes > 0)
-            && place(here) != Some(theirs)
+        if let Some(theirs) = state_place(saved, component).filter(|(_, bytes)| *bytes > 0)
+            && state_place(here, component) != Some(theirs)
         {
-            return Err(ProcessorError::StateLayout { component, saved: theirs, here: place(here) });
+            return Err(ProcessorError::StateLayout { component, saved: theirs, here: state_place(here, component) });
         }
     }
     Ok(())
+}
+
+fn address_bits(leaves: &Leaves) -> u32 {
+    leaves.get(SIZES, 0).map_or(36, |leaf| leaf.eax & 0xff)
+}
+
+/// Offset and bytes.
+fn state_place(leaves: &Leaves, component: u32) -> Option<(u32, u32)> {
+    leaves.get(EXTENDED_STATE, component).map(|leaf| (leaf.ebx, leaf.eax))
+}
+
+/// Of all that [`check`] compares: with equal ones, what a guest was told on one host another host keeps.
+pub fn fingerprint(supported: &Leaves) -> String {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(Model::of(supported).vendor.as_bytes());
+    for (function, index, register, no_promise) in FEATURES.iter().copied() {
+        hasher.update(&(supported.value(function, index, register) & !no_promise).to_le_bytes());
+    }
+    hasher.update(&address_bits(supported).to_le_bytes());
+    for component in 2..=MAX_STATE_COMPONENTS {
+        let (offset, bytes) = state_place(supported, component).unwrap_or_default();
+        hasher.update(&offset.to_le_bytes()).update(&bytes.to_le_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
 }
 
 #[cfg(test)]
@@ -256,7 +209,7 @@ pub(super) mod tests {
     fn a_processor_has_a_name() {
         let model = Model::of(&processor());
         assert_eq!(model.to_string(), "GenuineIntel family 0x6 model 0x3a stepping 9 (Processor)");
-        assert_eq!(Model::of(&Leaves::default()).vendor, "");
+        assert_eq!(Model::of(&Leaves::default()).to_string(), " family 0x0 model 0x0 stepping 0");
     }
 
     #[test]
@@ -270,6 +223,21 @@ pub(super) mod tests {
             l.ecx |= 1 << 27;
         });
         check(&change(&moved, SIZES, 0, |l| l.eax = 36), &here).unwrap();
+    }
+
+    #[test]
+    fn another_vendor_layout_or_number_of_bits_is_another_fingerprint() {
+        let here = processor();
+        assert_eq!(fingerprint(&here), fingerprint(&here));
+        for other in [
+            change(&here, 0, 0, |l| l.ebx = 0x6874_7541),
+            change(&here, SIZES, 0, |l| l.eax = 0x3028),
+            change(&here, EXTENDED_STATE, 2, |l| l.ebx = 640),
+        ] {
+            assert_ne!(fingerprint(&here), fingerprint(&other));
+        }
+        let renamed = change(&here, 0x8000_0002, 0, |l| l.eax = 0);
+        assert_eq!(fingerprint(&here), fingerprint(&renamed));
     }
 
     #[test]
@@ -294,6 +262,21 @@ pub(super) mod tests {
     }
 
     proptest! {
+        /// Whatever differs in what is compared: another fingerprint; and equal ones mean that each takes the other's place.
+        #[test]
+        fn equal_fingerprints_can_take_each_others_place(at in 0..FEATURES.len(), bit in 0u32..32, set: bool) {
+            let (function, index, register, no_promise) = FEATURES[at];
+            let one = processor();
+            let mut other = one.clone();
+            let value = register.of_mut(other.entry(function, index));
+            *value = if set { *value | 1 << bit } else { *value & !(1 << bit) };
+            let promised = |leaves: &Leaves| leaves.value(function, index, register) & !no_promise;
+            prop_assert_eq!(fingerprint(&one) == fingerprint(&other), promised(&one) == promised(&other));
+            if fingerprint(&one) == fingerprint(&other) {
+                prop_assert!(check(&one, &other).is_ok() && check(&other, &one).is_ok());
+            }
+        }
+
         /// Whatever differs: accepted exactly when every promised bit is there.
         #[test]
         fn a_promise_is_kept_or_refused(at in 0..FEATURES.len(), saved: u32, here: u32) {

@@ -12,6 +12,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
+use vmm_control::CpuModel;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::blob::Blob;
@@ -117,15 +118,21 @@ pub struct VcpuAbilities {
 }
 
 impl VcpuAbilities {
-    pub fn of(kvm: &Kvm, vm: &VmFd) -> Result<Self, KvmError> {
+    /// For guests of this model.
+    pub fn of(kvm: &Kvm, vm: &VmFd, model: CpuModel) -> Result<Self, KvmError> {
         let bytes = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
             xsave_bytes: bytes.clamp(XSAVE_BYTES, MAX_XSAVE_BYTES),
-            msrs: msr::to_save(kvm)?,
+            msrs: msr::to_save(kvm, model)?,
             tells_pdptrs: vm.check_extension_raw(KVM_CAP_SREGS2.into()) > 0,
-            scales_tsc: kvm.check_extension(Cap::TscControl),
+            scales_tsc: scales_tsc(kvm),
         })
     }
+}
+
+/// Whether KVM can have a guest's time stamp counter count at another rate than the host's.
+pub fn scales_tsc(kvm: &Kvm) -> bool {
+    kvm.check_extension(Cap::TscControl)
 }
 
 /// Reads a vCPU. `given` is the CPUID that it was made with.
@@ -195,6 +202,18 @@ fn read_xsave(vcpu: &VcpuFd, bytes: usize) -> Result<Vec<u8>, KvmError> {
     Ok(all)
 }
 
+/// The extended state in as many bytes as the processor here saves. Parts that the guest has lie at the same place (`processor::check`);
+/// what is longer on one of the hosts belongs to parts that it has not, and is zero. `None` where it is not.
+fn fit_xsave(saved: &[u8], bytes: usize) -> Option<Vec<u8>> {
+    let is_state = (XSAVE_BYTES..=MAX_XSAVE_BYTES).contains(&saved.len());
+    let nothing_lost = saved.iter().skip(bytes).all(|byte| *byte == 0);
+    (is_state && nothing_lost).then(|| {
+        let mut fitting = saved.to_vec();
+        fitting.resize(bytes, 0);
+        fitting
+    })
+}
+
 fn write_xsave(vcpu: &VcpuFd, bytes: &[u8]) -> Result<(), KvmError> {
     let region = <[u8; XSAVE_BYTES]>::try_from(&bytes[..XSAVE_BYTES]);
     let Some(region) = region.ok().and_then(|region| kvm_xsave::read_from_bytes(&region).ok()) else {
@@ -237,9 +256,8 @@ impl SavedVcpu {
     ) -> Result<(), VcpuStateError> {
         let kvm = |source| VcpuStateError::Kvm { index, source };
         processor::check(&self.cpuid, supported).map_err(|source| VcpuStateError::Processor { index, source })?;
-        if self.xsave.len() != able.xsave_bytes {
-            return Err(VcpuStateError::ExtendedState { index, found: self.xsave.len(), here: able.xsave_bytes });
-        }
+        let misfit = VcpuStateError::ExtendedState { index, found: self.xsave.len(), here: able.xsave_bytes };
+        let xsave = fit_xsave(&self.xsave, able.xsave_bytes).ok_or(misfit)?;
         vcpu.set_cpuid2(&self.cpuid(index)?).map_err(refused("set CPUID")).map_err(kvm)?;
         if able.scales_tsc {
             vcpu.set_tsc_khz(self.tsc_khz).map_err(refused("set the frequency of the TSC")).map_err(kvm)?;
@@ -251,7 +269,7 @@ impl SavedVcpu {
                 .map_err(|source| VcpuStateError::Pdptrs { index, source })?,
             None => vcpu.set_sregs(&self.sregs.0).map_err(refused("set the control registers")).map_err(kvm)?,
         }
-        write_xsave(vcpu, &self.xsave).map_err(kvm)?;
+        write_xsave(vcpu, &xsave).map_err(kvm)?;
         vcpu.set_xcrs(&self.xcrs.0).map_err(refused("set the extended control registers")).map_err(kvm)?;
         vcpu.set_debug_regs(&self.debug_registers.0).map_err(refused("set the debug registers")).map_err(kvm)?;
         vcpu.set_lapic(&self.local_apic.0).map_err(refused("set the local interrupt controller")).map_err(kvm)?;
@@ -276,6 +294,7 @@ impl SavedVcpu {
 mod tests {
     use kvm_ioctls::Kvm;
     use serde_json::{Value, json};
+    use vmm_control::{CpuConfig, CpuModel};
 
     use super::*;
     use crate::cpu::cpuid;
@@ -297,15 +316,15 @@ mod tests {
     }
 
     fn one(kvm: &Kvm) -> One {
-        let memory = allocate(&Layout::new(16 << 20, 16 << 20)).unwrap();
+        let memory = allocate(&Layout::new(16 << 20, 16 << 20), None).unwrap();
         let vm = KvmVm::new(kvm, &memory).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         let supported = cpuid::supported(kvm).unwrap();
-        let given = cpuid::for_vcpu(&supported, 0, 1);
+        let given = cpuid::for_vcpu(&supported, CpuConfig::of(CpuModel::Host, 1), 0).to_kvm().unwrap();
         vcpu.set_cpuid2(&given).unwrap();
         msr::set_boot_msrs(&vcpu).unwrap();
-        let able = VcpuAbilities::of(kvm, vm.fd()).unwrap();
-        One { vcpu, given, supported: Leaves::from(&supported), able, _vm: vm, _memory: memory }
+        let able = VcpuAbilities::of(kvm, vm.fd(), CpuModel::Host).unwrap();
+        One { vcpu, given, supported, able, _vm: vm, _memory: memory }
     }
 
     /// Two machines, or a word on why there are none.
@@ -427,6 +446,22 @@ mod tests {
         let mut armed = BTreeMap::from([(MSR_TSC, 1000), (MSR_TSC_DEADLINE, 1500)]);
         rearm_timer(&apic, &mut armed);
         assert_eq!(armed[&MSR_TSC_DEADLINE], 1500);
+    }
+
+    #[test]
+    fn extended_state_fits_where_a_host_saves_more_or_less_of_nothing() {
+        let mut saved = vec![7; XSAVE_BYTES];
+        assert_eq!(fit_xsave(&saved, XSAVE_BYTES).as_ref(), Some(&saved));
+        let longer = fit_xsave(&saved, XSAVE_BYTES + 8).unwrap();
+        assert_eq!(
+            (longer.len(), &longer[..XSAVE_BYTES], &longer[XSAVE_BYTES..]),
+            (XSAVE_BYTES + 8, &saved[..], &[0; 8][..])
+        );
+        assert_eq!(fit_xsave(&longer, XSAVE_BYTES).as_ref(), Some(&saved));
+        saved.push(1);
+        assert_eq!(fit_xsave(&saved, XSAVE_BYTES), None, "a part of the guest's state has no place here");
+        assert_eq!(fit_xsave(&saved[..100], XSAVE_BYTES), None);
+        assert_eq!(fit_xsave(&vec![0; MAX_XSAVE_BYTES + 1], XSAVE_BYTES), None);
     }
 
     #[test]

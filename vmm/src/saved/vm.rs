@@ -109,7 +109,7 @@ mod tests {
     use crate::memory::{GuestMemory, allocate};
 
     fn vm(kvm: &kvm_ioctls::Kvm) -> (std::sync::Arc<KvmVm>, GuestMemory) {
-        let memory = allocate(&Layout::new(16 << 20, 16 << 20)).unwrap();
+        let memory = allocate(&Layout::new(16 << 20, 16 << 20), None).unwrap();
         (KvmVm::new(kvm, &memory).unwrap(), memory)
     }
 

@@ -7,7 +7,7 @@
 //!
 //! Guests that can be moved tell whether anything of them was lost: `m` counts in a register, in memory and in a register of COM1, compares
 //! the three, and prints the alphabet for ever; `f` does the same without a rest, so that it is nearly always at a port; `2` does so on
-//! one vCPU and counts in digits on a second; `t` waits in HLT for its timer and prints a letter at each interrupt; `i` keeps interrupts off
+//! one vCPU and counts in digits on a second, whose APIC id is the digit that follows (1 without one); `t` waits in HLT for its timer and prints a letter at each interrupt; `i` keeps interrupts off
 //! until something is typed, and prints `P` when the power button was pressed meanwhile; `q` writes to one page after the other of two mebibytes,
 //! which must hold what it wrote there a turn before (zero in one turn of 16), and prints a letter at each turn. What does not compare
 //! prints `!`.
@@ -208,6 +208,14 @@ global_asm!(
     "ret",
     // The second processor starts at 0x8000.
     ".Lquorate_two:",
+    "xor ebx, ebx",
+    "mov bl, [esi + 1]",
+    "sub bl, 0x30", // 0
+    "cmp bl, 9",
+    "jbe .Lquorate_two_id",
+    "mov ebx, 1",
+    ".Lquorate_two_id:",
+    "shl ebx, 24",
     ".byte 0xbe", // mov esi, the address
     ".long .Lquorate_second_16 - quorate_test_guest + 0x100000",
     "mov edi, 0x8000",
@@ -216,13 +224,13 @@ global_asm!(
     "cld",
     "rep movsb",
     "mov dword ptr [0xfee000f0], 0x1ff",
-    "mov dword ptr [0xfee00310], 0x01000000",
+    "mov dword ptr [0xfee00310], ebx",
     "mov dword ptr [0xfee00300], 0x4500", // INIT
     "mov ecx, 1000000",
     ".Lquorate_two_wait:",
     "dec ecx",
     "jnz .Lquorate_two_wait",
-    "mov dword ptr [0xfee00310], 0x01000000",
+    "mov dword ptr [0xfee00310], ebx",
     "mov dword ptr [0xfee00300], 0x4608", // SIPI at page 8
     "jmp .Lquorate_mover",
     ".code16",

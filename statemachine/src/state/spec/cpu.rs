@@ -26,7 +26,8 @@ impl Cpu {
 /// Features of the virtual processor. A guest moves only between hosts that have all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 pub enum CpuModel {
-    /// The highest of the named ones that all hosts of the cluster can run, settled when the guest starts.
+    /// What the hosts of the cluster have in common, settled when the guest starts: all of it where they are alike, or else the highest of
+    /// the named ones that all can run.
     #[default]
     #[serde(rename = "cluster")]
     Cluster,
@@ -141,9 +142,13 @@ impl HostProcessor {
     }
 }
 
-/// The highest named model that all of them can run; `None` when nothing is known, or when they have none in common.
+/// What they have in common: everything where they are alike, because a named model lacks what is newer than it; or the highest named model
+/// that all can run. `None` when nothing is known, or when they have none in common.
 pub fn common_model<'a>(processors: impl Iterator<Item = &'a HostProcessor> + Clone) -> Option<CpuModel> {
-    processors.clone().next()?;
+    let first = processors.clone().next()?;
+    if processors.clone().all(|processor| processor.fingerprint == first.fingerprint) {
+        return Some(CpuModel::Host);
+    }
     CpuModel::NAMED.into_iter().find(|model| processors.clone().all(|processor| processor.runs(*model)))
 }
 
@@ -181,10 +186,13 @@ mod tests {
 
     #[test]
     fn a_cluster_has_the_model_that_its_weakest_host_can_run() {
-        let (new, old, ancient) =
-            (processor(&[CpuModel::V2, CpuModel::V3]), processor(&[CpuModel::V2]), processor(&[]));
+        let other =
+            |models: &[CpuModel], print: &str| HostProcessor { fingerprint: print.to_owned(), ..processor(models) };
+        let (new, newer) = (other(&[CpuModel::V2, CpuModel::V3], "a"), other(&[CpuModel::V2, CpuModel::V3], "b"));
+        let (old, ancient) = (other(&[CpuModel::V2], "c"), other(&[], "d"));
         let common = |hosts: &[&HostProcessor]| common_model(hosts.iter().copied());
-        assert_eq!(common(&[&new, &new]), Some(CpuModel::V3));
+        assert_eq!(common(&[&new, &new]), Some(CpuModel::Host), "nothing is lost where all are alike");
+        assert_eq!(common(&[&new, &newer]), Some(CpuModel::V3));
         assert_eq!(common(&[&new, &old]), Some(CpuModel::V2));
         assert_eq!(common(&[&new, &old, &ancient]), None);
         assert_eq!(common(&[]), None);

@@ -199,6 +199,10 @@ impl Taker<'_> {
     }
 
     fn discard(&self, memory: &GuestMemory, run: Run) -> bool {
+        if crate::memory::is_reserved(memory) {
+            // Nobody else could have it, and a hole in a huge page is none: it stays as it is, with what it holds.
+            return false;
+        }
         let discarded = discard(memory, run);
         if let Err(error) = &discarded {
             self.metrics.discard_failures.add(1);

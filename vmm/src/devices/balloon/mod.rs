@@ -10,6 +10,8 @@
 //! back: a guest can count on nothing it has not written since. The page is noted as written, so that a migration sends the zeros and not
 //! what was there before (peers-vmm §4.2 rule 2); with userfaultfd behind the memory the host sees the removal as an event (rule 11).
 //!
+//! Memory in huge pages stays the guest's: no target is set for it, and what its driver gives by itself is not touched and not counted.
+//!
 //! The driver may take memory back without asking when it has none left (DEFLATE_ON_OOM), and before the device has heard of it
 //! (MUST_TELL_HOST is not offered): nothing here depends on a page staying given.
 

@@ -85,7 +85,7 @@ mod tests {
     const SECOND: Uuid = Uuid::from_u128(1);
 
     fn machine(generation: Uuid) -> (VmGeneration, Arc<FakeLine>, GuestMemory) {
-        let memory = crate::memory::allocate(&Layout::new(16 << 20, 16 << 20)).unwrap();
+        let memory = crate::memory::allocate(&Layout::new(16 << 20, 16 << 20), None).unwrap();
         let sci = Arc::new(FakeLine::default());
         let pm = Arc::new(Mutex::new(PowerManagement::new(sci.clone(), Asked::new())));
         // The guest enables the event, as its ACPI interpreter does for every method that there is.

@@ -17,8 +17,8 @@ use statemachine::state::CpuModel;
 pub struct CpuArgs {
     /// What of a processor the guest sees: cluster, host, x86-64-v2, x86-64-v3 [default: cluster]
     ///
-    /// `cluster` is the highest named model that all hosts of the cluster can run, settled when the guest starts. A guest moves only
-    /// between hosts that can be its model; with `host`, between equal ones.
+    /// `cluster` is what the hosts of the cluster have in common, settled when the guest starts: all of it where they are alike, or else the
+    /// highest named model that all can run. A guest moves only between hosts that can be its model; with `host`, between equal ones.
     #[arg(long, value_name = "MODEL", value_parser = parse_model)]
     pub cpu: Option<CpuModel>,
     /// SOCKETSxCORESxTHREADS, as 1x2x2; together the vCPUs [default: one socket, a core a vCPU]
