@@ -23,6 +23,9 @@ use vmm_control::config::MAX_MTU;
 
 use super::first_boot;
 use super::first_boot::FirstBootError;
+use super::group::Bounds;
+use super::group::CpuShares;
+use super::group::CpuSharesError;
 use super::group::Group;
 use super::group::Groups;
 use super::guest_files;
@@ -51,6 +54,8 @@ pub enum LaunchError {
     Files(#[from] GuestFilesError),
     #[error(transparent)]
     RunDir(#[from] RunDirError),
+    #[error("the guest's part of the processors: {0}")]
+    CpuShares(#[from] CpuSharesError),
     #[error(transparent)]
     FirstBoot(#[from] FirstBootError),
     #[error(transparent)]
@@ -96,6 +101,12 @@ fn plug_in(config: &mut VmmConfig, spec: &VmSpec, incoming: Option<MigrationId>)
     Ok(cables)
 }
 
+/// What the guest may take of this host.
+fn bounds(spec: &VmSpec) -> Result<Bounds, CpuSharesError> {
+    let weight = spec.cpu.weight.map_or(CpuShares::EQUAL_WEIGHT, |weight| u16::try_from(weight).unwrap_or(u16::MAX));
+    Ok(Bounds { vcpus: spec.vcpus, cpu: CpuShares::new(weight, spec.cpu.cap_percent)? })
+}
+
 /// What every launch on this host needs.
 #[derive(Clone)]
 pub struct Launcher {
@@ -135,7 +146,7 @@ impl Launcher {
         // Last, so that a definition that makes no guest moves no cable.
         let taps = plug_in(&mut config, spec, identity.incoming)?;
         run_dir.prepare(&lock, &config, identity.incoming)?;
-        self.spawn(&run_dir, &group, &lock, &taps, identity.incoming)
+        self.spawn(&run_dir, (&group, bounds(spec)?), &lock, &taps, identity.incoming)
     }
 
     /// A guest that came from elsewhere runs under its permit now: its files say so, as those of one that was started here.
@@ -151,12 +162,12 @@ impl Launcher {
     fn spawn(
         &self,
         run_dir: &RunDir,
-        group: &Group,
+        (group, bounds): (&Group, Bounds),
         lock: &Lock,
         taps: &[Cable],
         incoming: Option<MigrationId>,
     ) -> Result<(), LaunchError> {
-        let mut words = group.launch_prefix();
+        let mut words = group.launch_prefix(bounds);
         words.push(self.vmm.display().to_string());
         let program = words.remove(0);
         let failed = |source| LaunchError::Spawn { program: program.clone(), source };
@@ -182,7 +193,7 @@ impl Launcher {
         for name in ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"] {
             command.env_remove(name);
         }
-        let group_file = match group.prepare() {
+        let group_file = match group.prepare(bounds) {
             Ok(file) => file,
             Err(error) => {
                 tracing::warn!("no control group for this guest, its lock alone tells when it ends: {error}");
