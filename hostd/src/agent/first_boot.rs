@@ -157,7 +157,7 @@ mod tests {
         by_dhcp.interfaces[0].addresses.clear();
         by_dhcp.interfaces[0].gateway = None;
         let image = made(7, &by_dhcp).unwrap();
-        assert!(holds(&image, "dhcp4") && !holds(&image, "192.0.2.5"));
+        assert!(holds(&image, "dhcp4") && !holds(&image, "192.0.2.5/"));
     }
 
     #[test]
