@@ -16,6 +16,19 @@ pub struct Packages {
     pub guest_agent: PathBuf,
 }
 
+/// QEMU as Debian ships it, for hosts in which it runs beside the vmm.
+pub struct Qemu {
+    pub program: PathBuf,
+    /// Firmware that machine types load, by the name that QEMU looks for.
+    pub firmware: Vec<(&'static str, PathBuf)>,
+}
+
+/// From SeaBIOS's package.
+const SEABIOS: &[&str] = &["bios-256k.bin"];
+/// From QEMU's own: what boots a kernel without a disk, and what every machine type with a local APIC loads. Debian has `microvm`
+/// boot by qboot, under the name of SeaBIOS's file.
+const OWN_FIRMWARE: &[&str] = &["bios-microvm.bin", "linuxboot.bin", "linuxboot_dma.bin", "pvh.bin", "kvmvapic.bin"];
+
 /// One unpacked kernel package.
 pub struct Kernel {
     pub version: String,
@@ -32,6 +45,16 @@ pub fn fetch(dir: &LabDir, say: &mut dyn FnMut(&str)) -> Result<Packages> {
         guest_kernel: kernel(dir, "linux-image-cloud-amd64", say)?,
         guest_agent: unpacked(dir, "qemu-guest-agent", say)?.join("usr/sbin/qemu-ga"),
     })
+}
+
+/// QEMU's program and the few files of its packages that the machine types `pc`, `q35` and `microvm` need.
+pub fn fetch_qemu(dir: &LabDir, say: &mut dyn FnMut(&str)) -> Result<Qemu> {
+    let program = unpacked(dir, "qemu-system-x86", say)?.join("usr/bin").join(crate::machine::EMULATOR);
+    let seabios = unpacked(dir, "seabios", say)?.join("usr/share/seabios");
+    let data = unpacked(dir, "qemu-system-data", say)?.join("usr/share/qemu");
+    let bios = SEABIOS.iter().map(|name| (*name, seabios.join(name)));
+    let own = OWN_FIRMWARE.iter().map(|name| (*name, data.join(name)));
+    Ok(Qemu { program, firmware: bios.chain(own).collect() })
 }
 
 fn kernel(dir: &LabDir, meta_package: &str, say: &mut dyn FnMut(&str)) -> Result<Kernel> {
