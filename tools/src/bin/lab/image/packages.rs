@@ -23,11 +23,10 @@ pub struct Qemu {
     pub firmware: Vec<(&'static str, PathBuf)>,
 }
 
-/// From SeaBIOS's package.
-const SEABIOS: &[&str] = &["bios-256k.bin"];
-/// From QEMU's own: what boots a kernel without a disk, and what every machine type with a local APIC loads. Debian has `microvm`
-/// boot by qboot, under the name of SeaBIOS's file.
-const OWN_FIRMWARE: &[&str] = &["bios-microvm.bin", "linuxboot.bin", "linuxboot_dma.bin", "pvh.bin", "kvmvapic.bin"];
+/// From SeaBIOS's package. QEMU's own has a `bios-microvm.bin` too, which is qboot: with that a `microvm` has no ACPI, and so no PCI.
+const SEABIOS: &[&str] = &["bios-256k.bin", "bios-microvm.bin"];
+/// What boots a kernel without a disk, and what every machine type with a local APIC loads.
+const OPTION_ROMS: &[&str] = &["linuxboot.bin", "linuxboot_dma.bin", "pvh.bin", "kvmvapic.bin"];
 
 /// One unpacked kernel package.
 pub struct Kernel {
@@ -53,8 +52,8 @@ pub fn fetch_qemu(dir: &LabDir, say: &mut dyn FnMut(&str)) -> Result<Qemu> {
     let seabios = unpacked(dir, "seabios", say)?.join("usr/share/seabios");
     let data = unpacked(dir, "qemu-system-data", say)?.join("usr/share/qemu");
     let bios = SEABIOS.iter().map(|name| (*name, seabios.join(name)));
-    let own = OWN_FIRMWARE.iter().map(|name| (*name, data.join(name)));
-    Ok(Qemu { program, firmware: bios.chain(own).collect() })
+    let roms = OPTION_ROMS.iter().map(|name| (*name, data.join(name)));
+    Ok(Qemu { program, firmware: bios.chain(roms).collect() })
 }
 
 fn kernel(dir: &LabDir, meta_package: &str, say: &mut dyn FnMut(&str)) -> Result<Kernel> {

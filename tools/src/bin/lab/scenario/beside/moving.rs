@@ -22,7 +22,7 @@ const DOWNTIME_MS: u64 = 300;
 /// QEMU's default is 128 MiB a second, and the vmm's none.
 const QEMU_BYTES_PER_SECOND: u64 = 1 << 40;
 const QEMU_LOOK_EVERY: Duration = Duration::from_millis(20);
-const QEMU_LIMIT: Duration = Duration::from_secs(90);
+const QEMU_LIMIT: Duration = Duration::from_secs(240);
 
 pub struct Moved {
     pub total: Duration,

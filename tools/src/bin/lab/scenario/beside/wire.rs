@@ -18,8 +18,8 @@ use anyhow::Result;
 use anyhow::bail;
 use serde_json::Value;
 
-/// The longest of a migration on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(90);
+/// A step of a migration on a loaded machine.
+const PATIENCE: Duration = Duration::from_secs(240);
 const MAX_LINE_BYTES: u64 = 1 << 20;
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 const ID: u64 = 7;
@@ -102,14 +102,15 @@ pub fn attach(socket: &Path, mut request: Value) -> Result<UnixStream> {
 
 /// Byte by byte, as what follows the line is not ours to take.
 fn line(stream: &mut UnixStream) -> Result<Vec<u8>> {
-    let mut line = Vec::new();
-    for byte in stream.take(MAX_LINE_BYTES).bytes() {
-        match byte.context("read an answer")? {
-            b'\n' => return Ok(line),
-            other => line.push(other),
+    let (mut line, mut byte) = (Vec::new(), [0]);
+    for _ in 0..MAX_LINE_BYTES {
+        stream.read_exact(&mut byte).context("the connection ended in the middle of an answer")?;
+        match byte {
+            [b'\n'] => return Ok(line),
+            [other] => line.push(other),
         }
     }
-    bail!("the connection ended in the middle of an answer")
+    bail!("an answer of more than {MAX_LINE_BYTES} bytes")
 }
 
 pub fn connect(socket: &Path) -> Result<UnixStream> {
