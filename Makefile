@@ -36,7 +36,7 @@ test: setup build ## Every test; the lab's run in emulated hosts
 	cargo nextest run --workspace -E 'all() $(WITHOUT_TAPS)'
 
 test-fast: ## Tests that need no emulator
-	cargo nextest run --workspace -E 'not binary(lab_stories) and not test(/_in_an_emulator/) $(WITHOUT_TAPS)'
+	cargo nextest run --workspace -E 'not binary(lab_stories) $(WITHOUT_TAPS)'
 
 lint: ## Format, clippy
 	cargo fmt --all --check

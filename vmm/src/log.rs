@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
 use vmm_control::LogLevel;
 
@@ -26,8 +27,19 @@ pub fn start(level: LogLevel) -> io::Result<()> {
     let (sender, receiver) = sync_channel(QUEUE_LINES);
     std::thread::Builder::new().name("log".into()).spawn(move || write_lines(&receiver))?;
     let _ = QUEUE.set(sender);
-    let filter = tracing_subscriber::EnvFilter::new(level.as_str());
-    tracing_subscriber::fmt().json().with_env_filter(filter).with_writer(ToQueue).try_init().map_err(io::Error::other)
+    // Not an `EnvFilter`: for the sake of patterns that nobody writes here, each vmm would carry and set up a regex engine.
+    let subscriber = tracing_subscriber::fmt().json().with_max_level(most(level)).with_writer(ToQueue);
+    subscriber.try_init().map_err(io::Error::other)
+}
+
+fn most(level: LogLevel) -> LevelFilter {
+    match level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
+    }
 }
 
 /// Lines that were dropped because the log did not keep up.
@@ -85,6 +97,18 @@ impl Drop for Line {
         let sent = QUEUE.get().map(|q| q.try_send(Item::Line(line)));
         if !matches!(sent, Some(Ok(()))) {
             LOST_LINES.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_are_those_of_the_configuration() {
+        for level in [LogLevel::Error, LogLevel::Warn, LogLevel::Info, LogLevel::Debug, LogLevel::Trace] {
+            assert_eq!(most(level).to_string(), level.as_str());
         }
     }
 }

@@ -25,7 +25,7 @@ pub fn own_directory() -> Result<PathBuf> {
 }
 
 /// Builds images, makes the network, starts the daemon and has it start the hosts.
-pub async fn up(dir: &LabDir, config: LabConfig, binaries: &Path, timeout_s: u64) -> Result<()> {
+pub async fn up(dir: &LabDir, config: LabConfig, binaries: &Path, with_qemu: bool, timeout_s: u64) -> Result<()> {
     if let Some(state) = LabState::load(dir)? {
         if state.daemon.is_some_and(|daemon| daemon.is_alive()) {
             bail!("a lab is up in {} already: `lab status`, or `lab down` first", dir.root().display());
@@ -38,7 +38,7 @@ pub async fn up(dir: &LabDir, config: LabConfig, binaries: &Path, timeout_s: u64
     remove_witnesses(dir)?;
     let start = Instant::now();
     let mut say = |line: &str| println!("[{:5.1} s] {line}", start.elapsed().as_secs_f64());
-    let images = image::build(dir, binaries, &mut say)?;
+    let images = image::build(dir, binaries, with_qemu, &mut say)?;
     image::lay_root_disk(&images, &dir.shared_disk(ROOT_DISK))?;
     let state = LabState::new(config.clone());
     state.save(dir)?;

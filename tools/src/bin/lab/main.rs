@@ -158,6 +158,12 @@ enum Verb {
     /// The daemon; `lab up` starts it.
     #[command(hide = true)]
     Serve,
+    /// What this program does inside a guest of the story `beside`.
+    #[command(hide = true)]
+    InGuest {
+        #[command(subcommand)]
+        task: scenario::beside::guest::InGuestTask,
+    },
     /// What this program does inside a host.
     #[command(hide = true)]
     InHost {
@@ -211,6 +217,8 @@ enum InHostTask {
         #[arg(long, default_value = "/var/lib/quorate/identity")]
         identity: PathBuf,
     },
+    /// One turn of the story `beside`: a guest under one of the programs that are compared, measured; JSON.
+    Beside(scenario::beside::turn::TurnOptions),
     /// Send the lines of guests' consoles to the lab.
     Consoles {
         #[arg(long)]
@@ -239,8 +247,13 @@ fn run(cli: Cli) -> Result<ExitCode> {
             InHostTask::Knock { server, identity } => println!("{}", in_host::knock(server, identity)?),
             InHostTask::Clock => println!("{}", in_host::boottime_ns()),
             InHostTask::MostVmm { enough } => println!("{}", in_host::most_vmm_at_once(enough)?),
+            InHostTask::Beside(options) => println!("{}", scenario::beside::turn::take(options)?),
             InHostTask::VmmStatus { vm } => println!("{}", in_host::vmm_status(vm)?),
         }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Verb::InGuest { task } = &cli.command {
+        println!("{}", scenario::beside::guest::perform(task)?);
         return Ok(ExitCode::SUCCESS);
     }
     if let Verb::Clock = cli.command {
@@ -265,7 +278,7 @@ async fn perform(dir: LabDir, verb: Verb) -> Result<ExitCode> {
     match verb {
         Verb::Image { binaries } => {
             let binaries = binaries.map_or_else(lifecycle::own_directory, Ok)?;
-            image::build(&dir, &binaries, &mut |line| println!("{line}"))?;
+            image::build(&dir, &binaries, false, &mut |line| println!("{line}"))?;
         }
         Verb::Up { hosts, accel, memory, cpus, ignore_flush, timeout, binaries } => {
             let config = LabConfig {
@@ -277,7 +290,7 @@ async fn perform(dir: LabDir, verb: Verb) -> Result<ExitCode> {
                 netns: format!("quorate-lab-{}", dir.tag()),
             };
             let binaries = binaries.map_or_else(lifecycle::own_directory, Ok)?;
-            lifecycle::up(&dir, config, &binaries, timeout).await?;
+            lifecycle::up(&dir, config, &binaries, false, timeout).await?;
         }
         Verb::Status { json } => {
             let status = ask(Request::Status).await?;
@@ -333,7 +346,7 @@ async fn perform(dir: LabDir, verb: Verb) -> Result<ExitCode> {
             tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).init();
             daemon::serve(dir).await?;
         }
-        Verb::Clock | Verb::InHost { .. } => unreachable!("answered before the runtime started"),
+        Verb::Clock | Verb::InHost { .. } | Verb::InGuest { .. } => unreachable!("answered before the runtime started"),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use super::cpio::Archive;
 use super::guest::GuestImage;
-use super::packages::{Packages, program};
+use super::packages::{Packages, Qemu, program};
 use super::root_disk::RootDisk;
 use super::{Images, kernel, packed, tree};
 use crate::paths::LabDir;
@@ -53,15 +53,19 @@ pub fn build(
     packages: &Packages,
     guest: &GuestImage,
     root: &RootDisk,
+    qemu: Option<&Qemu>,
     binaries: &Path,
     say: &mut dyn FnMut(&str),
 ) -> Result<Images> {
     let base = packed(dir, "host-base.lz4", &base(packages, guest, root)?, LZ4)?;
     let product = packed(dir, "host-product.lz4", &product(dir, binaries, say)?, LZ4)?;
-    let both = [tree::read(&base)?, tree::read(&product)?].concat();
-    let initrd = dir.images().join(format!("host-initrd-{}", &blake3::hash(&both).to_hex()[..16]));
+    let mut all = [tree::read(&base)?, tree::read(&product)?].concat();
+    if let Some(qemu) = qemu {
+        all.extend(tree::read(&packed(dir, "host-qemu.lz4", &beside(qemu)?, LZ4)?)?);
+    }
+    let initrd = dir.images().join(format!("host-initrd-{}", &blake3::hash(&all).to_hex()[..16]));
     if !initrd.exists() {
-        crate::paths::write_atomically(&initrd, &both)?;
+        crate::paths::write_atomically(&initrd, &all)?;
     }
     say(&format!("host image: kernel {}, {}", packages.host_kernel.version, size_text(&initrd)));
     Ok(Images {
@@ -119,6 +123,18 @@ fn product(dir: &LabDir, binaries: &Path, say: &mut dyn FnMut(&str)) -> Result<V
     Ok(archive.finish())
 }
 
+/// QEMU with its libraries, which an emulated host unpacks in a second.
+fn beside(qemu: &Qemu) -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    let program = format!("usr/bin/{}", crate::machine::EMULATOR);
+    let libraries = tree::add_program(&mut archive, &program, &qemu.program)?;
+    tree::add_libraries(&mut archive, &libraries)?;
+    for (name, source) in &qemu.firmware {
+        archive.file(&format!("usr/share/qemu/{name}"), 0o644, &tree::read(source)?);
+    }
+    Ok(archive.finish())
+}
+
 /// A copy without debug information, which is most of a binary and would be unpacked into each
 /// host's memory.
 fn stripped(dir: &LabDir, binary: &Path) -> Result<PathBuf> {
@@ -145,6 +161,7 @@ pub fn remove_old(dir: &LabDir, images: &Images) -> Result<()> {
         "root-disk-",
         "host-base.lz4-",
         "host-product.lz4-",
+        "host-qemu.lz4-",
         "host-initrd-",
         "bin-hostd-",
         "bin-quorate-",

@@ -42,12 +42,14 @@ impl Images {
 }
 
 /// Builds what is missing and answers the set to boot. `binaries` is where cargo put ours.
-pub fn build(dir: &LabDir, binaries: &Path, say: &mut dyn FnMut(&str)) -> Result<Images> {
+/// Hosts of the story `beside` hold QEMU too.
+pub fn build(dir: &LabDir, binaries: &Path, with_qemu: bool, say: &mut dyn FnMut(&str)) -> Result<Images> {
     std::fs::create_dir_all(dir.images()).with_context(|| format!("create {}", dir.images().display()))?;
     let packages = packages::fetch(dir, say)?;
     let guest = guest::build(dir, &packages, say)?;
     let root = root_disk::build(dir, &packages, say)?;
-    let images = host::build(dir, &packages, &guest, &root, binaries, say)?;
+    let qemu = with_qemu.then(|| packages::fetch_qemu(dir, say)).transpose()?;
+    let images = host::build(dir, &packages, &guest, &root, qemu.as_ref(), binaries, say)?;
     let text = serde_json::to_vec_pretty(&images)?;
     crate::paths::write_atomically(&dir.images().join("current.json"), &text)?;
     host::remove_old(dir, &images)?;

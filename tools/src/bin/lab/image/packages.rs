@@ -28,6 +28,18 @@ pub struct Packages {
     pub root_files: PathBuf,
 }
 
+/// QEMU as Debian ships it, for hosts in which it runs beside the vmm.
+pub struct Qemu {
+    pub program: PathBuf,
+    /// Firmware that machine types load, by the name that QEMU looks for.
+    pub firmware: Vec<(&'static str, PathBuf)>,
+}
+
+/// From SeaBIOS's package. QEMU's own has a `bios-microvm.bin` too, which is qboot: with that a `microvm` has no ACPI, and so no PCI.
+const SEABIOS: &[&str] = &["bios-256k.bin", "bios-microvm.bin"];
+/// What boots a kernel without a disk, and what every machine type with a local APIC loads.
+const OPTION_ROMS: &[&str] = &["linuxboot.bin", "linuxboot_dma.bin", "pvh.bin", "kvmvapic.bin"];
+
 /// One unpacked kernel package.
 pub struct Kernel {
     pub version: String,
@@ -45,6 +57,16 @@ pub fn fetch(dir: &LabDir, say: &mut dyn FnMut(&str)) -> Result<Packages> {
         guest_agent: unpacked(dir, "qemu-guest-agent", say)?.join("usr/sbin/qemu-ga"),
         root_files: root_files(dir, say)?,
     })
+}
+
+/// QEMU's program and the few files of its packages that the machine types `pc`, `q35` and `microvm` need.
+pub fn fetch_qemu(dir: &LabDir, say: &mut dyn FnMut(&str)) -> Result<Qemu> {
+    let program = unpacked(dir, "qemu-system-x86", say)?.join("usr/bin").join(crate::machine::EMULATOR);
+    let seabios = unpacked(dir, "seabios", say)?.join("usr/share/seabios");
+    let data = unpacked(dir, "qemu-system-data", say)?.join("usr/share/qemu");
+    let bios = SEABIOS.iter().map(|name| (*name, seabios.join(name)));
+    let roms = OPTION_ROMS.iter().map(|name| (*name, data.join(name)));
+    Ok(Qemu { program, firmware: bios.chain(roms).collect() })
 }
 
 fn kernel(dir: &LabDir, meta_package: &str, say: &mut dyn FnMut(&str)) -> Result<Kernel> {

@@ -91,6 +91,7 @@ impl Guest {
 }
 
 #[tokio::test]
+#[ignore = "three boots in an emulator take minutes; `lab show first-boot` shows the same through the product"]
 async fn a_seed_is_applied_at_the_first_boot_and_not_again_in_an_emulator() {
     let lab = LabDir::find(Some(Path::new(LAB_DIR))).expect("a directory");
     std::fs::create_dir_all(lab.images()).expect("a directory for images");

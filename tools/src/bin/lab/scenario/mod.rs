@@ -8,6 +8,7 @@
 //! [`stage`] is what every story stands on; each other file is a story.
 
 mod agent;
+pub mod beside;
 mod demo;
 mod failover;
 mod first_boot;
@@ -62,6 +63,8 @@ pub enum Story {
     Poweroff,
     /// Two of three hosts are lost for good, and the third goes on.
     Recover,
+    /// The vmm and QEMU run the same guest in one host, by turns.
+    Beside,
 }
 
 impl Story {
@@ -69,6 +72,7 @@ impl Story {
         match self {
             // The fourth is another cluster.
             Story::Join => 4,
+            Story::Beside => 1,
             _ => 3,
         }
     }
@@ -98,7 +102,7 @@ pub struct StoryOptions {
 
 /// Tells a story on a fresh lab, and takes the lab down after it.
 pub async fn tell(dir: &LabDir, story: Story, options: &StoryOptions) -> Result<()> {
-    let mut stage = stage::Stage::set(dir, story.hosts(), options).await?;
+    let mut stage = stage::Stage::set(dir, story.hosts(), story == Story::Beside, options).await?;
     let told = match story {
         Story::Demo => demo::tell(&mut stage).await,
         Story::Join => join::tell(&mut stage).await,
@@ -113,6 +117,7 @@ pub async fn tell(dir: &LabDir, story: Story, options: &StoryOptions) -> Result<
         Story::Lease => lease::tell(&mut stage, options.runs.unwrap_or(20)).await,
         Story::Minority => minority::tell(&mut stage).await,
         Story::Recover => recover::tell(&mut stage).await,
+        Story::Beside => beside::tell(&mut stage, options.runs.unwrap_or(5)).await,
         Story::Poweroff => poweroff::tell(&mut stage, options.runs.unwrap_or(20)).await,
     };
     let told = match told {

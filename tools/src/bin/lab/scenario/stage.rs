@@ -82,7 +82,7 @@ pub struct Stage {
 
 impl Stage {
     /// Brings a fresh lab up.
-    pub async fn set(dir: &LabDir, hosts: u8, options: &StoryOptions) -> Result<Stage> {
+    pub async fn set(dir: &LabDir, hosts: u8, with_qemu: bool, options: &StoryOptions) -> Result<Stage> {
         let config = LabConfig {
             hosts,
             accelerator: options.accel.resolve()?,
@@ -92,7 +92,7 @@ impl Stage {
             netns: format!("quorate-lab-{}", dir.tag()),
         };
         let stage = Stage { dir: dir.clone(), hosts, started: Instant::now(), echo: true };
-        lifecycle::up(dir, config, &lifecycle::own_directory()?, 180).await?;
+        lifecycle::up(dir, config, &lifecycle::own_directory()?, with_qemu, 180).await?;
         Ok(stage)
     }
 
