@@ -277,9 +277,10 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
                 }
                 plugs.said.insert(e.device.clone(), e.word.clone());
             }
-            match plugs == Plugs::default() {
-                true => drop(state.plugs.remove(&e.vm)),
-                false => drop(state.plugs.insert(e.vm, plugs)),
+            if plugs == Plugs::default() {
+                state.plugs.remove(&e.vm);
+            } else {
+                state.plugs.insert(e.vm, plugs);
             }
         }
         Event::VmDesiredMemory(e) => {

@@ -73,12 +73,12 @@ pub fn step(state: &State, step: &Step, vm: VmId, epoch: Epoch, report: ReportId
 fn plug(a: u16, b: u16) -> Devices {
     match b % 4 {
         0 => {
-            let mac = (b % 8 == 0).then(|| MacAddr::new(2, 0, 0, 0, 0, (a % 4) as u8));
+            let mac = b.is_multiple_of(8).then(|| MacAddr::new(2, 0, 0, 0, 0, (a % 4) as u8));
             let nic = Nic { id: format!("nic{}", a % 3), bridge: "br0".to_owned(), mac, slot: None };
             Devices { disks: Vec::new(), nics: vec![nic] }
         }
         _ => {
-            let slot = (b % 7 == 0).then_some((b % 25) as u8);
+            let slot = b.is_multiple_of(7).then_some((b % 25) as u8);
             let disk = Disk { slot, ..Disk::raw(&format!("more{}", a % 3), &format!("/srv/disk{}", b % 12)) };
             Devices { disks: vec![disk], nics: Vec::new() }
         }

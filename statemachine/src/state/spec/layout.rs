@@ -22,7 +22,7 @@ use crate::state::ReleaseClass;
 #[derive(Serialize, Deserialize)]
 pub(super) enum Layout {
     First(First),
-    Second(Second),
+    Second(Box<Second>),
 }
 
 /// `q-direct-1` without network cards.
@@ -156,7 +156,7 @@ impl Layout {
     /// The oldest that says all of the spec.
     pub(super) fn of(spec: &VmSpec) -> Layout {
         let first = First::of(spec).filter(|first| VmSpec::from(first) == *spec);
-        first.map_or_else(|| Layout::Second(Second::of(spec.clone())), Layout::First)
+        first.map_or_else(|| Layout::Second(Box::new(Second::of(spec.clone()))), Layout::First)
     }
 
     /// The level at which hosts can read it.
@@ -172,7 +172,7 @@ impl From<Layout> for VmSpec {
     fn from(layout: Layout) -> VmSpec {
         match layout {
             Layout::First(first) => VmSpec::from(&first),
-            Layout::Second(second) => VmSpec::from(second),
+            Layout::Second(second) => VmSpec::from(*second),
         }
     }
 }
