@@ -10,6 +10,8 @@ use std::time::Duration;
 use tracing_subscriber::fmt::MakeWriter;
 use vmm_control::LogLevel;
 
+use crate::sandbox::Role;
+
 const QUEUE_LINES: usize = 1024;
 const FLUSH: Duration = Duration::from_millis(500);
 
@@ -21,13 +23,24 @@ enum Item {
 static LOST_LINES: AtomicU64 = AtomicU64::new(0);
 static QUEUE: OnceLock<SyncSender<Item>> = OnceLock::new();
 
-/// Starts logging. Called once.
-pub fn start(level: LogLevel) -> io::Result<()> {
+/// Lines that wait for their writer.
+pub struct Waiting(Receiver<Item>);
+
+/// Starts logging, without a thread yet. Called once.
+pub fn start(level: LogLevel) -> io::Result<Waiting> {
     let (sender, receiver) = sync_channel(QUEUE_LINES);
-    std::thread::Builder::new().name("log".into()).spawn(move || write_lines(&receiver))?;
     let _ = QUEUE.set(sender);
     let filter = tracing_subscriber::EnvFilter::new(level.as_str());
-    tracing_subscriber::fmt().json().with_env_filter(filter).with_writer(ToQueue).try_init().map_err(io::Error::other)
+    let log = tracing_subscriber::fmt().json().with_env_filter(filter).with_writer(ToQueue);
+    log.try_init().map_err(io::Error::other)?;
+    Ok(Waiting(receiver))
+}
+
+impl Waiting {
+    /// Writes what was said so far and what will be.
+    pub fn write(self) -> io::Result<()> {
+        Role::Log.spawn("", move || write_lines(&self.0)).map(drop)
+    }
 }
 
 /// Lines that were dropped because the log did not keep up.
