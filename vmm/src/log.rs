@@ -11,6 +11,8 @@ use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
 use vmm_control::LogLevel;
 
+use crate::sandbox::Role;
+
 const QUEUE_LINES: usize = 1024;
 const FLUSH: Duration = Duration::from_millis(500);
 
@@ -22,14 +24,17 @@ enum Item {
 static LOST_LINES: AtomicU64 = AtomicU64::new(0);
 static QUEUE: OnceLock<SyncSender<Item>> = OnceLock::new();
 
-/// Starts logging. Called once.
-pub fn start(level: LogLevel) -> io::Result<()> {
+/// Lines that wait for their writer.
+pub struct Waiting(Receiver<Item>);
+
+/// Starts logging, without a thread yet. Called once.
+pub fn start(level: LogLevel) -> io::Result<Waiting> {
     let (sender, receiver) = sync_channel(QUEUE_LINES);
-    std::thread::Builder::new().name("log".into()).spawn(move || write_lines(&receiver))?;
     let _ = QUEUE.set(sender);
     // Not an `EnvFilter`: for the sake of patterns that nobody writes here, each vmm would carry and set up a regex engine.
     let subscriber = tracing_subscriber::fmt().json().with_max_level(most(level)).with_writer(ToQueue);
-    subscriber.try_init().map_err(io::Error::other)
+    subscriber.try_init().map_err(io::Error::other)?;
+    Ok(Waiting(receiver))
 }
 
 fn most(level: LogLevel) -> LevelFilter {
@@ -39,6 +44,13 @@ fn most(level: LogLevel) -> LevelFilter {
         LogLevel::Info => LevelFilter::INFO,
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Trace => LevelFilter::TRACE,
+    }
+}
+
+impl Waiting {
+    /// Writes what was said so far and what will be.
+    pub fn write(self) -> io::Result<()> {
+        Role::Log.spawn("", move || write_lines(&self.0)).map(drop)
     }
 }
 

@@ -35,6 +35,10 @@ enum Command {
         /// An open descriptor of the tap of a network card; each card of the configuration needs one
         #[arg(long = "tap-fd", value_name = "ID=FD")]
         tap_fds: Vec<TapFd>,
+        /// Give up what the guest's process does not need: most system calls, files, the network, all capabilities. Disks must be the
+        /// user's own and known from the start
+        #[arg(long)]
+        sandbox: bool,
         /// Wait for the guest to come from elsewhere, over the control socket, instead of starting it
         #[arg(long)]
         incoming: bool,
@@ -48,13 +52,13 @@ enum Command {
 fn main() -> ExitCode {
     let process_start = Instant::now();
     match Arguments::parse().command {
-        Command::Run { config, control, lock_fd, tap_fds, incoming } => {
+        Command::Run { config, control, lock_fd, tap_fds, sandbox, incoming } => {
             // Before the first thread: all inherit the mask.
             if let Err(error) = vmm::control::server::block_signals() {
                 eprintln!("vmm: cannot prepare for signals: {error}");
                 return ExitCode::FAILURE;
             }
-            let options = RunOptions { config, control, lock_fd, tap_fds, incoming };
+            let options = RunOptions { config, control, lock_fd, tap_fds, incoming, sandbox };
             ExitCode::from(process::run(&options, process_start))
         }
         Command::Check => {

@@ -1,5 +1,5 @@
-//! The life of one vmm process: configuration, lock, marker, then one machine after the other until the guest has ended, then the
-//! exit report.
+//! The life of one vmm process: configuration, lock, sandbox, marker, then one machine after the other until the guest has ended, then
+//! the exit report.
 //!
 //! A guest may also come from another process ([`arrival`]): then the machine is built first, and the marker written last.
 //!
@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use kvm_ioctls::Kvm;
 use vmm_control::{ExitReason, ExitReport, Notice, PauseReason, VmmConfig};
 
 use crate::agent_channel::AgentChannel;
@@ -22,7 +23,7 @@ use crate::control::{Control, ControlServer, Running};
 use crate::cpu::gate::{RunGate, Stop};
 use crate::cpu::{cpuid, model};
 use crate::devices::legacy::boot_timer::BootTime;
-use crate::devices::net::{TapFd, tap};
+use crate::devices::net::{KernelTap, TapFd, tap};
 use crate::incident::{Incident, Incidents};
 use crate::io_stop::IoStop;
 use crate::lease::quiesce::DiskGate;
@@ -33,7 +34,8 @@ use crate::machine::layout::Layout;
 use crate::machine::open_device::Host;
 use crate::machine::{self, Beginning, Context, Ending, Endings, EndingsReceiver, Machine, kvm};
 use crate::memory::huge_pages::Reserved;
-use crate::metrics::ExitCounters;
+use crate::metrics::{self, ExitCounters};
+use crate::sandbox;
 use crate::saved::incoming::Incoming;
 use crate::saved::session::Saves;
 use crate::start_once::{StartError, VmLock, mark_started};
@@ -49,6 +51,8 @@ pub struct RunOptions {
     pub tap_fds: Vec<TapFd>,
     /// The guest comes from elsewhere, over the control socket.
     pub incoming: bool,
+    /// Everything that is not needed is given up before anything is looked at. hostd does not ask for it yet (ADR 0016).
+    pub sandbox: bool,
 }
 
 /// How a process ended, before it is a report.
@@ -91,10 +95,13 @@ pub fn run(options: &RunOptions, process_start: Instant) -> u8 {
             return ExitReason::StartFailed.exit_code();
         }
     };
-    if let Err(error) = log::start(config.log_level) {
-        eprintln!("vmm: cannot start the log: {error}");
-        return ExitReason::StartFailed.exit_code();
-    }
+    let log = match log::start(config.log_level) {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("vmm: cannot start the log: {error}");
+            return ExitReason::StartFailed.exit_code();
+        }
+    };
     let span = tracing::info_span!("vm", vm = %config.vm, epoch = config.epoch);
     let _entered = span.enter();
     let lock = match take_lock(options, &config) {
@@ -102,11 +109,19 @@ pub fn run(options: &RunOptions, process_start: Instant) -> u8 {
         Err(error) => {
             // Without the lock nothing in the run directory is ours, the exit report neither.
             eprintln!("vmm: {}", chain(&error));
-            log::flush();
             return ExitReason::StartFailed.exit_code();
         }
     };
-    let End { outcome, epoch, server } = run_locked(options, &config, process_start);
+    let opened = open(options, &config);
+    // The first thread of its own: a sandbox is entered by one alone.
+    if let Err(error) = log.write() {
+        eprintln!("vmm: cannot start the log: {error}");
+        return ExitReason::StartFailed.exit_code();
+    }
+    let End { outcome, epoch, server } = match opened {
+        Ok(opened) => run_locked(options, &config, opened, process_start),
+        Err(outcome) => End { outcome, epoch: config.epoch, server: None },
+    };
     let code = outcome.reason.exit_code();
     report(&config, epoch, outcome);
     // Only now may hostd see the end of the connection: it finds the report.
@@ -166,6 +181,41 @@ fn report(config: &VmmConfig, epoch: u64, outcome: Outcome) {
     }
 }
 
+/// What a sandbox leaves no way to.
+struct Opened {
+    taps: Vec<KernelTap>,
+    kvm: Kvm,
+    reserved: Option<Reserved>,
+    files: BootFiles,
+}
+
+/// Opens it, looks at none of its bytes, and gives the rest up where that is asked for. The process has one thread.
+fn open(options: &RunOptions, config: &VmmConfig) -> Result<Opened, Outcome> {
+    // Cheap, and before anything else: a used epoch must not even open its disks. The marker itself decides later.
+    if !options.incoming && config.started_marker.exists() {
+        let error = StartError::AlreadyStarted { epoch: config.epoch, path: config.started_marker.clone() };
+        return Err(Outcome::not_started(ExitReason::AlreadyStarted, &error));
+    }
+    remove_old_report(&config.run_dir);
+    open_and_confine(options, config).map_err(|error| Outcome::not_started(ExitReason::StartFailed, error.as_ref()))
+}
+
+fn open_and_confine(options: &RunOptions, config: &VmmConfig) -> Result<Opened, PrepareError> {
+    let taps = tap::adopt_all(&config.nics, &options.tap_fds, options.lock_fd)?;
+    let kvm = kvm::open()?;
+    let layout = Layout::new(config.memory_bytes, config.max_memory_bytes());
+    // What the host cannot give is said before the epoch is used up.
+    model::leaves(config.cpu().model, &cpuid::supported(&kvm)?, layout.address_bits())?;
+    let reserve = |pages| Reserved::take_from_host(pages, config.memory_bytes);
+    let reserved = config.huge_pages.map(reserve).transpose()?;
+    let files = BootFiles::open(&config.kernel, config.initrd.as_deref(), &config.cmdline)?;
+    if options.sandbox {
+        metrics::open()?;
+        sandbox::enter(&sandbox::Reach::of(config, &options.control))?;
+    }
+    Ok(Opened { taps, kvm, reserved, files })
+}
+
 /// What must be there before the epoch is used up.
 struct Prepared {
     context: Context,
@@ -177,15 +227,13 @@ struct Prepared {
 
 type PrepareError = Box<dyn std::error::Error>;
 
-fn prepare(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> Result<Prepared, PrepareError> {
-    let taps = tap::adopt_all(&config.nics, &options.tap_fds, options.lock_fd)?;
-    let kvm = kvm::open()?;
-    let layout = Layout::new(config.memory_bytes, config.max_memory_bytes());
-    // What the host cannot give is said before the epoch is used up.
-    model::leaves(config.cpu().model, &cpuid::supported(&kvm)?, layout.address_bits())?;
-    let reserve = |pages| Reserved::take_from_host(pages, config.memory_bytes);
-    let reserved = config.huge_pages.map(reserve).transpose()?;
-    let files = BootFiles::open(&config.kernel, config.initrd.as_deref(), &config.cmdline)?;
+fn prepare(
+    options: &RunOptions,
+    config: &VmmConfig,
+    opened: Opened,
+    process_start: Instant,
+) -> Result<Prepared, PrepareError> {
+    let Opened { taps, kvm, reserved, files } = opened;
     let console = ConsoleHub::with_log(&config.run_dir.join("console.log"))?;
     let gate = RunGate::new();
     let disk_gate = DiskGate::new();
@@ -272,15 +320,9 @@ struct End {
     server: Option<ControlServer>,
 }
 
-fn run_locked(options: &RunOptions, config: &VmmConfig, process_start: Instant) -> End {
+fn run_locked(options: &RunOptions, config: &VmmConfig, opened: Opened, process_start: Instant) -> End {
     let early = |outcome| End { outcome, epoch: config.epoch, server: None };
-    // Cheap, and before anything else: a used epoch must not even open its disks. The marker itself decides below.
-    if !options.incoming && config.started_marker.exists() {
-        let error = StartError::AlreadyStarted { epoch: config.epoch, path: config.started_marker.clone() };
-        return early(Outcome::not_started(ExitReason::AlreadyStarted, &error));
-    }
-    remove_old_report(&config.run_dir);
-    let prepared = match prepare(options, config, process_start) {
+    let prepared = match prepare(options, config, opened, process_start) {
         Ok(prepared) => prepared,
         Err(error) => {
             return early(Outcome::not_started(ExitReason::StartFailed, error.as_ref()));

@@ -19,9 +19,14 @@ pub fn boottime_ns() -> u64 {
 }
 
 /// The signal that takes a vCPU thread out of the guest. Real-time, so that it cannot meet one of libc's or a library's.
-fn kick_signal() -> libc::c_int {
+pub(crate) fn kick_signal() -> libc::c_int {
     libc::SIGRTMIN() + 1
 }
+
+/// One heap for all threads. glibc makes more of them by the number of processors, and gives memory of those back by the kernel's
+/// policy: both stand in files that the sandbox has out of reach, and that any thread would open at any time.
+#[cfg(target_env = "gnu")]
+const ALLOCATOR_ARENAS: libc::c_int = 1;
 
 thread_local! {
     /// `kvm_run.immediate_exit` of the vCPU that this thread runs, else null. No destructor, so the signal
@@ -181,6 +186,18 @@ pub fn inherit_fd(number: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: the number is open, and it is the parent's contract that nothing else in this process owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Does what is done once a process, and which the sandbox does not allow later: asks the kernel where the vDSO is, installs the handler
+/// of kicks, and has the allocator open no files.
+pub fn prepare() {
+    let _ = boottime_ns();
+    install_kick_handler();
+    #[cfg(target_env = "gnu")]
+    // SAFETY: sets a number; there is one thread.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, ALLOCATOR_ARENAS);
+    }
 }
 
 /// Raises the calling thread above all ordinary ones. Refused without CAP_SYS_NICE.

@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 
 use super::{ConsoleError, LOG_ROTATE_BYTES, Shared, locked};
+use crate::sandbox::Role;
 
 pub(super) struct LogThread {
     thread: JoinHandle<()>,
@@ -16,9 +17,8 @@ pub(super) struct LogThread {
 impl LogThread {
     pub(super) fn start(path: &Path, shared: Arc<Shared>) -> Result<Self, ConsoleError> {
         let mut file = LogFile::open(path).map_err(|source| ConsoleError::OpenLog { path: path.to_owned(), source })?;
-        let thread = std::thread::Builder::new()
-            .name("console-log".into())
-            .spawn(move || {
+        let thread = Role::ConsoleLog
+            .spawn("", move || {
                 while let Some((bytes, lost)) = next_log_batch(&shared) {
                     if let Err(error) = file.append(&bytes, lost) {
                         tracing::warn!(path = %file.path.display(), %error, "cannot write the console log");

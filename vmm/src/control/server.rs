@@ -21,6 +21,7 @@ use super::client::{Client, ClientError};
 use super::{Answer, Control, Stream, lock};
 use crate::agent_channel::{self, AgentChannelError, AgentClient};
 use crate::console_hub::{self, ConsoleClient, ConsoleSource};
+use crate::sandbox::Role;
 use crate::saved::incoming::{Incoming, Source};
 use crate::saved::parts::Parts;
 use crate::saved::session::Session;
@@ -75,10 +76,7 @@ impl ControlServer {
             clients: Vec::new(),
             streams: Arc::new(AtomicUsize::new(0)),
         };
-        let thread = std::thread::Builder::new()
-            .name("control".into())
-            .spawn(move || server.run())
-            .map_err(ServerError::Thread)?;
+        let thread = Role::Control.spawn("", move || server.run()).map_err(ServerError::Thread)?;
         Ok(Self { control, finish, thread, path: path.to_owned() })
     }
 
@@ -312,7 +310,7 @@ impl Loop {
         let streams = Arc::clone(&self.streams);
         streams.fetch_add(1, Ordering::SeqCst);
         let counted = Counted(streams);
-        let spawned = std::thread::Builder::new().name("stream".into()).stack_size(256 << 10).spawn(move || {
+        let spawned = Role::Stream.spawn("", move || {
             let _counted = counted;
             let (socket, received, mut unsent) = client.into_stream();
             unsent.extend(Message::Reply(reply).encode());

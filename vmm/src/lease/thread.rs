@@ -13,6 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::quiesce::Quiesce;
 use super::{Lease, LeaseChange, Phase};
 use crate::cpu::gate::Stop;
+use crate::sandbox::Role;
 use crate::sys::raise_priority;
 
 /// hostd counts 5 s from the deadline; the first attempt leaves it one.
@@ -26,7 +27,7 @@ const RETRY: Duration = Duration::from_millis(200);
 
 /// Starts the thread. It ends after [`Lease::end`].
 pub fn start(lease: Arc<Lease>) -> std::io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name("lease".into()).spawn(move || {
+    Role::Lease.spawn("", move || {
         if let Err(error) = raise_priority() {
             tracing::debug!(%error, "the lease thread has ordinary priority");
         }

@@ -29,6 +29,7 @@ use crate::lease::Phase;
 use crate::lease::quiesce::Quiesce;
 use crate::pci::topology::slot_address;
 use crate::pci::{PciBus, PciError, SharedFunction, SlotEvents};
+use crate::sandbox::Role;
 use crate::virtio::{VirtioDevice, locked};
 
 /// A device and the slot that it is to be put into.
@@ -96,7 +97,7 @@ impl DeviceManager {
             events,
         });
         let weak = Arc::downgrade(&manager);
-        std::thread::Builder::new().name("plug".into()).spawn(move || serve(&weak, &received))?;
+        Role::Plug.spawn("", move || serve(&weak, &received))?;
         Ok(manager)
     }
 
@@ -129,7 +130,7 @@ impl DeviceManager {
             }
             let manager = Arc::clone(self);
             let life = move || manager.open_and_connect(place, &device, tap);
-            if let Err(source) = std::thread::Builder::new().name("plug-open".into()).spawn(life) {
+            if let Err(source) = Role::PlugOpen.spawn("", life) {
                 locked(&self.inventory).gone(place);
                 return Err(Refusal::Thread { id, source });
             }
@@ -434,7 +435,7 @@ impl DeviceManager {
         };
         let manager = Arc::clone(self);
         let life = move || manager.end_device(place);
-        if let Err(error) = std::thread::Builder::new().name("unplug".into()).spawn(life) {
+        if let Err(error) = Role::Unplug.spawn("", life) {
             tracing::error!(%error, slot, "no thread that ends a device: it ends with the machine");
         }
     }

@@ -35,6 +35,7 @@ use crate::devices::legacy::serial::SerialPort;
 use crate::devices::legacy::{PowerControl, PowerRequest};
 use crate::incident::NmiSink;
 use crate::lease::quiesce::{Quiesce, QuiesceError};
+use crate::sandbox::Role;
 use crate::saved::parts::{Parts, PartsError};
 use crate::saved::payload::Payloads;
 use crate::saved::session::Saves;
@@ -45,8 +46,6 @@ pub use fixed::FixedHandles;
 
 /// How long the disks may take to end their I/O when a machine is taken down.
 const DRAIN: Duration = Duration::from_secs(5);
-/// A vCPU thread does nothing but run its vCPU.
-const VCPU_STACK_BYTES: usize = 256 << 10;
 /// More than can wait: each vCPU reports once, and further requests change nothing.
 const INBOX: usize = 64;
 
@@ -192,10 +191,8 @@ impl Machine {
         let count = self.vcpus.len();
         for (index, vcpu) in self.vcpus.drain(..).enumerate() {
             let ready = ready.clone();
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu-{index}"))
-                .stack_size(VCPU_STACK_BYTES)
-                .spawn(move || {
+            let thread = Role::Vcpu
+                .spawn(&index.to_string(), move || {
                     vcpu.run(|| {
                         // The receiver lives until all have said so.
                         let _ = ready.send(());

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::precopy::MAX_THROTTLE_PERCENT;
 use crate::cpu::gate::{RunGate, Stop};
+use crate::sandbox::Role;
 
 const PERIOD: Duration = Duration::from_millis(100);
 
@@ -39,8 +40,7 @@ impl Throttle {
         self.shared.order().percent = percent.min(MAX_THROTTLE_PERCENT);
         if percent > 0 && self.thread.is_none() {
             let (gate, shared) = (Arc::clone(&self.gate), Arc::clone(&self.shared));
-            let thread = std::thread::Builder::new().name("throttle".into()).stack_size(64 << 10);
-            self.thread = Some(thread.spawn(move || shared.run(&gate))?);
+            self.thread = Some(Role::Throttle.spawn("", move || shared.run(&gate))?);
         }
         Ok(())
     }

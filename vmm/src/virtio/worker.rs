@@ -17,6 +17,7 @@ use super::locked;
 use super::queue::QueueError;
 use crate::bell::{Bell, poll_timeout};
 use crate::cpu::gate::RunGate;
+use crate::sandbox::Role;
 
 /// Pause after an error of `poll`, which only a broken descriptor table gives.
 const AFTER_ERROR: Duration = Duration::from_millis(100);
@@ -93,7 +94,7 @@ impl<W: Work> Worker<W> {
             started: Instant::now(),
         });
         let thread = Arc::clone(&shared);
-        std::thread::Builder::new().name(format!("virtio-{name}")).spawn(move || thread.run())?;
+        Role::Virtio.spawn(name, move || thread.run())?;
         Ok(Self { shared })
     }
 

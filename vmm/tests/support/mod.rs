@@ -4,6 +4,7 @@
 pub mod guest;
 pub mod moving;
 pub mod plug_guest;
+pub mod recorder;
 pub mod tap;
 
 use std::io::{BufRead, BufReader, Write};
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use recorder::Recorder;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmm_control::descriptor::send_line;
@@ -95,17 +97,20 @@ impl TestVm {
     pub fn start(&mut self) -> &mut Self {
         std::fs::write(self.path("config.json"), self.config.to_string()).unwrap();
         let log = std::fs::File::create(self.path("log")).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_vmm"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
+        command
             .args(["run", "--config"])
             .arg(self.path("config.json"))
             .arg("--control")
             .arg(self.path("control"))
             .args(&self.arguments)
             .stdin(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        self.child = Some(child);
+            .stderr(log);
+        let child = match Recorder::installed() {
+            Some(recorder) => recorder.spawn(&mut command),
+            None => command.spawn(),
+        };
+        self.child = Some(child.unwrap());
         self
     }
 
@@ -141,6 +146,9 @@ impl TestVm {
 
 impl Drop for TestVm {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("what the vmm said:\n{}", self.log());
+        }
         if let Some(mut child) = self.child.take() {
             let _ = child.kill();
             let _ = child.wait();

@@ -21,6 +21,7 @@ use super::fault::DiskFaults;
 use super::metrics::BlockMetrics;
 use super::request::Request;
 use crate::lease::quiesce::{DiskGate, Drained, Quiesce, QuiesceError};
+use crate::sandbox::Role;
 use crate::virtio::device::DeviceError;
 use crate::virtio::{DeviceQueue, QueueError, VirtioInterrupt, locked};
 
@@ -153,10 +154,7 @@ pub(super) fn start(
         faults,
         started: Instant::now(),
     };
-    std::thread::Builder::new()
-        .name(format!("disk-{name}").chars().take(15).collect())
-        .spawn(move || thread.run())
-        .map_err(failed)?;
+    Role::Disk.spawn(name, move || thread.run()).map_err(failed)?;
     Ok(link)
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::backend::{Backend, Completion, DISCARD_MODE, Io, Token, zero_mode};
+use crate::sandbox::Role;
 use crate::virtio::locked;
 
 const THREADS: usize = 4;
@@ -74,7 +75,7 @@ impl<M: Medium> Workers<M> {
         for _ in 0..THREADS {
             let shared = Arc::clone(&shared);
             // Not joined: one that hangs in the disk must not hold up anybody.
-            std::thread::Builder::new().name("disk-worker".into()).spawn(move || shared.work())?;
+            Role::DiskWorker.spawn("", move || shared.work())?;
         }
         Ok(workers)
     }

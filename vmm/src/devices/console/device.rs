@@ -21,6 +21,7 @@ use crate::agent_channel::AgentChannel;
 use crate::bell::Bell;
 use crate::console_hub::{ConsoleSink, ConsoleSource};
 use crate::cpu::gate::RunGate;
+use crate::sandbox::Role;
 use crate::virtio::device::{DeviceError, QueuePosition};
 use crate::virtio::{Activation, DeviceKind, QueueError, VirtioDevice, locked};
 
@@ -81,10 +82,7 @@ impl Console {
             ending: AtomicBool::new(false),
         });
         let thread = Arc::clone(&shared);
-        std::thread::Builder::new()
-            .name("virtio-console".into())
-            .spawn(move || thread.run())
-            .map_err(ConsoleDeviceError::Thread)?;
+        Role::Console.spawn("", move || thread.run()).map_err(ConsoleDeviceError::Thread)?;
         Ok(Arc::new(Self { shared }))
     }
 

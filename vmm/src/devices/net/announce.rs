@@ -11,6 +11,7 @@ use pnet_base::MacAddr;
 
 use super::header::HEADER_BYTES;
 use super::tap::{KernelTap, Tap};
+use crate::sandbox::Role;
 
 /// Before each frame but the first, in milliseconds.
 const PAUSES_MS: [u64; 4] = [50, 150, 250, 350];
@@ -68,7 +69,7 @@ pub fn start(cards: Vec<(MacAddr, Arc<KernelTap>)>) {
             send(&cards);
         }
     };
-    if let Err(error) = std::thread::Builder::new().name("announce".into()).stack_size(64 << 10).spawn(announce) {
+    if let Err(error) = Role::Announce.spawn("", announce) {
         // The guest's own first frame says the same.
         tracing::warn!(%error, "the network is not told where the guest is now");
     }

@@ -19,6 +19,7 @@ use super::metrics::NetMetrics;
 use super::tap::Tap;
 use crate::bell::Bell;
 use crate::cpu::gate::RunGate;
+use crate::sandbox::Role;
 use crate::virtio::device::{DeviceError, QueuePosition};
 use crate::virtio::{DeviceQueue, QueueError, VirtioInterrupt, locked};
 
@@ -132,10 +133,7 @@ pub(super) fn start(name: &str, tap: Box<dyn Tap>, gate: Arc<RunGate>) -> Result
         link: Arc::downgrade(&link),
         driver: None,
     };
-    std::thread::Builder::new()
-        .name(format!("nic-{name}").chars().take(15).collect())
-        .spawn(move || thread.run())
-        .map_err(failed)?;
+    Role::Nic.spawn(name, move || thread.run()).map_err(failed)?;
     Ok(link)
 }
 

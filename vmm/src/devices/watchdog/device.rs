@@ -14,6 +14,7 @@ use crate::cpu::gate::RunGate;
 use crate::incident::WatchdogSink;
 use crate::pci::config_space::{ConfigSpace, Identity, SavedConfigSpace};
 use crate::pci::{Bar, BarKind, BarRange, PciError, PciFunction};
+use crate::sandbox::Role;
 use crate::virtio::locked;
 
 const IDENTITY: Identity = Identity {
@@ -84,8 +85,7 @@ impl Watchdog {
         let shared =
             Arc::new(Shared { inner: Mutex::new(Inner { space, timer, ended: false }), gate, bell, sink, has_fired });
         let waits = Arc::clone(&shared);
-        let thread =
-            std::thread::Builder::new().name("watchdog".into()).spawn(move || waits.run()).map_err(WatchdogError)?;
+        let thread = Role::Watchdog.spawn("", move || waits.run()).map_err(WatchdogError)?;
         let handle = WatchdogHandle { shared: Arc::clone(&shared), thread: Mutex::new(Some(thread)) };
         Ok((Arc::new(Self { shared }), Arc::new(handle)))
     }

@@ -26,11 +26,11 @@ const DISK: &str = "shared1";
 const ADDRESS: &str = "10.77.0.104";
 const PING_EVERY_MS: u32 = 100;
 /// MiB a second that a migration may take.
-const CAP: &str = "6";
+const CAP: &str = "4";
 /// Writes 8 MiB round and round, 1 MiB at a time, faster than that where the processors allow it. Not zeros: those cost nothing.
 const WRITER: &str = "dd if=/dev/urandom of=/run/pattern bs=256k count=4 2>/dev/null; \
     (i=0; while :; do dd if=/run/pattern of=/run/dirt bs=256k count=4 seek=$((i * 4)) conv=notrunc 2>/dev/null; \
-    i=$(((i + 1) % 8)); usleep 50000; done) </dev/null >/dev/null 2>&1 & echo writes";
+    i=$(((i + 1) % 8)); usleep 20000; done) </dev/null >/dev/null 2>&1 & echo writes";
 /// Asked, and pinging, from the host that never runs the guest.
 const ASKER: HostId = HostId(1);
 const HOMES: [HostId; 2] = [HostId(2), HostId(3)];

@@ -1,0 +1,145 @@
+//! What the whole process gives up, in the order in which the kernel asks for it. Each is a property of the calling thread that
+//! later threads inherit, so this runs while there is one.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use landlock::{
+    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+};
+use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
+use vmm_control::{DiskConfig, VmmConfig};
+
+/// The newest rules of Landlock that are asked for. An older kernel holds those that it knows.
+const RULES: ABI = ABI::V6;
+/// The highest capability that a kernel can have, and one more: their sets are 64 bits wide.
+const CAPABILITIES: u32 = 64;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfineError {
+    #[error("the process has {0} threads, and the sandbox is entered with one: this is a mistake in the program")]
+    Threads(usize),
+    #[error("cannot look at this process's own threads in /proc; is it mounted?")]
+    Proc(#[source] io::Error),
+    #[error("cannot give up {what}")]
+    GiveUp {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the kernel refuses the rules of Landlock")]
+    Landlock(#[source] RulesetError),
+}
+
+/// What of the file system is left.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// Files come, go and change in them.
+    directories: BTreeSet<PathBuf>,
+    read: BTreeSet<PathBuf>,
+    write: BTreeSet<PathBuf>,
+}
+
+impl Reach {
+    /// The directories of the process, and the disks of its configuration: they are opened again after a reset and at the beginning of a
+    /// new lease. One that is plugged later is reached only if it lies in one of the directories.
+    pub fn of(config: &VmmConfig, control: &Path) -> Self {
+        let parent = |path: &Path| path.parent().unwrap_or(Path::new("/")).to_owned();
+        let directories = [config.run_dir.clone(), parent(&config.started_marker), parent(control)].into();
+        let (mut read, mut write) = (BTreeSet::new(), BTreeSet::new());
+        for DiskConfig { path, read_only, backing, .. } in &config.disks {
+            if *read_only { &mut read } else { &mut write }.insert(path.clone());
+            read.extend(backing.iter().map(|image| image.path.clone()));
+        }
+        Self { directories, read, write }
+    }
+
+    /// With the rights to each.
+    fn paths(&self) -> impl Iterator<Item = (&Path, BitFlags<AccessFs>)> {
+        let read = BitFlags::from(AccessFs::ReadFile);
+        // An image grows.
+        let write = read | AccessFs::WriteFile | AccessFs::Truncate;
+        let directory = write | AccessFs::ReadDir | AccessFs::MakeReg | AccessFs::MakeSock | AccessFs::RemoveFile;
+        let directories = self.directories.iter().map(move |path| (path.as_path(), directory));
+        let read_only = self.read.iter().map(move |path| (path.as_path(), read));
+        directories.chain(read_only).chain(self.write.iter().map(move |path| (path.as_path(), write)))
+    }
+}
+
+/// Everything but the filters.
+pub(super) fn enter(reach: &Reach) -> Result<(), ConfineError> {
+    let threads = fs::read_dir("/proc/self/task").map_err(ConfineError::Proc)?.count();
+    if threads != 1 {
+        return Err(ConfineError::Threads(threads));
+    }
+    let failed = |what| move |errno: rustix::io::Errno| ConfineError::GiveUp { what, source: errno.into() };
+    rustix::thread::set_no_new_privs(true).map_err(failed("new privileges"))?;
+    keep_priority();
+    leave_network()?;
+    restrict_files(reach)?;
+    drop_capabilities().map_err(failed("capabilities"))
+}
+
+/// The lease thread may still stand above all ordinary ones when no capability says so.
+fn keep_priority() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let current = getrlimit(Resource::Rtprio);
+    let wanted = Rlimit { current: Some(1), maximum: Some(1) };
+    if current.current.is_some()
+        && let Err(error) = setrlimit(Resource::Rtprio, wanted)
+    {
+        tracing::debug!(%error, "the lease thread will have ordinary priority");
+    }
+}
+
+/// Into a network with nothing in it. Taps stay where hostd put them, and open.
+fn leave_network() -> Result<(), ConfineError> {
+    // SAFETY: a new network namespace shares nothing that memory safety depends on.
+    match unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) } {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::PERM) => {
+            tracing::warn!(
+                "the sandbox keeps the host's network namespace: leaving it takes root; no socket is allowed in it"
+            );
+            Ok(())
+        }
+        Err(errno) => Err(ConfineError::GiveUp { what: "the host's network", source: errno.into() }),
+    }
+}
+
+fn restrict_files(reach: &Reach) -> Result<(), ConfineError> {
+    let mut ruleset = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(RULES))
+        .and_then(|ruleset| ruleset.scope(Scope::from_all(RULES)))
+        .and_then(Ruleset::create)
+        .map_err(ConfineError::Landlock)?;
+    for (path, rights) in reach.paths() {
+        // What is not there cannot be opened later either, and is then missed in better words.
+        let Ok(place) = PathFd::new(path) else { continue };
+        ruleset = ruleset.add_rule(PathBeneath::new(place, rights)).map_err(ConfineError::Landlock)?;
+    }
+    let status = ruleset.restrict_self().map_err(ConfineError::Landlock)?;
+    if status.ruleset == RulesetStatus::NotEnforced {
+        tracing::warn!(
+            "the sandbox does not restrict files: this kernel has no Landlock (5.13 or later, `landlock` in lsm=)"
+        );
+    }
+    Ok(())
+}
+
+fn drop_capabilities() -> rustix::io::Result<()> {
+    rustix::thread::clear_ambient_capability_set()?;
+    for bit in 0..CAPABILITIES {
+        let capability = CapabilitySet::from_bits_retain(1 << bit);
+        match rustix::thread::remove_capability_from_bounding_set(capability) {
+            // Behind the last one that this kernel has; or a user who has none to give up.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::PERM) => break,
+            other => other?,
+        }
+    }
+    let none = CapabilitySet::empty();
+    rustix::thread::set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
+}
