@@ -363,7 +363,7 @@ fn guests_use_every_rule_with_tun() {
     let recorder = Recorder::install();
     let stories =
         [devices_come_and_go, a_lease_ends_and_is_renewed, a_guest_moves, a_guest_is_looked_after, a_guest_dies];
-    let told = stories.map(|story| std::thread::spawn(story));
+    let told = stories.map(std::thread::spawn);
     let told = told.map(std::thread::JoinHandle::join);
     let borrowed = recorder.borrowed();
     assert!(borrowed.is_empty(), "these belong into the tables of the roles\n{}", borrowed.join("\n"));
