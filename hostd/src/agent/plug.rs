@@ -4,16 +4,19 @@ use std::io;
 use std::io::BufRead;
 use std::io::BufReader;
 use std::io::Read;
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+use statemachine::ids::Epoch;
 use statemachine::ids::VmId;
 use statemachine::state::Nic;
 use thiserror::Error;
 use vmm_control::Call;
 use vmm_control::ErrorCode;
 use vmm_control::Fault;
+use vmm_control::Hello;
 use vmm_control::Message;
 use vmm_control::Request;
 use vmm_control::config::MAX_MTU;
@@ -46,6 +49,8 @@ pub enum PlugError {
     },
     #[error("the vmm refused: {0}")]
     Refused(#[source] Fault),
+    #[error("another process runs the VM by now, or none")]
+    Superseded,
     #[error("the vmm said what this hostd does not understand: {0}")]
     Nonsense(String),
 }
@@ -53,18 +58,18 @@ pub enum PlugError {
 /// Gives the guest a device. When this returns, its vmm opens it, or never will: the answer is waited for without end, because a question
 /// that was given up could be carried out after all, when the disk belongs to somebody else (S2). Whether the guest gets the device, the
 /// vmm's status and notices say.
-pub fn plug(launcher: &Launcher, vm: VmId, device: &Device) -> Result<(), PlugError> {
-    let line = Line::to(launcher, vm);
+pub fn plug(launcher: &Launcher, vm: VmId, epoch: Epoch, device: &Device) -> Result<(), PlugError> {
     match device {
         Device::Disk(disk) => {
+            // Its storage may hang for as long as it likes: only then is the guest looked for that it is for.
             let config = guest_files::disk_config(disk, &launcher.allowed_paths)?;
-            line.ask(Call::PlugDisk { config: Box::new(config) }, None)
+            Line::to(launcher, vm, epoch)?.ask(Call::PlugDisk { config: Box::new(config) }, None)
         }
-        Device::Nic(nic) => plug_nic(&line, vm, nic),
+        Device::Nic(nic) => plug_nic(Line::to(launcher, vm, epoch)?, vm, nic),
     }
 }
 
-fn plug_nic(line: &Line, vm: VmId, nic: &Nic) -> Result<(), PlugError> {
+fn plug_nic(mut line: Line, vm: VmId, nic: &Nic) -> Result<(), PlugError> {
     let mut config = guest_files::nic_config(nic, vm);
     let failed = |source| PlugError::Nic { id: nic.id.clone(), source };
     let tap = Tap::plug(&nic.bridge, config.mac).map_err(failed)?;
@@ -73,57 +78,112 @@ fn plug_nic(line: &Line, vm: VmId, nic: &Nic) -> Result<(), PlugError> {
 }
 
 /// Asks the guest for a device. One that is gone already is what was wanted.
-pub fn unplug(launcher: &Launcher, vm: VmId, device: &str) -> Result<(), PlugError> {
-    match Line::to(launcher, vm).ask(Call::Unplug { id: device.to_owned(), force: false }, None) {
+pub fn unplug(launcher: &Launcher, vm: VmId, epoch: Epoch, device: &str) -> Result<(), PlugError> {
+    match Line::to(launcher, vm, epoch)?.ask(Call::Unplug { id: device.to_owned(), force: false }, None) {
         Err(PlugError::Refused(fault)) if fault.code == ErrorCode::NotFound => Ok(()),
         other => other,
     }
 }
 
-/// A connection of its own for one question, because a descriptor may go with it.
+/// A connection of its own, because a descriptor may go with a question. It leads to the process that runs the guest of this epoch, for as long
+/// as it lives: what is asked over it reaches no other, which may not have the device (S2).
 struct Line {
     path: PathBuf,
+    reader: BufReader<UnixStream>,
 }
 
 impl Line {
-    fn to(launcher: &Launcher, vm: VmId) -> Line {
-        Line { path: RunDir::of(&launcher.vms_dir, vm).control_socket() }
+    fn to(launcher: &Launcher, vm: VmId, epoch: Epoch) -> Result<Line, PlugError> {
+        Line::at(RunDir::of(&launcher.vms_dir, vm).control_socket(), vm, epoch)
     }
 
-    fn ask(&self, call: Call, tap: Option<&Tap>) -> Result<(), PlugError> {
-        let failed = |source| PlugError::Socket { path: self.path.clone(), source };
-        let answer = self.exchange(&Request { id: 1, call }.encode(), tap).map_err(failed)?;
-        let reply = answer.iter().find_map(|line| match Message::decode(line) {
-            Ok(Message::Notice(_)) => None,
-            Ok(Message::Reply(reply)) => Some(Ok(reply)),
-            Err(error) => Some(Err(PlugError::Nonsense(error.to_string()))),
-        });
-        let reply = reply.unwrap_or_else(|| Err(PlugError::Nonsense("nothing but notices".to_owned())))?;
-        reply.error.map_or(Ok(()), |fault| Err(PlugError::Refused(fault)))
+    fn at(path: PathBuf, vm: VmId, epoch: Epoch) -> Result<Line, PlugError> {
+        let stream = UnixStream::connect(&path).map_err(|source| PlugError::Socket { path: path.clone(), source })?;
+        let mut line = Line { path, reader: BufReader::new(stream) };
+        let hello = line.call(Call::Hello, None)?.unwrap_or_default();
+        let hello: Hello = serde_json::from_value(hello).map_err(|error| PlugError::Nonsense(error.to_string()))?;
+        match hello.vm == vm.0 && hello.epoch == epoch.0 {
+            true => Ok(line),
+            false => Err(PlugError::Superseded),
+        }
     }
 
-    /// Lines until one that is a reply.
-    fn exchange(&self, request: &[u8], tap: Option<&Tap>) -> io::Result<Vec<Vec<u8>>> {
-        let mut stream = UnixStream::connect(&self.path)?;
+    fn ask(&mut self, call: Call, tap: Option<&Tap>) -> Result<(), PlugError> {
+        self.call(call, tap).map(drop)
+    }
+
+    fn call(&mut self, call: Call, tap: Option<&Tap>) -> Result<Option<serde_json::Value>, PlugError> {
+        let reply = self.exchange(&Request { id: 1, call }.encode(), tap);
+        let reply = reply.map_err(|source| PlugError::Socket { path: self.path.clone(), source })?;
+        match Message::decode(&reply) {
+            Ok(Message::Reply(reply)) => reply.error.map_or(Ok(reply.result), |fault| Err(PlugError::Refused(fault))),
+            Ok(Message::Notice(_)) => Err(PlugError::Nonsense("nothing but notices".to_owned())),
+            Err(error) => Err(PlugError::Nonsense(error.to_string())),
+        }
+    }
+
+    /// The first line that is no notice; the last one where too many come.
+    fn exchange(&mut self, request: &[u8], tap: Option<&Tap>) -> io::Result<Vec<u8>> {
         match tap {
-            Some(tap) => send_line(&stream, request, tap.descriptor.as_fd())?,
-            None => io::Write::write_all(&mut stream, request)?,
+            Some(tap) => send_line(self.reader.get_ref(), request, tap.descriptor.as_fd())?,
+            None => self.reader.get_mut().write_all(request)?,
         }
-        let mut reader = BufReader::new(stream);
-        let mut lines = Vec::new();
-        loop {
-            let mut line = Vec::new();
-            if (&mut reader).take(MAX_LINE_BYTES as u64).read_until(b'\n', &mut line)? == 0 {
-                return Ok(lines);
+        let mut line = Vec::new();
+        for _ in 0..=NOTICES_MAX {
+            line.clear();
+            if (&mut self.reader).take(MAX_LINE_BYTES as u64).read_until(b'\n', &mut line)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            let is_reply = !matches!(Message::decode(&line), Ok(Message::Notice(_)));
-            lines.push(line);
-            if is_reply || lines.len() > NOTICES_MAX {
-                return Ok(lines);
+            if !matches!(Message::decode(&line), Ok(Message::Notice(_))) {
+                break;
             }
         }
+        Ok(line)
     }
 }
 
 /// That may come before the answer.
 const NOTICES_MAX: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use uuid::Uuid;
+
+    use super::*;
+
+    /// A process that runs this epoch, and says how many lines it was sent.
+    fn process(path: &std::path::Path, vm: VmId, epoch: u64) -> std::thread::JoinHandle<usize> {
+        let listener = UnixListener::bind(path).unwrap();
+        std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            let mut answers = stream.try_clone().unwrap();
+            let mut lines = 0;
+            for line in BufReader::new(stream).lines() {
+                let Ok(line) = line else { break };
+                lines += 1;
+                let id = Request::decode(line.as_bytes()).unwrap().id;
+                let hello = serde_json::json!({"protocol": 1, "vm": vm.0, "name": "web", "epoch": epoch, "pid": 1});
+                writeln!(answers, "{}", serde_json::json!({"id": id, "result": hello})).unwrap();
+            }
+            lines
+        })
+    }
+
+    #[test]
+    fn a_device_goes_to_the_guest_that_it_was_given_to_and_to_no_later_one() {
+        // S2: the plug of an earlier epoch may have hung in its storage until the VM runs again, without the right to that disk.
+        let vm = VmId(Uuid::from_u128(7));
+        let dir = tempfile::tempdir().unwrap();
+        let asked = |epoch: u64, name: &str| {
+            let path = dir.path().join(name);
+            let process = process(&path, vm, 42);
+            let unplug = Call::Unplug { id: "data".to_owned(), force: false };
+            let said = Line::at(path, vm, Epoch(epoch)).and_then(|mut line| line.ask(unplug, None));
+            (said, process.join().unwrap())
+        };
+        assert!(matches!(asked(42, "same"), (Ok(()), 2)));
+        assert!(matches!(asked(41, "later"), (Err(PlugError::Superseded), 1)), "nothing but who it is was asked");
+    }
+}

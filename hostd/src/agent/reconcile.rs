@@ -262,9 +262,8 @@ impl Loop {
         let now = self.now();
         let Some(guest) = self.guests.get_mut(&vm) else { return };
         let id = device.id().to_owned();
-        guest.note_device(&id, now);
-        guest.plugging.insert(id.clone());
-        let (plugged, told) = (self.own.processes.plug(vm, device), self.told.clone());
+        guest.begin_plug(&id, now);
+        let (plugged, told) = (self.own.processes.plug(vm, epoch, device), self.told.clone());
         tokio::spawn(async move {
             let refusal = plugged.await.err();
             let _ = told.send((vm, epoch, guest::Told::PlugAnswered(id, refusal))).await;
@@ -275,7 +274,7 @@ impl Loop {
         let now = self.now();
         let Some(guest) = self.guests.get_mut(&vm) else { return };
         guest.note_device(&device, now);
-        let (asked, told) = (self.own.processes.unplug(vm, device.clone()), self.told.clone());
+        let (asked, told) = (self.own.processes.unplug(vm, epoch, device.clone()), self.told.clone());
         tokio::spawn(async move {
             if let Err(words) = asked.await {
                 let _ = told.send((vm, epoch, guest::Told::Device(device, words))).await;

@@ -104,10 +104,10 @@ pub trait Processes: Send + Sync + 'static {
     fn carry(&self, journey: Journey) -> BoxFuture<'static, Result<(), String>>;
 
     /// Gives a running guest a device. Returns when its process has taken it on; the words say why it has not.
-    fn plug(&self, vm: VmId, device: Device) -> BoxFuture<'static, Result<(), String>>;
+    fn plug(&self, vm: VmId, epoch: Epoch, device: Device) -> BoxFuture<'static, Result<(), String>>;
 
     /// Asks a running guest for a device.
-    fn unplug(&self, vm: VmId, device: String) -> BoxFuture<'static, Result<(), String>>;
+    fn unplug(&self, vm: VmId, epoch: Epoch, device: String) -> BoxFuture<'static, Result<(), String>>;
 
     /// An epoch that is marked, of which this hostd knows no guest.
     fn look_into(&self, vm: VmId, permit: Permit) -> BoxFuture<'static, Worked>;
@@ -170,15 +170,15 @@ impl Processes for Launcher {
         async move { carry(road, &socket, journey).await.map_err(|error| error.to_string()) }.boxed()
     }
 
-    fn plug(&self, vm: VmId, device: Device) -> BoxFuture<'static, Result<(), String>> {
+    fn plug(&self, vm: VmId, epoch: Epoch, device: Device) -> BoxFuture<'static, Result<(), String>> {
         let launcher = self.clone();
-        let plugging = blocking(move || plug::plug(&launcher, vm, &device).map_err(|error| error.to_string()));
+        let plugging = blocking(move || plug::plug(&launcher, vm, epoch, &device).map_err(|error| error.to_string()));
         async move { plugging.await.unwrap_or_else(|| Err("this hostd ends".to_owned())) }.boxed()
     }
 
-    fn unplug(&self, vm: VmId, device: String) -> BoxFuture<'static, Result<(), String>> {
+    fn unplug(&self, vm: VmId, epoch: Epoch, device: String) -> BoxFuture<'static, Result<(), String>> {
         let launcher = self.clone();
-        let asking = blocking(move || plug::unplug(&launcher, vm, &device).map_err(|error| error.to_string()));
+        let asking = blocking(move || plug::unplug(&launcher, vm, epoch, &device).map_err(|error| error.to_string()));
         async move { asking.await.unwrap_or_else(|| Err("this hostd ends".to_owned())) }.boxed()
     }
 

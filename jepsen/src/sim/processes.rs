@@ -170,11 +170,11 @@ impl Processes for StandIns {
     }
 
     /// Guests of the simulation have no devices.
-    fn plug(&self, _: VmId, _: Device) -> BoxFuture<'static, Result<(), String>> {
+    fn plug(&self, _: VmId, _: Epoch, _: Device) -> BoxFuture<'static, Result<(), String>> {
         future::ready(Ok(())).boxed()
     }
 
-    fn unplug(&self, _: VmId, _: String) -> BoxFuture<'static, Result<(), String>> {
+    fn unplug(&self, _: VmId, _: Epoch, _: String) -> BoxFuture<'static, Result<(), String>> {
         future::ready(Ok(())).boxed()
     }
 

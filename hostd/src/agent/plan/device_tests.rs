@@ -50,8 +50,7 @@ fn steps(agent: &mut Agent) -> Vec<Step> {
     for action in agent.plan() {
         match action {
             Action::Plug { vm, device, .. } => {
-                guest(agent, vm).note_device(device.id(), now);
-                guest(agent, vm).plugging.insert(device.id().to_owned());
+                guest(agent, vm).begin_plug(device.id(), now);
                 steps.push(Step::Plug);
             }
             Action::Unplug { vm, device, .. } => {
@@ -138,6 +137,25 @@ fn a_disk_that_may_still_be_opened_is_not_said_to_be_free() {
 
     guest(&mut agent, vm).devices = None;
     assert_eq!(steps(&mut agent), [], "a process that has said nothing may have anything");
+}
+
+#[test]
+fn a_device_that_comes_back_begins_anew() {
+    let (mut agent, vm) = with_data_coming();
+    take_back(&mut agent, vm);
+    has(&mut agent, vm, &[DeviceState::Present]);
+    assert_eq!(steps(&mut agent), [Step::Unplug]);
+    guest(&mut agent, vm).device_words.insert("data".to_owned(), "in use".to_owned());
+    has(&mut agent, vm, &[DeviceState::Unplugging]);
+    has(&mut agent, vm, &[]);
+    let host = agent.host();
+    let epoch = guest(&mut agent, vm).epoch;
+    let report = agent.site.report_id(host, boot(2));
+    let told = Command::ReportVmDevice { report, vm, epoch, device: "data".to_owned(), word: DeviceWord::Unplugged };
+    agent.site.must(Actor::Host(host), told);
+    let plug = Devices { disks: vec![Disk::raw("data", "/srv/data")], nics: Vec::new() };
+    change(&mut agent, vm, VmSpecChange { plug, ..VmSpecChange::default() });
+    assert_eq!(steps(&mut agent), [Step::Plug], "at once, and nothing is said of why the last one stayed");
 }
 
 #[test]

@@ -191,6 +191,13 @@ impl Guest {
         self.device_tries.entry(id.to_owned()).or_default().note(Seq::ZERO, now);
     }
 
+    /// Its process is asked to take a device. Why it was not there before says nothing about this time.
+    pub fn begin_plug(&mut self, id: &str, now: Boottime) {
+        self.note_device(id, now);
+        self.device_words.remove(id);
+        self.plugging.insert(id.to_owned());
+    }
+
     /// Its process has answered for a device that it was asked to take. What it said of its devices before does not count any more, and
     /// one such word may still be on its way: it is asked again only when its last answer was heard.
     pub fn plug_answered(&mut self, id: &str, refusal: Option<String>) {
@@ -201,7 +208,8 @@ impl Guest {
         self.device_words.extend(refusal.map(|words| (id.to_owned(), words)));
     }
 
-    /// What its process says of its devices. One that is there has no words against it.
+    /// What its process says of its devices. One that is there has no words against it, and of one that the guest gave up all is
+    /// forgotten: another may come under its name.
     pub fn see_devices(&mut self, seen: BTreeMap<String, DeviceState>) {
         if std::mem::take(&mut self.devices_may_be_old) {
             return;
@@ -213,6 +221,11 @@ impl Guest {
                 self.device_words.remove(id);
                 self.device_tries.remove(id);
             }
+        }
+        let gone = before.iter().filter(|(_, state)| **state != DeviceState::Plugging).map(|(id, _)| id);
+        for id in gone.filter(|id| self.devices.as_ref().is_some_and(|now| !now.contains_key(*id))) {
+            self.device_words.remove(id);
+            self.device_tries.remove(id);
         }
     }
 
