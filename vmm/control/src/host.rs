@@ -1,4 +1,4 @@
-//! What a host offers to guests, as `vmm processor` tells it, and what follows from it for a cluster of them.
+//! What a host offers to guests, as `vmm processor` tells it. What follows from it for a cluster of hosts is the log's to decide.
 
 use std::collections::BTreeMap;
 
@@ -50,31 +50,10 @@ pub struct HostProcessor {
     pub huge_pages: BTreeMap<HugePages, u64>,
 }
 
-impl HostProcessor {
-    /// Whether a guest that started on `first` with this model can come here. Pure advice: the vmm decides by the guest itself.
-    pub fn takes(&self, model: CpuModel, first: &Self) -> bool {
-        let has_features = match model {
-            CpuModel::Host => self.fingerprint == first.fingerprint,
-            named => self.vendor == first.vendor && self.models.contains(&named),
-        };
-        has_features && tsc_fits(first.tsc_khz, self.tsc_khz, self.scales_tsc)
-    }
-}
-
 /// Whether a guest whose time stamp counter counts `guest_khz` can run where it counts `here_khz`.
 pub fn tsc_fits(guest_khz: u32, here_khz: u32, scales: bool) -> bool {
     let apart = u64::from(guest_khz.abs_diff(here_khz));
     scales || apart * 1_000_000 <= u64::from(here_khz) * TSC_TOLERANCE_PPM
-}
-
-/// The baseline of a cluster: the highest named model that all of its hosts can run; `host` when there is none, or no host.
-pub fn common_model<'a>(hosts: impl IntoIterator<Item = &'a HostProcessor>) -> CpuModel {
-    let mut common = None;
-    for host in hosts {
-        let models = common.get_or_insert_with(|| CpuModel::NAMED.to_vec());
-        models.retain(|model| host.models.contains(model));
-    }
-    common.and_then(|models| models.into_iter().max()).unwrap_or(CpuModel::Host)
 }
 
 #[cfg(test)]
@@ -96,28 +75,11 @@ mod tests {
     }
 
     #[test]
-    fn the_baseline_is_the_highest_model_that_all_have() {
-        let (all, two, none) = (host(&[Host, X86_64V2, X86_64V3]), host(&[Host, X86_64V2]), host(&[Host]));
-        assert_eq!(common_model([&all, &all]), X86_64V3);
-        assert_eq!(common_model([&all, &two, &all]), X86_64V2);
-        assert_eq!(common_model([&all, &none]), Host);
-        assert_eq!(common_model([]), Host);
-    }
-
-    #[test]
-    fn a_guest_goes_where_its_processor_and_its_clock_are() {
-        let first = host(&[Host, X86_64V2]);
-        assert!(first.takes(Host, &first) && first.takes(X86_64V2, &first) && !first.takes(X86_64V3, &first));
-        let other = HostProcessor { fingerprint: "bb".into(), ..first.clone() };
-        assert!(!other.takes(Host, &first) && other.takes(X86_64V2, &first));
-        let amd = HostProcessor { vendor: "AuthenticAMD".into(), ..first.clone() };
-        assert!(!amd.takes(X86_64V2, &first));
-        for (tsc_khz, scales_tsc, fits) in
+    fn a_guest_goes_where_its_clock_is() {
+        for (here_khz, scales, fits) in
             [(2_000_500, false, true), (2_000_600, false, false), (2_000_600, true, true), (0, false, false)]
         {
-            let here = HostProcessor { tsc_khz, scales_tsc, ..first.clone() };
-            assert_eq!(here.takes(Host, &first), fits, "{tsc_khz}");
-            assert_eq!(here.takes(X86_64V2, &first), fits, "{tsc_khz}");
+            assert_eq!(tsc_fits(2_000_000, here_khz, scales), fits, "{here_khz}");
         }
     }
 

@@ -27,7 +27,7 @@ pub use cpu::{CpuConfig, CpuModel};
 pub use device::{DeviceKind, DeviceState, DeviceStatus};
 pub use disk::{BackingImage, DiskConfig, DiskFormat, OnError, RateLimit};
 pub use exit::{ExitError, ExitReason, ExitReport};
-pub use host::{HostProcessor, HugePages, common_model};
+pub use host::{HostProcessor, HugePages};
 pub use protocol::{
     Call, DiskFault, ErrorCode, Fault, Hello, IncomingState, IncomingStatus, LiveLimits, Message, Notice, PanicKind,
     PauseReason, ProtocolError, Reply, Request, RunState, SaveState, SaveStatus, Status,
