@@ -45,7 +45,8 @@ impl Guest {
         let disk = |export: &&str| format!("id={export},path=/dev/disk/by-id/virtio-{export}");
         let disks: Vec<String> = shape.disks.iter().map(disk).collect();
         let network = shape.address.map(|address| format!(" address={address}/24")).unwrap_or_default();
-        let command_line = format!("console=ttyS0 quiet hostname={name}{network}");
+        // Memory that it has given back is zero, and costs a migration nothing.
+        let command_line = format!("console=ttyS0 quiet init_on_free=1 hostname={name}{network}");
         let initrd = if shape.agent { AGENT_INITRD } else { INITRD };
         let mut words = vec!["vm", "create", name, "--vcpus", &vcpus, "--memory", "192MiB"];
         words.extend(["--kernel", KERNEL, "--initrd", initrd, "--cmdline", &command_line]);
@@ -106,18 +107,29 @@ impl Guest {
         epoch.with_context(|| format!("{} has no permit", self.name))
     }
 
+    /// Where it runs.
+    pub async fn home(&self, stage: &Stage, asked: HostId) -> Result<HostId> {
+        let shown = self.show(stage, asked).await?;
+        let name = field(&shown, "host_name").and_then(Value::as_str).context("the guest has no host")?;
+        name.parse().map_err(anyhow::Error::msg)
+    }
+
     pub async fn reaches(&self, stage: &Stage, asked: HostId, status: &str, limit: Duration) -> Result<()> {
         let what = format!("{} is {status}", self.name);
         stage.until(&what, limit, async || Ok((self.status(stage, asked).await? == status).then_some(()))).await
     }
 
-    /// Types lines on its console from `host`, which need not run it, until the answer holds `end`; what was seen.
-    pub async fn console(&self, stage: &Stage, host: HostId, lines: &[&str], end: &str) -> Result<String> {
+    /// Types lines on its console from `host`, which need not run it, and returns what it said from the first to the end of the last; what
+    /// it has said by then if that takes longer than 75 seconds. A session begins with what was said before it, so marks tell.
+    pub async fn console(&self, stage: &Stage, host: HostId, lines: &[&str]) -> Result<String> {
+        let mark = format!("said-{}", stage.now_ns());
         let typed = lines.join("\\n");
-        // The pipe stays open until the answer is there or the time is up: closing it would end the session.
+        // The end of what is typed ends no session: its output goes on. So the session is ended when the answer is there.
         let script = format!(
-            "rm -f /tmp/said; (sleep 1; printf '{typed}\\n'; for i in $(seq 60); do grep -q '{end}' /tmp/said && break; sleep 1; done) \
-             | timeout 80 quorate vm console {} >/tmp/said 2>&1; cat /tmp/said",
+            "rm -f /tmp/said; (sleep 1; printf 'sh echo {mark} begins\\n{typed}\\nsh echo {mark} ends\\n') \
+             | timeout 80 quorate vm console {} >/tmp/said 2>&1 & \
+             for i in $(seq 75); do grep -q '^{mark} ends' /tmp/said && break; sleep 1; done; kill $!; wait; \
+             sed -n '/^{mark} begins/,/^{mark} ends/p' /tmp/said | grep -v '^{mark} '; true",
             self.name
         );
         stage.sh(host, &script).await

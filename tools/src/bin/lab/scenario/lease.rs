@@ -116,7 +116,7 @@ async fn cut_off(stage: &Stage, leases: &Guest, plain: &Guest, blow: Blow) -> Re
     let epoch = leases.epoch(stage, ASKER).await?;
     if blow == Blow::DiskHangs {
         let flood = "sh (while :; do dd if=/dev/zero of=/dev/vdb bs=4096 count=8 oflag=direct conv=notrunc; done) >/dev/null 2>&1 &";
-        leases.console(stage, ASKER, &[flood], "sh exit").await?;
+        leases.console(stage, ASKER, &[flood]).await?;
         stage.hang_disk(RUNNER, OTHER_DISK, true).await?;
     }
     let begun_ns = stage.now_ns();

@@ -17,6 +17,7 @@ mod guest;
 mod join;
 mod lease;
 mod migrate;
+mod migrate_failures;
 mod minority;
 mod plug;
 mod poweroff;
@@ -49,6 +50,8 @@ pub enum Story {
     Storage,
     /// A guest moves between two hosts while it runs, back and forth.
     Migrate,
+    /// Its source, its target or the leader loses its power on the way.
+    MigrateFailures,
     /// A disk and a network card come to a guest that runs, move with it, and leave it.
     Plug,
     /// hostd dies or restarts under a guest, and during starts.
@@ -83,6 +86,9 @@ impl Story {
 pub struct StoryOptions {
     #[arg(long, value_enum, default_value = "auto")]
     pub accel: AcceleratorChoice,
+    /// Processors of a host.
+    #[arg(long, default_value_t = 2)]
+    pub cpus: u32,
     /// How often a story with repetitions repeats itself.
     #[arg(long)]
     pub runs: Option<u32>,
@@ -110,6 +116,7 @@ pub async fn tell(dir: &LabDir, story: Story, options: &StoryOptions) -> Result<
         Story::FirstBoot => first_boot::tell(&mut stage).await,
         Story::Agent => agent::tell(&mut stage).await,
         Story::Migrate => migrate::tell(&mut stage, options.runs.unwrap_or(10)).await,
+        Story::MigrateFailures => migrate_failures::tell(&mut stage, options.runs.unwrap_or(12)).await,
         Story::Plug => plug::tell(&mut stage).await,
         Story::Storage => storage::tell(&mut stage).await,
         Story::Restart => restart::tell(&mut stage, options.runs.unwrap_or(50)).await,

@@ -75,6 +75,8 @@ impl DiskWrite {
 pub struct Stage {
     pub dir: LabDir,
     hosts: u8,
+    /// Of each host.
+    pub cpus: u32,
     started: Instant,
     /// Print each command and what it said, as a terminal would show it.
     pub echo: bool,
@@ -87,11 +89,11 @@ impl Stage {
             hosts,
             accelerator: options.accel.resolve()?,
             memory_mib: 2048,
-            cpus: 2,
+            cpus: options.cpus,
             ignore_flush: options.ignore_flush,
             netns: format!("quorate-lab-{}", dir.tag()),
         };
-        let stage = Stage { dir: dir.clone(), hosts, started: Instant::now(), echo: true };
+        let stage = Stage { dir: dir.clone(), hosts, cpus: options.cpus, started: Instant::now(), echo: true };
         lifecycle::up(dir, config, &lifecycle::own_directory()?, with_qemu, 180).await?;
         Ok(stage)
     }
