@@ -174,6 +174,10 @@ impl Processes for StandIns {
         future::ready(Ok(())).boxed()
     }
 
+    fn hand_files(&self, _: VmId, _: Epoch, _: String, _: Arc<VmSpec>) -> BoxFuture<'static, Result<(), String>> {
+        future::ready(Ok(())).boxed()
+    }
+
     fn unplug(&self, _: VmId, _: Epoch, _: String) -> BoxFuture<'static, Result<(), String>> {
         future::ready(Ok(())).boxed()
     }
@@ -344,6 +348,7 @@ impl Attendant {
             stands_for,
             progress: None,
             devices: BTreeMap::new(),
+            files_wanted: BTreeSet::new(),
         };
         if self.seen.as_ref() == Some(&seen) {
             return None;
