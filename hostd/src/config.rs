@@ -294,7 +294,7 @@ impl Config {
             check_absolute("allowed_paths", path)?;
         }
         // A Unix socket's path has 108 bytes; a VM's control socket is the longest that hangs under run_dir.
-        const LONGEST_BELOW: usize = "/vm/00000000-0000-0000-0000-000000000000/control.sock".len();
+        const LONGEST_BELOW: usize = "/vm/00000000-0000-0000-0000-000000000000/vmm/control.sock".len();
         if self.run_dir.as_os_str().len() + LONGEST_BELOW > 107 {
             return Err(("run_dir", format!("write a path of at most {} bytes", 107 - LONGEST_BELOW)));
         }

@@ -10,6 +10,7 @@ use vmm::check;
 use vmm::cpu::report;
 use vmm::devices::net::TapFd;
 use vmm::process::{self, RunOptions};
+use vmm::sandbox::UserId;
 
 /// Runs one guest of Quorate on KVM.
 #[derive(Parser)]
@@ -35,10 +36,13 @@ enum Command {
         /// An open descriptor of the tap of a network card; each card of the configuration needs one
         #[arg(long = "tap-fd", value_name = "ID=FD")]
         tap_fds: Vec<TapFd>,
-        /// Give up what the guest's process does not need: most system calls, files, the network, all capabilities. Disks must be the
-        /// user's own and known from the start
+        /// Give up what the guest's process does not need: most system calls, files, the network, all capabilities. Disks that come later
+        /// must come with their files
         #[arg(long)]
         sandbox: bool,
+        /// In the sandbox, be this user, and the group of the same number. The run directory and that of the marks must be theirs
+        #[arg(long, value_name = "ID", requires = "sandbox")]
+        user: Option<UserId>,
         /// Wait for the guest to come from elsewhere, over the control socket, instead of starting it
         #[arg(long)]
         incoming: bool,
@@ -52,13 +56,13 @@ enum Command {
 fn main() -> ExitCode {
     let process_start = Instant::now();
     match Arguments::parse().command {
-        Command::Run { config, control, lock_fd, tap_fds, sandbox, incoming } => {
+        Command::Run { config, control, lock_fd, tap_fds, sandbox, user, incoming } => {
             // Before the first thread: all inherit the mask.
             if let Err(error) = vmm::control::server::block_signals() {
                 eprintln!("vmm: cannot prepare for signals: {error}");
                 return ExitCode::FAILURE;
             }
-            let options = RunOptions { config, control, lock_fd, tap_fds, incoming, sandbox };
+            let options = RunOptions { config, control, lock_fd, tap_fds, incoming, sandbox, user };
             ExitCode::from(process::run(&options, process_start))
         }
         Command::Check => {

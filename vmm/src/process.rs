@@ -14,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use kvm_ioctls::Kvm;
+use vmm_control::open::{Access, open_files};
 use vmm_control::{ExitReason, ExitReport, Notice, PauseReason, VmmConfig};
 
 use crate::agent_channel::AgentChannel;
@@ -29,13 +30,13 @@ use crate::io_stop::IoStop;
 use crate::lease::quiesce::DiskGate;
 use crate::lease::{self, Lease, LeaseChange};
 use crate::log;
-use crate::machine::device_manager::DeviceManager;
+use crate::machine::device_manager::{DeviceManager, OpenFiles};
 use crate::machine::layout::Layout;
 use crate::machine::open_device::Host;
 use crate::machine::{self, Beginning, Context, Ending, Endings, EndingsReceiver, Machine, kvm};
 use crate::memory::huge_pages::Reserved;
 use crate::metrics::{self, ExitCounters};
-use crate::sandbox;
+use crate::sandbox::{self, UserId};
 use crate::saved::incoming::Incoming;
 use crate::saved::session::Saves;
 use crate::start_once::{StartError, VmLock, mark_started};
@@ -51,8 +52,10 @@ pub struct RunOptions {
     pub tap_fds: Vec<TapFd>,
     /// The guest comes from elsewhere, over the control socket.
     pub incoming: bool,
-    /// Everything that is not needed is given up before anything is looked at. hostd does not ask for it yet (ADR 0016).
+    /// Everything that is not needed is given up before anything is looked at (ADR 0016).
     pub sandbox: bool,
+    /// Who the process is in its sandbox, as user and as group.
+    pub user: Option<UserId>,
 }
 
 /// How a process ended, before it is a report.
@@ -187,6 +190,8 @@ struct Opened {
     kvm: Kvm,
     reserved: Option<Reserved>,
     files: BootFiles,
+    /// Of a process that cannot open them later.
+    disks: OpenFiles,
 }
 
 /// Opens it, looks at none of its bytes, and gives the rest up where that is asked for. The process has one thread.
@@ -209,11 +214,26 @@ fn open_and_confine(options: &RunOptions, config: &VmmConfig) -> Result<Opened, 
     let reserve = |pages| Reserved::take_from_host(pages, config.memory_bytes);
     let reserved = config.huge_pages.map(reserve).transpose()?;
     let files = BootFiles::open(&config.kernel, config.initrd.as_deref(), &config.cmdline)?;
+    let mut disks = OpenFiles::new();
     if options.sandbox {
         metrics::open()?;
-        sandbox::enter(&sandbox::Reach::of(config, &options.control))?;
+        let access = if options.incoming { Access::Look } else { Access::Use };
+        for disk in &config.disks {
+            let opened = open_files(disk, access);
+            let opened = opened.map_err(|source| DiskOpenError { disk: disk.id.clone(), source })?;
+            disks.insert(disk.id.clone(), opened);
+        }
+        sandbox::enter(&sandbox::Reach::of(config, &options.control), options.user)?;
     }
-    Ok(Opened { taps, kvm, reserved, files })
+    Ok(Opened { taps, kvm, reserved, files, disks })
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("disk {disk}: cannot open its files")]
+struct DiskOpenError {
+    disk: String,
+    #[source]
+    source: std::io::Error,
 }
 
 /// What must be there before the epoch is used up.
@@ -233,7 +253,7 @@ fn prepare(
     opened: Opened,
     process_start: Instant,
 ) -> Result<Prepared, PrepareError> {
-    let Opened { taps, kvm, reserved, files } = opened;
+    let Opened { taps, kvm, reserved, files, disks } = opened;
     let console = ConsoleHub::with_log(&config.run_dir.join("console.log"))?;
     let gate = RunGate::new();
     let disk_gate = DiskGate::new();
@@ -263,9 +283,10 @@ fn prepare(
             gate: Arc::clone(&gate),
             lease: Arc::clone(&lease),
             disks: Host::disk_opener(Arc::clone(&disk_gate), Arc::clone(&io_stop) as _),
-            notify: Box::new(move |notice| control.notify(notice)),
+            opens_paths: !options.sandbox,
+            notify: Arc::new(move |notice| control.notify(notice)),
         };
-        DeviceManager::new(config, taps, host)?
+        DeviceManager::new(config, taps, disks, host)?
     };
     let boot_time = BootTime::new(process_start);
     let exits = Arc::new(ExitCounters::default());

@@ -8,13 +8,13 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
 use serde_json::json;
-use support::moving::{load, source, target};
+use support::moving::{load, run_call, save, source, target};
 use support::recorder::Recorder;
 use support::tap::tap;
 use support::{TestVm, flat_guests_run, plug_guest, wait_for};
 use vmm::sandbox::{self, Role};
 use vmm::sys::boottime_ns;
-use vmm_control::{Call, DiskConfig, DiskFormat, LiveLimits, Notice};
+use vmm_control::{Call, DiskConfig, DiskFormat, ErrorCode, LiveLimits, Notice};
 
 /// Which forbidden call the child of a test makes, and on which thread.
 const CRIME: &str = "QUORATE_TEST_CRIME";
@@ -126,9 +126,16 @@ fn field(status: &str, name: &str) -> String {
     line.unwrap_or_default().trim().to_owned()
 }
 
-/// A VM whose processes enter the sandbox.
+/// Who a process is in its sandbox, where it may become another.
+const USER: u32 = 0x7000_0001;
+
+/// A VM whose processes enter the sandbox, as a user of their own where this one is root.
 fn sandboxed(mut vm: TestVm) -> TestVm {
     vm.argue(&["--sandbox"]);
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(vm.path(""), Some(USER), Some(USER)).unwrap();
+        vm.argue(&["--user", &USER.to_string()]);
+    }
     vm
 }
 
@@ -165,6 +172,13 @@ fn every_thread_of_a_guest_has_given_everything_up() {
     if rustix::process::geteuid().is_root() {
         let network = |who: &str| std::fs::read_link(format!("/proc/{who}/ns/net")).unwrap();
         assert_ne!(network(&vm.pid().to_string()), network("self"));
+        for (name, status) in &threads {
+            for set in ["Uid", "Gid"] {
+                let all = field(status, set);
+                assert!(all.split_whitespace().all(|id| id == USER.to_string()), "{name} {set} {all}");
+            }
+            assert_eq!(field(status, "Groups"), "", "{name}");
+        }
     }
 }
 
@@ -194,18 +208,9 @@ fn elsewhere() -> (tempfile::TempDir, std::path::PathBuf) {
     (dir, path)
 }
 
-fn landlock_is_there() -> bool {
-    // SAFETY: asks for the version; no pointer.
-    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) };
-    if version < 1 {
-        eprintln!("skipped: this kernel has no Landlock");
-    }
-    version >= 1
-}
-
 #[test]
-fn a_file_that_no_configuration_names_cannot_be_opened() {
-    if !flat_guests_run() || !landlock_is_there() {
+fn a_disk_comes_with_its_files_or_not_at_all() {
+    if !flat_guests_run() {
         return;
     }
     let (_keep, path) = elsewhere();
@@ -213,14 +218,59 @@ fn a_file_that_no_configuration_names_cannot_be_opened() {
     vm.start().wait_console("up\n.");
     let mut client = vm.client();
     let disk = DiskConfig { id: "data".into(), path: path.clone(), ..DiskConfig::default() };
-    client.ask(Call::PlugDisk { config: Box::new(disk) });
-    let refused = client.wait_notice(|n| matches!(n, Notice::PlugFailed { .. }));
-    let Notice::PlugFailed { message, .. } = &refused else { unreachable!() };
-    assert!(message.contains("Permission denied"), "{message}");
-    // One that it names can, wherever it is.
+    let refused = client.ask(Call::PlugDisk { config: Box::new(disk.clone()) }).error.unwrap();
+    assert_eq!(refused.message, "disk data has 1 files, and 0 came");
+    assert!(client.plug_disk(disk).error.is_none());
+    client.wait_notice(|n| matches!(n, Notice::Plugged { .. }));
+    // One of the configuration is opened before the process goes in, wherever it is.
     let mut vm = sandboxed(TestVm::new("off"));
     vm.set("disks", json!([{"id": "data", "path": path}]));
     assert_eq!(vm.start().wait_exit().code(), Some(0), "{}", vm.log());
+    let mut vm = sandboxed(TestVm::new("off"));
+    vm.set("disks", json!([{"id": "data", "path": "/nowhere"}]));
+    vm.start().wait_exit();
+    let words = "disk data: cannot open its files: /nowhere: No such file or directory";
+    assert!(vm.log().contains(words), "{}", vm.log());
+}
+
+#[test]
+fn a_guest_from_elsewhere_has_no_file_to_write_to_before_it_is_told_to_run() {
+    if !flat_guests_run() {
+        return;
+    }
+    let (_keep, path) = elsewhere();
+    let disk = DiskConfig { id: "data".into(), path, shared: true, ..DiskConfig::default() };
+    let mut first = sandboxed(source("counter"));
+    first.set("disks", json!([disk])).start().wait_console("up\n.");
+    let saved = save(&first);
+    let mut second = sandboxed(target("counter"));
+    second.set("disks", json!([disk])).start();
+    load(&second, &saved);
+    let open_for_writing = |vm: &TestVm| {
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap().map(|fd| fd.unwrap().path());
+        fds.filter(|fd| std::fs::read_link(fd).is_ok_and(|file| file == disk.path)).count()
+    };
+    assert_eq!(open_for_writing(&second), 0, "nothing of the disk is open");
+    let mut client = second.client();
+    assert!(client.ask(run_call(&second, 42)).error.is_none());
+    let status = wait_for("the disk to want its files", || {
+        let status = client.status();
+        (!status.files_wanted.is_empty()).then_some(status)
+    });
+    assert_eq!(status.files_wanted, ["data"]);
+    assert!(status.incoming.is_some(), "it waits for them");
+    let other = client.hand_files(41, &disk).error.unwrap();
+    assert_eq!(other.code, ErrorCode::WrongEpoch, "files for an earlier permit are not taken");
+    let files = DiskConfig { read_only: true, ..disk.clone() };
+    let mut again = second.client();
+    let read_only = again.hand_files_now(42, &files).error.unwrap();
+    assert!(read_only.message.contains("for reading only"), "{read_only}");
+    assert!(again.hand_files_now(42, &disk).error.is_none());
+    client.wait_notice(|notice| *notice == Notice::Resumed);
+    assert!(open_for_writing(&second) > 0);
+    assert_eq!(again.hand_files_now(42, &disk).error.unwrap().code, ErrorCode::NotNow, "it has them");
+    client.ask(Call::PowerOff);
+    assert_eq!(second.wait_exit().code(), Some(0));
 }
 
 // -- every rule is used
@@ -258,7 +308,7 @@ fn devices_come_and_go() {
         let path = vm.path("image");
         std::fs::write(&path, content).unwrap();
         let disk = DiskConfig { id: "data".into(), path, format, ..DiskConfig::default() };
-        client.ask(Call::PlugDisk { config: Box::new(disk) });
+        client.plug_disk(disk);
         client.wait_notice(|n| matches!(n, Notice::Plugged { .. }));
         wait_for("a read", || {
             let metrics = client.ask(Call::Metrics).result.unwrap();
@@ -282,7 +332,10 @@ fn a_lease_ends_and_is_renewed() {
     let (raw, image) = (vm.path("raw"), vm.path("image"));
     std::fs::write(&raw, [7; 8192]).unwrap();
     std::fs::write(&image, empty_qcow2()).unwrap();
-    vm.set("disks", json!([{"id": "raw", "path": raw}, {"id": "image", "path": image, "format": "qcow2"}]));
+    let shared =
+        |id: &str, path, format| DiskConfig { id: id.into(), path, format, shared: true, ..Default::default() };
+    let disks = [shared("raw", raw, DiskFormat::Raw), shared("image", image, DiskFormat::Qcow2)];
+    vm.set("disks", json!(disks));
     let deadline = boottime_ns() + 4_000_000_000;
     vm.set("release", json!("lease")).set("lease", json!({ "deadline_boottime_ns": deadline }));
     vm.start();
@@ -292,6 +345,9 @@ fn a_lease_ends_and_is_renewed() {
     let deadline_ns = boottime_ns() + 12_000_000_000;
     let confirmed = client.ask(Call::Confirm { epoch: 41, deadline_ns });
     assert!(confirmed.error.is_none(), "{confirmed:?}");
+    for disk in &disks {
+        assert!(client.hand_files(41, disk).error.is_none());
+    }
     client.wait_notice(|n| *n == Notice::Resumed);
     client.ask(Call::Reset { id: 1 });
     client.wait_notice(|n| *n == Notice::Reset);
@@ -306,6 +362,10 @@ fn a_guest_moves() {
     let mut client = first.client();
     let there = tap();
     let nic = json!({"id": "lan", "mac": "52:54:00:00:00:01"});
+    let (_keep, path) = elsewhere();
+    let disk = DiskConfig { id: "data".into(), path, shared: true, ..DiskConfig::default() };
+    client.plug_disk(disk.clone());
+    client.wait_notice(|n| matches!(n, Notice::Plugged { .. }));
     let config = serde_json::from_value(nic.clone()).unwrap();
     client.ask_with(Call::PlugNic { config: Box::new(config) }, tap().as_fd());
     client.wait_notice(|n| matches!(n, Notice::Plugged { .. }));
@@ -315,12 +375,16 @@ fn a_guest_moves() {
     client.reader.read_to_end(&mut saved).unwrap();
 
     let mut second = sandboxed(target("q"));
-    second.set("nics", json!([nic])).argue(&["--tap-fd", &format!("lan={}", there.as_raw_fd())]);
+    second
+        .set("disks", json!([disk]))
+        .set("nics", json!([nic]))
+        .argue(&["--tap-fd", &format!("lan={}", there.as_raw_fd())]);
     second.set("release", json!("lease")).start();
     load(&second, &saved);
     let deadline_ns = Some(boottime_ns() + 10_000_000_000);
     let mut client = second.client();
     client.ask(Call::Run { epoch: 42, deadline_ns, started_marker: second.path("started-42") });
+    assert!(client.hand_files(42, &disk).error.is_none());
     client.wait_notice(|n| *n == Notice::Resumed);
     // The announcements are over within a second, and the guest writes on meanwhile.
     wait_for("the guest to go on", || (second.console().len() > 3).then_some(()));

@@ -66,7 +66,7 @@ pub fn inspect(launcher: &Launcher, vm: VmId) -> Found {
     }
     let Some(config) = config else { return Found::Nothing };
     let (epoch, release) = (Epoch(config.epoch), permit_class(config.release));
-    let report = match ExitReport::read(run_dir.path()) {
+    let report = match ExitReport::read(&run_dir.of_process()) {
         Ok(report) => report.filter(|report| report.epoch == epoch.0),
         Err(error) => return Found::Gone { epoch, release, ended: lost(&error.to_string()) },
     };

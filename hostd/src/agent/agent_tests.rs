@@ -140,7 +140,7 @@ impl Host {
     }
 
     fn journal(&self, vm: VmId) -> Vec<String> {
-        let text = std::fs::read_to_string(self.run_dir(vm).join(fake_vmm::JOURNAL)).unwrap_or_default();
+        let text = std::fs::read_to_string(self.run_dir(vm).join("vmm").join(fake_vmm::JOURNAL)).unwrap_or_default();
         text.lines().map(str::to_owned).collect()
     }
 
@@ -189,7 +189,7 @@ async fn a_permit_becomes_a_guest_and_a_shutdown_gives_it_back() {
     let (vm, epoch) = host.start("web", ReleaseClass::Operator);
     host.until_up(vm, epoch).await;
     let agent = &host.hostd.as_ref().unwrap().agent;
-    assert_eq!(agent.console_socket(vm), Some(host.run_dir(vm).join("control.sock")));
+    assert_eq!(agent.console_socket(vm), Some(host.run_dir(vm).join("vmm/control.sock")));
     assert_eq!(agent.running().len(), 1);
     host.site.root(Command::VmStop { vm, mode: StopMode::Shutdown });
     assert_eq!(host.until_ended(vm, epoch).await.0, ExitReason::GuestPoweredOff);

@@ -49,7 +49,7 @@ pub fn install(dir: &Path) -> PathBuf {
 fn process() {
     let Ok(arguments) = std::env::var(ARGUMENTS) else { return };
     let words: Vec<&str> = arguments.split(' ').collect();
-    let ["run", "--config", config, "--control", control, "--lock-fd", _lock] = words[..] else {
+    let ["run", "--config", config, "--control", control, "--lock-fd", _lock, "--sandbox", ..] = words[..] else {
         panic!("not how a vmm is started: {arguments}")
     };
     let config = VmmConfig::load(Path::new(config)).expect("a configuration that reads");
@@ -118,5 +118,6 @@ fn status(config: &VmmConfig) -> Status {
         panics: 0,
         watchdog_expired: 0,
         devices: Vec::new(),
+        files_wanted: Vec::new(),
     }
 }

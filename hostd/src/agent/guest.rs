@@ -2,6 +2,7 @@
 //! when the lock is free and the control group empty.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -72,6 +73,8 @@ pub enum Told {
     Device(String, String),
     /// Its process was asked to take a device, and has answered; the words say why it does not, if so.
     PlugAnswered(String, Option<String>),
+    /// The files of a disk are with its process; or the words say why not.
+    FilesHanded(String, Option<String>),
     /// An order did not take effect; it may be planned again.
     Undone(Order),
     Gone(Ended),
@@ -94,6 +97,8 @@ pub struct Seen {
     /// How far that is.
     pub progress: Option<MigrationProgress>,
     pub devices: BTreeMap<String, DeviceState>,
+    /// The disks whose files it wants.
+    pub files_wanted: BTreeSet<String>,
 }
 
 impl Seen {
@@ -117,7 +122,20 @@ impl Seen {
         let stands_for = ended.and_then(|saving| saving.migration).map(MigrationId);
         let progress = status.saving.as_ref().map(progress);
         let devices = status.devices.iter().map(|device| (device.id.clone(), device.state)).collect();
-        Seen { status: seen, quiesced, deadline_ns, pid, overhead_bytes, fault, loaded, stands_for, progress, devices }
+        let files_wanted = status.files_wanted.iter().cloned().collect();
+        Seen {
+            status: seen,
+            quiesced,
+            deadline_ns,
+            pid,
+            overhead_bytes,
+            fault,
+            loaded,
+            stands_for,
+            progress,
+            devices,
+            files_wanted,
+        }
     }
 }
 

@@ -37,6 +37,7 @@ use super::marks::Marks;
 use super::run_dir::Lock;
 use super::run_dir::RunDir;
 use super::run_dir::RunDirError;
+use super::user::GuestUser;
 use crate::guest_agent::agents::Agents;
 use crate::lease::clock::Boottime;
 use crate::migration::Road;
@@ -127,7 +128,9 @@ impl Launcher {
     pub fn launch(&self, identity: &GuestIdentity, spec: &VmSpec) -> Result<(), LaunchError> {
         let run_dir = RunDir::of(&self.vms_dir, identity.vm);
         let group = self.groups.of(identity.vm);
+        let user = GuestUser::of(identity.vm);
         run_dir.create()?;
+        run_dir.create_for(user)?;
         let lock = run_dir.try_lock()?.ok_or(LaunchError::StillThere)?;
         if !group.is_empty().map_err(LaunchError::Group)? {
             return Err(LaunchError::StillThere);
@@ -135,9 +138,9 @@ impl Launcher {
         if self.marks.contains(identity.vm, identity.epoch) {
             return Err(LaunchError::Used);
         }
-        self.marks.prepare(identity.vm)?;
+        self.marks.prepare_for(identity.vm, user)?;
         let mark = self.marks.path(identity.vm, identity.epoch);
-        let places = GuestPlaces { run_dir: run_dir.path().to_owned(), mark };
+        let places = GuestPlaces { run_dir: run_dir.of_process(), mark };
         let mut config = guest_files::vmm_config(identity, spec, &self.allowed_paths, places)?;
         if let Some(first_boot) = &spec.first_boot {
             run_dir.write_seed(&lock, &first_boot::image(identity.vm, spec, first_boot)?)?;
@@ -146,7 +149,7 @@ impl Launcher {
         // Last, so that a definition that makes no guest moves no cable.
         let taps = plug_in(&mut config, spec, identity.incoming)?;
         run_dir.prepare(&lock, &config, identity.incoming)?;
-        self.spawn(&run_dir, (&group, bounds(spec)?), &lock, &taps, identity.incoming)
+        self.spawn(&run_dir, user, (&group, bounds(spec)?), &lock, &taps, identity.incoming)
     }
 
     /// A guest that came from elsewhere runs under its permit now: its files say so, as those of one that was started here.
@@ -162,6 +165,7 @@ impl Launcher {
     fn spawn(
         &self,
         run_dir: &RunDir,
+        user: Option<GuestUser>,
         (group, bounds): (&Group, Bounds),
         lock: &Lock,
         taps: &[Cable],
@@ -185,6 +189,8 @@ impl Launcher {
             .arg(lock.file.as_raw_fd().to_string())
             .args(taps.iter().flat_map(Cable::argument))
             .args(incoming.map(|_| "--incoming"))
+            .arg("--sandbox")
+            .args(user.map(|user| format!("--user={}", user.id())))
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(log.try_clone().map_err(failed)?)

@@ -15,6 +15,8 @@ use statemachine::ids::Epoch;
 use statemachine::ids::VmId;
 use thiserror::Error;
 
+use super::user::GuestUser;
+
 /// Marks kept for a VM. Older epochs can never come back: each grant rests on a state in which they were released.
 const KEPT: usize = 8;
 
@@ -47,7 +49,8 @@ impl Marks {
     }
 
     pub fn contains(&self, vm: VmId, epoch: Epoch) -> bool {
-        self.path(vm, epoch).exists()
+        // Whoever makes it may be another user: what is there is not followed.
+        self.path(vm, epoch).symlink_metadata().is_ok()
     }
 
     /// All marks of this host.
@@ -78,13 +81,22 @@ impl Marks {
         Ok(())
     }
 
+    /// Likewise, for a vmm that is this user.
+    pub fn prepare_for(&self, vm: VmId, user: Option<GuestUser>) -> Result<(), MarkError> {
+        self.prepare(vm)?;
+        let dir = self.dir.join(vm.to_string());
+        user.map_or(Ok(()), |user| user.own(&dir)).map_err(failed("change the owner of", &dir))
+    }
+
     /// Uses an epoch up. Durable when this returns.
     pub fn burn(&self, vm: VmId, epoch: Epoch) -> Result<(), MarkError> {
         self.prepare(vm)?;
         let path = self.path(vm, epoch);
-        let mut options = OpenOptions::new();
-        let file = options.create(true).truncate(false).write(true).open(&path).map_err(failed("create", &path))?;
-        file.sync_all().map_err(failed("sync", &path))?;
+        match OpenOptions::new().create_new(true).write(true).open(&path) {
+            Ok(file) => file.sync_all().map_err(failed("sync", &path))?,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(failed("create", &path)(error)),
+        }
         sync(&self.dir.join(vm.to_string()))
     }
 }
@@ -116,6 +128,11 @@ mod tests {
         assert_eq!(marks.load().unwrap(), BTreeSet::new());
         marks.burn(vm, Epoch(41)).unwrap();
         marks.burn(vm, Epoch(41)).unwrap();
+        let elsewhere = dir.path().join("elsewhere");
+        std::os::unix::fs::symlink(&elsewhere, marks.path(vm, Epoch(43))).unwrap();
+        marks.burn(vm, Epoch(43)).unwrap();
+        assert!(marks.contains(vm, Epoch(43)) && !elsewhere.exists(), "a mark is not followed");
+        std::fs::remove_file(marks.path(vm, Epoch(43))).unwrap();
         assert!(marks.contains(vm, Epoch(41)) && !marks.contains(vm, Epoch(42)));
         assert_eq!(marks.load().unwrap(), BTreeSet::from([(vm, Epoch(41))]));
     }

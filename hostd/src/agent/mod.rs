@@ -27,6 +27,7 @@ mod processor;
 pub mod reconcile;
 pub mod reports;
 pub mod run_dir;
+mod user;
 pub mod vmm_client;
 pub mod work;
 

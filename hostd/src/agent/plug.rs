@@ -1,19 +1,22 @@
-//! Devices of a guest that runs: handed to its vmm, or asked back. Blocking; called on a thread of the blocking pool.
+//! Devices of a guest that runs: handed to its vmm, or asked back. The vmm opens nothing by itself, so taps and the files of disks are
+//! opened here and go with the line. Blocking; called on a thread of the blocking pool.
 
 use std::io;
 use std::io::BufRead;
 use std::io::BufReader;
 use std::io::Read;
-use std::io::Write;
 use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use statemachine::ids::Epoch;
 use statemachine::ids::VmId;
 use statemachine::state::Nic;
+use statemachine::state::VmSpec;
 use thiserror::Error;
 use vmm_control::Call;
+use vmm_control::DiskConfig;
 use vmm_control::ErrorCode;
 use vmm_control::Fault;
 use vmm_control::Hello;
@@ -21,8 +24,11 @@ use vmm_control::Message;
 use vmm_control::Request;
 use vmm_control::config::MAX_MTU;
 use vmm_control::descriptor::send_line;
+use vmm_control::open::Access;
+use vmm_control::open::open_files;
 use vmm_control::protocol::MAX_LINE_BYTES;
 
+use super::first_boot;
 use super::guest_files;
 use super::guest_files::GuestFilesError;
 use super::launcher::Launcher;
@@ -41,6 +47,14 @@ pub enum PlugError {
         #[source]
         source: NetworkError,
     },
+    #[error("disk {id}: {source}")]
+    Disk {
+        id: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("it wants the files of {0}, which is no disk of its guest")]
+    NotItsDisk(String),
     #[error("cannot talk to the vmm at {path}: {source}")]
     Socket {
         path: PathBuf,
@@ -63,7 +77,8 @@ pub fn plug(launcher: &Launcher, vm: VmId, epoch: Epoch, device: &Device) -> Res
         Device::Disk(disk) => {
             // Its storage may hang for as long as it likes: only then is the guest looked for that it is for.
             let config = guest_files::disk_config(disk, &launcher.allowed_paths)?;
-            Line::to(launcher, vm, epoch)?.ask(Call::PlugDisk { config: Box::new(config) }, None)
+            let files = open(&config)?;
+            Line::to(launcher, vm, epoch)?.ask(Call::PlugDisk { config: Box::new(config) }, &files)
         }
         Device::Nic(nic) => plug_nic(Line::to(launcher, vm, epoch)?, vm, nic),
     }
@@ -74,12 +89,29 @@ fn plug_nic(mut line: Line, vm: VmId, nic: &Nic) -> Result<(), PlugError> {
     let failed = |source| PlugError::Nic { id: nic.id.clone(), source };
     let tap = Tap::plug(&nic.bridge, config.mac).map_err(failed)?;
     config.mtu = u16::try_from(tap.mtu).unwrap_or(MAX_MTU).min(MAX_MTU);
-    line.ask(Call::PlugNic { config: Box::new(config) }, Some(&tap))
+    line.ask(Call::PlugNic { config: Box::new(config) }, &[tap.descriptor])
+}
+
+fn open(disk: &DiskConfig) -> Result<Vec<OwnedFd>, PlugError> {
+    open_files(disk, Access::Use).map_err(|source| PlugError::Disk { id: disk.id.clone(), source })
+}
+
+/// Gives the process of a guest the files of a disk that it wants. One that does not want them any more refuses them.
+pub fn hand_files(launcher: &Launcher, vm: VmId, epoch: Epoch, disk: &str, spec: &VmSpec) -> Result<(), PlugError> {
+    let config = match spec.disks.iter().find(|known| known.id == disk) {
+        Some(known) => guest_files::disk_config(known, &launcher.allowed_paths)?,
+        None if disk == first_boot::DISK && spec.first_boot.is_some() => {
+            first_boot::disk(&RunDir::of(&launcher.vms_dir, vm))
+        }
+        None => return Err(PlugError::NotItsDisk(disk.to_owned())),
+    };
+    let files = open(&config)?;
+    Line::to(launcher, vm, epoch)?.ask(Call::DiskFiles { epoch: epoch.0, disk: disk.to_owned() }, &files)
 }
 
 /// Asks the guest for a device. One that is gone already is what was wanted.
 pub fn unplug(launcher: &Launcher, vm: VmId, epoch: Epoch, device: &str) -> Result<(), PlugError> {
-    match Line::to(launcher, vm, epoch)?.ask(Call::Unplug { id: device.to_owned(), force: false }, None) {
+    match Line::to(launcher, vm, epoch)?.ask(Call::Unplug { id: device.to_owned(), force: false }, &[]) {
         Err(PlugError::Refused(fault)) if fault.code == ErrorCode::NotFound => Ok(()),
         other => other,
     }
@@ -100,7 +132,7 @@ impl Line {
     fn at(path: PathBuf, vm: VmId, epoch: Epoch) -> Result<Line, PlugError> {
         let stream = UnixStream::connect(&path).map_err(|source| PlugError::Socket { path: path.clone(), source })?;
         let mut line = Line { path, reader: BufReader::new(stream) };
-        let hello = line.call(Call::Hello, None)?.unwrap_or_default();
+        let hello = line.call(Call::Hello, &[])?.unwrap_or_default();
         let hello: Hello = serde_json::from_value(hello).map_err(|error| PlugError::Nonsense(error.to_string()))?;
         match hello.vm == vm.0 && hello.epoch == epoch.0 {
             true => Ok(line),
@@ -108,12 +140,12 @@ impl Line {
         }
     }
 
-    fn ask(&mut self, call: Call, tap: Option<&Tap>) -> Result<(), PlugError> {
-        self.call(call, tap).map(drop)
+    fn ask(&mut self, call: Call, descriptors: &[OwnedFd]) -> Result<(), PlugError> {
+        self.call(call, descriptors).map(drop)
     }
 
-    fn call(&mut self, call: Call, tap: Option<&Tap>) -> Result<Option<serde_json::Value>, PlugError> {
-        let reply = self.exchange(&Request { id: 1, call }.encode(), tap);
+    fn call(&mut self, call: Call, descriptors: &[OwnedFd]) -> Result<Option<serde_json::Value>, PlugError> {
+        let reply = self.exchange(&Request { id: 1, call }.encode(), descriptors);
         let reply = reply.map_err(|source| PlugError::Socket { path: self.path.clone(), source })?;
         match Message::decode(&reply) {
             Ok(Message::Reply(reply)) => reply.error.map_or(Ok(reply.result), |fault| Err(PlugError::Refused(fault))),
@@ -123,11 +155,9 @@ impl Line {
     }
 
     /// The first line that is no notice; the last one where too many come.
-    fn exchange(&mut self, request: &[u8], tap: Option<&Tap>) -> io::Result<Vec<u8>> {
-        match tap {
-            Some(tap) => send_line(self.reader.get_ref(), request, tap.descriptor.as_fd())?,
-            None => self.reader.get_mut().write_all(request)?,
-        }
+    fn exchange(&mut self, request: &[u8], descriptors: &[OwnedFd]) -> io::Result<Vec<u8>> {
+        let descriptors: Vec<_> = descriptors.iter().map(OwnedFd::as_fd).collect();
+        send_line(self.reader.get_ref(), request, &descriptors)?;
         let mut line = Vec::new();
         for _ in 0..=NOTICES_MAX {
             line.clear();
@@ -147,6 +177,7 @@ const NOTICES_MAX: usize = 64;
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::os::unix::net::UnixListener;
 
     use uuid::Uuid;
@@ -180,7 +211,7 @@ mod tests {
             let path = dir.path().join(name);
             let process = process(&path, vm, 42);
             let unplug = Call::Unplug { id: "data".to_owned(), force: false };
-            let said = Line::at(path, vm, Epoch(epoch)).and_then(|mut line| line.ask(unplug, None));
+            let said = Line::at(path, vm, Epoch(epoch)).and_then(|mut line| line.ask(unplug, &[]));
             (said, process.join().unwrap())
         };
         assert!(matches!(asked(42, "same"), (Ok(()), 2)));

@@ -184,6 +184,7 @@ impl Loop {
                 }
                 Action::Plug { vm, epoch, device } => self.plug(vm, epoch, device),
                 Action::Unplug { vm, epoch, device } => self.unplug(vm, epoch, device),
+                Action::HandFiles { vm, epoch, disk } => self.hand_files(fold, vm, epoch, disk),
                 Action::LookInto { vm, permit } => self.look_into(vm, permit),
                 Action::Renounce { vm, permit } => self.renounce(vm, permit),
                 Action::Order { vm, order, desired_at, .. } => self.order(vm, order, desired_at, now),
@@ -267,6 +268,19 @@ impl Loop {
         tokio::spawn(async move {
             let refusal = plugged.await.err();
             let _ = told.send((vm, epoch, guest::Told::PlugAnswered(id, refusal))).await;
+        });
+    }
+
+    fn hand_files(&mut self, fold: &Fold, vm: VmId, epoch: Epoch, disk: String) {
+        let now = self.now();
+        let spec = fold.state.vms.get(&vm).and_then(|known| known.granted_spec.clone());
+        let (Some(guest), Some(spec)) = (self.guests.get_mut(&vm), spec) else { return };
+        guest.begin_handing(&disk, now);
+        let goes_by = guest.epoch;
+        let (handed, told) = (self.own.processes.hand_files(vm, epoch, disk.clone(), spec), self.told.clone());
+        tokio::spawn(async move {
+            let failure = handed.await.err();
+            let _ = told.send((vm, goes_by, guest::Told::FilesHanded(disk, failure))).await;
         });
     }
 
@@ -427,6 +441,7 @@ impl Loop {
                     tracing::info!(%vm, %epoch, status = ?seen.status, quiesced = seen.quiesced, "the guest's status");
                 }
                 guest.see_devices(seen.devices.clone());
+                guest.see_files_wanted(seen.files_wanted.clone());
                 let Some(line) = self.lines.get_mut(&vm) else { return };
                 let progress = seen
                     .progress
@@ -460,6 +475,12 @@ impl Loop {
                     tracing::warn!(%vm, %epoch, device, "the guest does not get a device: {words}");
                 }
                 guest.plug_answered(&device, refusal.map(|words| adopt::one_line(&words, DeviceWord::MAX_WORDS)));
+            }
+            guest::Told::FilesHanded(disk, failure) => {
+                guest.handing.remove(&disk);
+                if let Some(words) = failure {
+                    tracing::warn!(%vm, %epoch, disk, "the guest waits for the files of a disk: {words}");
+                }
             }
             guest::Told::Facts(facts) => guest.facts = Some(facts),
             guest::Told::Undone(_) => {

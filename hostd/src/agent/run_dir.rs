@@ -1,5 +1,6 @@
-//! The run directory of one VM on this host, `<run_dir>/vm/<vm>`: `lock`, `config.json`, `control.sock`, `console.log`,
-//! `vmm.log`, `exit.json`, and `migration` while a guest is taken in.
+//! The run directory of one VM on this host, `<run_dir>/vm/<vm>`: `lock`, `config.json`, `vmm.log`, and `migration` while a guest is taken
+//! in. Below it, `vmm` is the process's own, which is another user: `control.sock`, `console.log`, `exit.json`. Nothing that root opens
+//! to write lies there.
 //!
 //! The lock file is the truth about life: its `flock` is held by the vmm from before it exists until after it is gone, through a
 //! descriptor that it inherits (hazard H20). So the file itself is never removed while somebody may hold it.
@@ -20,6 +21,8 @@ use statemachine::ids::VmId;
 use thiserror::Error;
 use vmm_control::ExitReport;
 use vmm_control::VmmConfig;
+
+use super::user::GuestUser;
 
 #[derive(Debug, Error)]
 pub enum RunDirError {
@@ -68,8 +71,13 @@ impl RunDir {
         &self.path
     }
 
+    /// Where the process writes.
+    pub fn of_process(&self) -> PathBuf {
+        self.path.join("vmm")
+    }
+
     pub fn control_socket(&self) -> PathBuf {
-        self.path.join("control.sock")
+        self.of_process().join("control.sock")
     }
 
     pub fn config_file(&self) -> PathBuf {
@@ -85,13 +93,26 @@ impl RunDir {
         self.path.join("vmm.log")
     }
 
+    fn exit_report(&self) -> PathBuf {
+        ExitReport::path(&self.of_process())
+    }
+
     fn lock_file(&self) -> PathBuf {
         self.path.join("lock")
     }
 
+    /// Others may pass through it, to what is theirs.
     pub fn create(&self) -> Result<(), RunDirError> {
         let mut builder = fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700).create(&self.path).map_err(failed("create", &self.path))
+        builder.recursive(true).mode(0o711).create(&self.path).map_err(failed("create", &self.path))
+    }
+
+    /// Makes the directory of the process, for the user that it will be.
+    pub fn create_for(&self, user: Option<GuestUser>) -> Result<(), RunDirError> {
+        let path = self.of_process();
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700).create(&path).map_err(failed("create", &path))?;
+        user.map_or(Ok(()), |user| user.own(&path)).map_err(failed("change the owner of", &path))
     }
 
     /// Takes the lock; `None` when a process holds it. The directory must exist.
@@ -136,7 +157,7 @@ impl RunDir {
 
     /// Writes the configuration, whole or not at all, over what an earlier epoch left. Under the lock.
     pub fn prepare(&self, _lock: &Lock, config: &VmmConfig, incoming: Option<MigrationId>) -> Result<(), RunDirError> {
-        for stale in [self.control_socket(), ExitReport::path(&self.path), self.migration_file()] {
+        for stale in [self.control_socket(), self.exit_report(), self.migration_file()] {
             remove(&stale)?;
         }
         if let Some(migration) = incoming {
@@ -170,8 +191,9 @@ impl RunDir {
     /// Clears what an epoch left, so that the directory names no epoch any more. Logs stay for whoever wants to read them,
     /// unless the VM itself is gone.
     pub fn clear(&self, _lock: &Lock, vm_exists: bool) -> Result<(), RunDirError> {
-        let report = ExitReport::path(&self.path);
-        for left in [self.control_socket(), self.config_file(), report, self.migration_file(), self.seed_file()] {
+        for left in
+            [self.control_socket(), self.config_file(), self.exit_report(), self.migration_file(), self.seed_file()]
+        {
             remove(&left)?;
         }
         match vm_exists {

@@ -106,6 +106,15 @@ pub trait Processes: Send + Sync + 'static {
     /// Gives a running guest a device. Returns when its process has taken it on; the words say why it has not.
     fn plug(&self, vm: VmId, epoch: Epoch, device: Device) -> BoxFuture<'static, Result<(), String>>;
 
+    /// Opens the files of one of a guest's disks and gives them to its process, which runs it under this permit and wants them.
+    fn hand_files(
+        &self,
+        vm: VmId,
+        epoch: Epoch,
+        disk: String,
+        spec: Arc<VmSpec>,
+    ) -> BoxFuture<'static, Result<(), String>>;
+
     /// Asks a running guest for a device.
     fn unplug(&self, vm: VmId, epoch: Epoch, device: String) -> BoxFuture<'static, Result<(), String>>;
 
@@ -174,6 +183,19 @@ impl Processes for Launcher {
         let launcher = self.clone();
         let plugging = blocking(move || plug::plug(&launcher, vm, epoch, &device).map_err(|error| error.to_string()));
         async move { plugging.await.unwrap_or_else(|| Err("this hostd ends".to_owned())) }.boxed()
+    }
+
+    fn hand_files(
+        &self,
+        vm: VmId,
+        epoch: Epoch,
+        disk: String,
+        spec: Arc<VmSpec>,
+    ) -> BoxFuture<'static, Result<(), String>> {
+        let launcher = self.clone();
+        let handing =
+            blocking(move || plug::hand_files(&launcher, vm, epoch, &disk, &spec).map_err(|error| error.to_string()));
+        async move { handing.await.unwrap_or_else(|| Err("this hostd ends".to_owned())) }.boxed()
     }
 
     fn unplug(&self, vm: VmId, epoch: Epoch, device: String) -> BoxFuture<'static, Result<(), String>> {

@@ -2,6 +2,7 @@
 //! and lease run above it unchanged.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -171,6 +172,10 @@ impl Processes for StandIns {
 
     /// Guests of the simulation have no devices.
     fn plug(&self, _: VmId, _: Epoch, _: Device) -> BoxFuture<'static, Result<(), String>> {
+        future::ready(Ok(())).boxed()
+    }
+
+    fn hand_files(&self, _: VmId, _: Epoch, _: String, _: Arc<VmSpec>) -> BoxFuture<'static, Result<(), String>> {
         future::ready(Ok(())).boxed()
     }
 
@@ -344,6 +349,7 @@ impl Attendant {
             stands_for,
             progress: None,
             devices: BTreeMap::new(),
+            files_wanted: BTreeSet::new(),
         };
         if self.seen.as_ref() == Some(&seen) {
             return None;

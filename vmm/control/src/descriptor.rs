@@ -1,7 +1,7 @@
-//! A descriptor that comes with a line: how hostd gives a running vmm the tap of a new network card.
+//! Descriptors that come with a line: how a running vmm is given the tap of a new network card, and the files of disks.
 //!
-//! It is sent with `SCM_RIGHTS` in the message that begins the line, and belongs to the line whose bytes that message ends with. So a line
-//! with a descriptor is a message of its own, as [`send_line`] makes it. The vmm takes at most one descriptor a line and closes one
+//! They are sent with `SCM_RIGHTS` in the message that begins the line, and belong to the line whose bytes that message ends with. So a line
+//! with descriptors is a message of its own, as [`send_line`] makes it. The vmm takes at most [`MAX_DESCRIPTORS`] a line and closes those
 //! that the line does not ask for.
 
 use std::io::{self, IoSlice, Write};
@@ -11,18 +11,22 @@ use std::os::unix::net::UnixStream;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-/// Sends a whole line, with its end, and a descriptor with it. Waits for the peer like any write; on a non-blocking socket
+use crate::disk::MAX_BACKING_IMAGES;
+
+/// With one line: the file of a disk, and those under it.
+pub const MAX_DESCRIPTORS: usize = 1 + MAX_BACKING_IMAGES;
+
+/// Sends a whole line, with its end, and descriptors with it. Waits for the peer like any write; on a non-blocking socket
 /// `WouldBlock` before the first byte means that nothing was sent.
-pub fn send_line(mut stream: &UnixStream, line: &[u8], descriptor: BorrowedFd<'_>) -> io::Result<()> {
-    let descriptors = [descriptor];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+pub fn send_line(mut stream: &UnixStream, line: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)) {
-        return Err(io::Error::other("no room for a descriptor"));
+    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(io::Error::other(format!("more than {MAX_DESCRIPTORS} descriptors with a line")));
     }
     let sent =
         rustix::io::retry_on_intr(|| sendmsg(stream, &[IoSlice::new(line)], &mut ancillary, SendFlags::NOSIGNAL))?;
-    // The descriptor went with the first bytes.
+    // The descriptors went with the first bytes.
     stream.write_all(&line[sent..])
 }
 
@@ -41,7 +45,7 @@ mod tests {
         let (near, far) = UnixStream::pair().unwrap();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"tap").unwrap();
-        send_line(&near, b"{}\n", file.as_fd()).unwrap();
+        send_line(&near, b"{}\n", &[file.as_fd()]).unwrap();
 
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);

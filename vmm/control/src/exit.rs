@@ -2,8 +2,10 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -117,7 +119,9 @@ impl ExitReport {
     /// The report of a run directory; `None` when there is none.
     pub fn read(run_dir: &Path) -> Result<Option<Self>, ExitError> {
         let path = Self::path(run_dir);
-        let file = match File::open(&path) {
+        // Who writes it may have put something else in its place.
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = match File::options().read(true).custom_flags(flags.bits() as i32).open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(ExitError::Read { path, source }),
@@ -149,7 +153,11 @@ mod tests {
         };
         report.write(dir.path()).unwrap();
         assert_eq!(ExitReport::read(dir.path()).unwrap(), Some(report));
-        fs::write(ExitReport::path(dir.path()), b"{").unwrap();
+        let path = ExitReport::path(dir.path());
+        fs::write(&path, b"{").unwrap();
         assert!(matches!(ExitReport::read(dir.path()), Err(ExitError::Parse { .. })));
+        fs::rename(&path, dir.path().join("elsewhere")).unwrap();
+        std::os::unix::fs::symlink("elsewhere", &path).unwrap();
+        assert!(matches!(ExitReport::read(dir.path()), Err(ExitError::Read { .. })), "it leads elsewhere");
     }
 }

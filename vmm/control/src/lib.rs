@@ -1,12 +1,13 @@
 //! What hostd and a vmm process say to each other. Both link this crate, and nothing else of each other.
 //!
-//! 1. hostd writes a [`VmmConfig`] to a file and runs `vmm run --config FILE --control SOCKET --lock-fd N --tap-fd ID=N`,
+//! 1. hostd writes a [`VmmConfig`] to a file and runs `vmm run --sandbox --config FILE --control SOCKET --lock-fd N --tap-fd ID=N`,
 //!    with a descriptor for the VM's lock and one for each network card.
 //! 2. They talk over the control socket in lines of JSON: [`Request`], [`Reply`], [`Notice`] ([`protocol`]).
 //!    With `--incoming` it runs a guest that comes from another process, and the permit comes with [`Call::Run`].
 //! 3. When the guest has ended, the vmm leaves an [`ExitReport`] and an exit code that says the same ([`exit`]).
 //!
-//! Start reading at [`config`]. Everything here is a value or a function between values; the socket is in the vmm.
+//! Start reading at [`config`]. Everything here is a value or a function between values, but for [`descriptor`] and [`open`]; the socket is
+//! in the vmm.
 
 pub mod balloon;
 pub mod config;
@@ -16,6 +17,7 @@ pub mod device;
 pub mod disk;
 pub mod exit;
 pub mod host;
+pub mod open;
 pub mod protocol;
 pub mod slots;
 

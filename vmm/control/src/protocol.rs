@@ -46,7 +46,16 @@
 //! < {"notice":"unplugged","id":"data"}
 //! ```
 //!
-//! The line of `plug_nic` carries the descriptor of the card's tap ([`descriptor`](crate::descriptor)).
+//! The line of `plug_nic` carries the descriptor of the card's tap, that of `plug_disk` may carry those of the disk's files
+//! ([`descriptor`](crate::descriptor)): a process in its sandbox opens nothing by itself. It lets go of a disk's files when the guest's lease
+//! ends, and at the target of a migration it has none before the guest is its own. When it may have them it says so, in `files_wanted`
+//! and with a notice, and `disk_files` brings them; from nobody else, and at no other time, does it take any.
+//!
+//! ```text
+//! < {"notice":"files_wanted","disk":"root"}
+//! > {"id":4,"method":"disk_files","params":{"epoch":41,"disk":"root"}}        with descriptors
+//! < {"id":4,"result":{}}
+//! ```
 //!
 //! Nothing is plugged, unplugged or changed from `save_attach` until `resume`, nor saved while a device comes or is taken away: the saved
 //! guest has the devices that its header names. A guest that was asked for a device is saved with it, and still asked where it goes.
@@ -64,8 +73,8 @@ use crate::{DeviceStatus, DiskConfig, NicConfig};
 /// hostd meets older ones after each upgrade. 2: `agent_attach`, `taken`, `agent_open`. 3: `save_attach`,
 /// `restore_attach`, `run`, `saving`, `incoming`; `guest_panicked`, `watchdog_expired` and the pauses for them, `panic`, `panics`,
 /// `balloon_set`; `plug_disk`, `plug_nic`, `unplug`, `set_link`, `not_found`, `devices`, and the `slot` of a configuration's disks and
-/// network cards. 4: `live`, which an older one ignores: it stops the guest at once.
-pub const PROTOCOL_VERSION: u32 = 4;
+/// network cards. 4: `live`, which an older one ignores: it stops the guest at once. 5: `disk_files`, `files_wanted`.
+pub const PROTOCOL_VERSION: u32 = 5;
 /// The longest line in either direction, with its end.
 pub const MAX_LINE_BYTES: usize = 64 << 10;
 /// Clients at one time, consoles and the agent's included.
@@ -129,8 +138,11 @@ pub enum Call {
     },
     /// Counters, as one object.
     Metrics,
-    /// Adds a disk to the running guest: [`DeviceStatus`]; then `plugged` or `plug_failed`.
+    /// Adds a disk to the running guest: [`DeviceStatus`]; then `plugged` or `plug_failed`. With the line come the disk's files, as
+    /// for `disk_files`; a process that is not in a sandbox can do without.
     PlugDisk { config: Box<DiskConfig> },
+    /// Brings the open files of a disk of [`Status::files_wanted`]: its own, then those under it, nearest first.
+    DiskFiles { epoch: u64, disk: String },
     /// Adds a network card, whose tap comes with the line: [`DeviceStatus`]; then `plugged` or `plug_failed`.
     PlugNic { config: Box<NicConfig> },
     /// Asks the guest to give a device up: [`DeviceStatus`]; then `unplugged` when nothing of it is open any more, or `kept` when the
@@ -329,6 +341,10 @@ pub enum Notice {
     /// The guest was asked for a device, and keeps it.
     Kept {
         id: String,
+    },
+    /// A disk cannot be opened before its files are handed over.
+    FilesWanted {
+        disk: String,
     },
 }
 
@@ -530,6 +546,9 @@ pub struct Status {
     /// Disks and network cards, by slot. Empty from a vmm of protocol version 2.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<DeviceStatus>,
+    /// Disks that cannot be opened before their files are handed over.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files_wanted: Vec<String>,
 }
 
 #[cfg(test)]
@@ -558,6 +577,7 @@ mod tests {
             Call::Run { epoch: 42, deadline_ns: None, started_marker: "/started/42".into() },
             Call::Run { epoch: 42, deadline_ns: Some(7), started_marker: "/started/42".into() },
             Call::PlugDisk { config: Box::new(DiskConfig { id: "data".into(), slot: Some(3), ..Default::default() }) },
+            Call::DiskFiles { epoch: 41, disk: "data".into() },
             Call::Unplug { id: "data".into(), force: true },
             Call::SetLink { nic: "lan".into(), up: false },
         ] {

@@ -1,4 +1,4 @@
-//! One connection to the control socket: bytes in, lines out, both bounded. A descriptor may come with a line
+//! One connection to the control socket: bytes in, lines out, both bounded. Descriptors may come with a line
 //! ([`vmm_control::descriptor`]).
 
 use std::collections::VecDeque;
@@ -8,10 +8,12 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
+use vmm_control::descriptor::MAX_DESCRIPTORS;
 use vmm_control::protocol::MAX_LINE_BYTES;
 
-/// Descriptors of lines that are not whole yet: of one that was begun, and of the next one, whose beginning came with the end of it.
-const MAX_DESCRIPTORS: usize = 2;
+/// Messages with descriptors for lines that are not whole yet: of one that was begun, and of the next one, whose beginning came with the
+/// end of it.
+const MAX_MESSAGES: usize = 2;
 
 /// Answers that a client may leave unread. A client that asks and does not read is closed.
 const MAX_UNSENT_BYTES: usize = 4 * MAX_LINE_BYTES;
@@ -19,13 +21,13 @@ const MAX_UNSENT_BYTES: usize = 4 * MAX_LINE_BYTES;
 pub(super) struct Client {
     stream: UnixStream,
     received: Vec<u8>,
-    /// Each belongs to the line that holds this byte of `received`.
-    descriptors: VecDeque<(usize, OwnedFd)>,
+    /// Those of a message belong to the line that holds this byte of `received`.
+    descriptors: VecDeque<(usize, Vec<OwnedFd>)>,
     unsent: Vec<u8>,
 }
 
 /// A line without its end, and what came with it.
-pub(super) type Line = (Vec<u8>, Option<OwnedFd>);
+pub(super) type Line = (Vec<u8>, Vec<OwnedFd>);
 
 /// Why a connection ends.
 #[derive(Debug, thiserror::Error)]
@@ -34,7 +36,7 @@ pub(super) enum ClientError {
     HungUp,
     #[error("sent a line longer than {MAX_LINE_BYTES} bytes")]
     LongLine,
-    #[error("sent more than one descriptor with a line")]
+    #[error("sent more descriptors with a line than it can ask for")]
     Descriptors,
     #[error("does not read its answers")]
     TooSlow,
@@ -56,11 +58,11 @@ impl Client {
         !self.unsent.is_empty()
     }
 
-    /// Reads what is there. The kernel ends a read behind the bytes that a descriptor came with.
+    /// Reads what is there. The kernel ends a read behind the bytes that descriptors came with.
     pub(super) fn receive(&mut self) -> Result<(), ClientError> {
         let mut buffer = [0; 4096];
-        // The kernel rounds the room for one up to the room for two.
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        // The kernel rounds the room up to that for an even number.
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut slices = [IoSliceMut::new(&mut buffer)];
         let got = match recvmsg(&self.stream, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
@@ -68,25 +70,23 @@ impl Client {
             Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => return Ok(()),
             Err(error) => return Err(io::Error::from(error).into()),
         };
-        // Whatever is not kept is closed with the iterator.
-        let mut came = ancillary.drain().filter_map(|message| match message {
+        let came = ancillary.drain().filter_map(|message| match message {
             RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
             _ => None,
         });
-        let mut came = came.by_ref().flatten();
-        let (first, second) = (came.next(), came.next());
-        if second.is_some() || got.flags.contains(ReturnFlags::CTRUNC) {
+        let came: Vec<OwnedFd> = came.flatten().collect();
+        if came.len() > MAX_DESCRIPTORS || got.flags.contains(ReturnFlags::CTRUNC) {
             return Err(ClientError::Descriptors);
         }
         if got.bytes == 0 {
             return Err(ClientError::HungUp);
         }
         self.received.extend_from_slice(&buffer[..got.bytes]);
-        if let Some(descriptor) = first {
-            if self.descriptors.len() == MAX_DESCRIPTORS {
+        if !came.is_empty() {
+            if self.descriptors.len() == MAX_MESSAGES {
                 return Err(ClientError::Descriptors);
             }
-            self.descriptors.push_back((self.received.len() - 1, descriptor));
+            self.descriptors.push_back((self.received.len() - 1, came));
         }
         Ok(())
     }
@@ -98,14 +98,15 @@ impl Client {
                 let rest = self.received.split_off(end + 1);
                 let mut line = std::mem::replace(&mut self.received, rest);
                 line.truncate(end);
-                let descriptor = self.descriptors.pop_front_if(|(at, _)| *at <= end).map(|(_, fd)| fd);
+                let came = self.descriptors.pop_front_if(|(at, _)| *at <= end);
+                let descriptors = came.map(|(_, descriptors)| descriptors).unwrap_or_default();
                 if self.descriptors.front().is_some_and(|(at, _)| *at <= end) {
                     return Err(ClientError::Descriptors);
                 }
                 for (at, _) in &mut self.descriptors {
                     *at -= end + 1;
                 }
-                Ok(Some((line, descriptor)))
+                Ok(Some((line, descriptors)))
             }
             None if self.received.len() <= MAX_LINE_BYTES => Ok(None),
             _ => Err(ClientError::LongLine),
@@ -151,8 +152,8 @@ mod tests {
     use super::*;
 
     fn text(client: &mut Client) -> Option<Vec<u8>> {
-        client.next_line().unwrap().map(|(line, descriptor)| {
-            assert!(descriptor.is_none());
+        client.next_line().unwrap().map(|(line, descriptors)| {
+            assert!(descriptors.is_empty());
             line
         })
     }
@@ -188,15 +189,15 @@ mod tests {
         let mut client = Client::new(far).unwrap();
         let (mut reader, writer) = pipe();
         near.write_all(b"before\n").unwrap();
-        send_line(&near, b"with\n", writer.as_fd()).unwrap();
+        send_line(&near, b"with\n", &[writer.as_fd(); 3]).unwrap();
         near.write_all(b"after\n").unwrap();
         drop(writer);
         client.receive().unwrap();
         assert_eq!(text(&mut client), Some(b"before".to_vec()));
-        let (line, descriptor) = client.next_line().unwrap().unwrap();
-        assert_eq!(line, b"with");
+        let (line, descriptors) = client.next_line().unwrap().unwrap();
+        assert_eq!((line.as_slice(), descriptors.len()), (&b"with"[..], 3));
         assert!(!is_closed(&mut reader));
-        drop(descriptor.unwrap());
+        drop(descriptors);
         assert!(is_closed(&mut reader));
         client.receive().unwrap();
         assert_eq!(text(&mut client), Some(b"after".to_vec()));
@@ -208,14 +209,14 @@ mod tests {
         let mut client = Client::new(far).unwrap();
         let (mut reader, writer) = pipe();
         let line = [&[b'x'; 10_000][..], b"\n"].concat();
-        send_line(&near, &line, writer.as_fd()).unwrap();
-        send_line(&near, b"next\n", writer.as_fd()).unwrap();
+        send_line(&near, &line, &[writer.as_fd()]).unwrap();
+        send_line(&near, b"next\n", &[writer.as_fd()]).unwrap();
         drop(writer);
         let mut lines = Vec::new();
         while lines.len() < 2 {
             client.receive().unwrap();
-            while let Some((line, descriptor)) = client.next_line().unwrap() {
-                assert!(descriptor.is_some());
+            while let Some((line, descriptors)) = client.next_line().unwrap() {
+                assert_eq!(descriptors.len(), 1);
                 lines.push(line.len());
             }
         }
@@ -229,7 +230,7 @@ mod tests {
         let mut client = Client::new(far).unwrap();
         let (mut reader, writer) = pipe();
         for _ in 0..2 {
-            send_line(&near, b"part", writer.as_fd()).unwrap();
+            send_line(&near, b"part", &[writer.as_fd()]).unwrap();
             client.receive().unwrap();
         }
         near.write_all(b"\n").unwrap();
@@ -238,8 +239,9 @@ mod tests {
 
         let (near, far) = UnixStream::pair().unwrap();
         let mut client_of_many = Client::new(far).unwrap();
-        let many = [writer.as_fd(); 5];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(5))];
+        const MANY: usize = MAX_DESCRIPTORS + 3;
+        let many = [writer.as_fd(); MANY];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MANY))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         assert!(ancillary.push(SendAncillaryMessage::ScmRights(&many)));
         sendmsg(&near, &[IoSlice::new(b"{}\n")], &mut ancillary, SendFlags::empty()).unwrap();
@@ -255,14 +257,14 @@ mod tests {
         let (_reader, writer) = pipe();
         let mut held = 0;
         let end = loop {
-            send_line(&near, b"x", writer.as_fd()).unwrap();
+            send_line(&near, b"x", &[writer.as_fd(); MAX_DESCRIPTORS]).unwrap();
             match client.receive() {
                 Ok(()) => held += 1,
                 Err(end) => break end,
             }
         };
         assert!(matches!(end, ClientError::Descriptors));
-        assert_eq!(held, MAX_DESCRIPTORS);
+        assert_eq!(held, MAX_MESSAGES);
     }
 
     #[test]

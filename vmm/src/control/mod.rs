@@ -212,8 +212,8 @@ impl Control {
         }
     }
 
-    /// `descriptor` came with the request; what does not ask for one closes it.
-    pub(crate) fn answer(&self, request: Request, descriptor: Option<OwnedFd>) -> Answer {
+    /// `descriptors` came with the request; what does not ask for them closes them.
+    pub(crate) fn answer(&self, request: Request, descriptors: Vec<OwnedFd>) -> Answer {
         let id = request.id;
         let Some(running) = self.running.get() else {
             let reply = Reply::error(id, ErrorCode::NotNow, "the process is starting");
@@ -289,9 +289,14 @@ impl Control {
                 }
             }
             Call::Metrics => Reply::ok(id, self.metrics(running)),
+            Call::DiskFiles { epoch, .. } if epoch != running.lease.epoch() => {
+                let wrong = ConfirmError::WrongEpoch { mine: running.lease.epoch(), asked: epoch };
+                Reply::error(id, code_of(wrong), wrong.to_string())
+            }
+            call @ Call::DiskFiles { .. } => devices::answer(&running.devices, id, call, descriptors),
             call @ (Call::PlugDisk { .. } | Call::PlugNic { .. } | Call::Unplug { .. } | Call::SetLink { .. }) => {
                 match self.may_change(running) {
-                    Ok(()) => devices::answer(&running.devices, id, call, descriptor),
+                    Ok(()) => devices::answer(&running.devices, id, call, descriptors),
                     Err(words) => Reply::error(id, ErrorCode::NotNow, words),
                 }
             }
@@ -423,6 +428,7 @@ impl Control {
             panics: running.incidents.panics(),
             watchdog_expired: running.incidents.watchdog_expired(),
             devices: running.devices.status(),
+            files_wanted: running.devices.files_wanted(),
         }
     }
 

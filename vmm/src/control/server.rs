@@ -277,9 +277,9 @@ impl Loop {
             return Ok(None);
         }
         client.receive()?;
-        while let Some((line, descriptor)) = client.next_line()? {
+        while let Some((line, descriptors)) = client.next_line()? {
             let reply = match Request::decode(&line) {
-                Ok(request) => match self.control.answer(request, descriptor) {
+                Ok(request) => match self.control.answer(request, descriptors) {
                     Answer::Reply(reply) => reply,
                     Answer::Stream(stream, reply) => return Ok(Some((stream, reply))),
                 },

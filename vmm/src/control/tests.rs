@@ -7,6 +7,7 @@ use super::*;
 use crate::devices::block::DiskFaults;
 use crate::incident::{PanicSink, WatchdogSink};
 use crate::lease::quiesce::DiskGate;
+use crate::machine::device_manager::OpenFiles;
 use crate::machine::open_device::Host;
 
 struct Stopped {
@@ -53,9 +54,10 @@ fn control() -> Stopped {
         gate: Arc::clone(&gate),
         lease: Arc::clone(&lease),
         disks: Host::disk_opener(DiskGate::new(), Arc::clone(&io_stop) as _),
-        notify: Box::new(|_| {}),
+        opens_paths: true,
+        notify: Arc::new(|_| {}),
     };
-    let devices = DeviceManager::new(&config, Vec::new(), host).unwrap();
+    let devices = DeviceManager::new(&config, Vec::new(), OpenFiles::new(), host).unwrap();
     control.connect(Running {
         lease,
         gate: Arc::clone(&gate),
@@ -72,7 +74,7 @@ fn control() -> Stopped {
 
 impl Stopped {
     fn ask(&self, call: Call) -> Value {
-        match self.control.answer(Request { id: 1, call: call.clone() }, None) {
+        match self.control.answer(Request { id: 1, call: call.clone() }, Vec::new()) {
             Answer::Reply(reply) => reply.result.unwrap(),
             _ => panic!("{call:?} is answered with a reply"),
         }
@@ -85,7 +87,7 @@ impl Stopped {
 
 impl Stopped {
     fn refusal(&self, call: Call) -> ErrorCode {
-        match self.control.answer(Request { id: 1, call: call.clone() }, None) {
+        match self.control.answer(Request { id: 1, call: call.clone() }, Vec::new()) {
             Answer::Reply(reply) => reply.error.unwrap().code,
             _ => panic!("{call:?} is answered with a reply"),
         }
@@ -176,7 +178,8 @@ fn a_balloons_target_is_refused_where_no_guest_could_live_with_it() {
     // All of it: the guest of this test is smaller than the least that a guest can be asked to live with.
     assert_eq!(stopped.ask(Call::BalloonSet { bytes: 32 << 20 }), json!({ "target_bytes": 32 << 20 }));
     for bytes in [0, (32 << 20) - 1, (32 << 20) + 1, u64::MAX] {
-        let Answer::Reply(reply) = stopped.control.answer(Request { id: 1, call: Call::BalloonSet { bytes } }, None)
+        let Answer::Reply(reply) =
+            stopped.control.answer(Request { id: 1, call: Call::BalloonSet { bytes } }, Vec::new())
         else {
             panic!("a reply");
         };
@@ -195,7 +198,7 @@ fn devices_are_asked_for_in_vain_in_words() {
         (Call::Unplug { id: "data".into(), force: true }, ErrorCode::NotFound),
         (Call::SetLink { nic: "lan".into(), up: true }, ErrorCode::NotFound),
     ] {
-        let Answer::Reply(reply) = stopped.control.answer(Request { id: 7, call: call.clone() }, None) else {
+        let Answer::Reply(reply) = stopped.control.answer(Request { id: 7, call: call.clone() }, Vec::new()) else {
             panic!("{call:?} is answered with a reply");
         };
         assert_eq!((reply.id, reply.error.unwrap().code), (7, code), "{call:?}");
@@ -208,7 +211,7 @@ fn a_descriptor_that_was_not_asked_for_is_closed() {
     let stopped = control();
     let (mut reader, writer) = std::io::pipe().unwrap();
     nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
-    stopped.control.answer(Request { id: 1, call: Call::Status }, Some(writer.into()));
+    stopped.control.answer(Request { id: 1, call: Call::Status }, vec![writer.into()]);
     // An end of file, which there is none while somebody has the other end.
     assert_eq!(std::io::Read::read(&mut reader, &mut [0]).unwrap(), 0);
 }

@@ -85,7 +85,7 @@ pub enum Phase {
     Expired,
     /// Nothing of this guest can reach a shared disk.
     Quiesced,
-    /// Confirmed again; disks are being opened.
+    /// Confirmed again; disks are being opened, or wait for their files.
     Reviving,
 }
 
@@ -285,15 +285,27 @@ impl Lease {
     }
 
     /// The shared disks of the machine that is being built. They may have been opened while the lease was over, so
-    /// that case starts again.
+    /// that case starts again. One that had no files then waits for the lease to be confirmed, also when it is meanwhile.
     pub fn guard_disks(&self, disks: Vec<Arc<dyn Quiesce>>) {
         let mut state = self.state();
         state.disks = disks;
         state.generation += 1;
-        if state.phase == Phase::Quiesced {
-            state.phase = Phase::Expired;
-            self.bell.ring();
+        let waits = self.deadline() != NEVER && state.disks.iter().any(|disk| !disk.has_file());
+        match state.phase {
+            Phase::Quiesced => state.phase = Phase::Expired,
+            Phase::Valid if waits => {
+                state.phase = Phase::Reviving;
+                self.disk_gate.close();
+                self.gate.shut(Stop::Lease);
+            }
+            _ => return,
         }
+        self.bell.ring();
+    }
+
+    /// A disk waited for files, and has them.
+    pub fn files_came(&self) {
+        self.bell.ring();
     }
 
     /// Lets a new machine's I/O through, unless the lease is over. One step with the check, so that the end of the lease

@@ -2,7 +2,7 @@
 //! the file is closed. After that no write of this process can reach a shared disk any more (hazard C8).
 //!
 //! The order is fixed and belongs to the lease thread: [`DiskGate::close`], [`Quiesce::cancel_and_drain`],
-//! [`Quiesce::close`]; and back: [`Quiesce::reopen`], [`DiskGate::open`].
+//! [`Quiesce::close`]; and back: [`Quiesce::want_file`], [`Quiesce::reopen`], [`DiskGate::open`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -47,8 +47,14 @@ pub trait Quiesce: Send + Sync {
     /// The gate is closed before this is called, so nothing new can be submitted meanwhile.
     fn cancel_and_drain(&self, until: Instant) -> Result<Drained, QuiesceError>;
 
-    /// Closes the disk's file. Only after a successful drain.
+    /// Closes the disk's file, and lets go of it. Only after a successful drain.
     fn close(&self);
+
+    /// Whether the file is open, or can be opened now. If not, it has to be handed over first.
+    fn has_file(&self) -> bool;
+
+    /// Asks for the file to be handed over. Does not wait.
+    fn want_file(&self);
 
     /// Opens the file again. Requests that were cancelled or arrived meanwhile are submitted once the gate is open.
     fn reopen(&self) -> Result<(), QuiesceError>;

@@ -20,6 +20,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct FakeDisk {
     hangs: AtomicBool,
     does_not_open: AtomicBool,
+    /// Its file has to be handed over once it was closed.
+    is_handed: AtomicBool,
+    wants: AtomicU64,
     open: AtomicBool,
     drains: AtomicU64,
     gate: Mutex<Option<Arc<DiskGate>>>,
@@ -56,7 +59,16 @@ impl Quiesce for FakeDisk {
         self.open.store(false, Ordering::SeqCst);
     }
 
+    fn has_file(&self) -> bool {
+        self.is_open() || !self.is_handed.load(Ordering::SeqCst)
+    }
+
+    fn want_file(&self) {
+        self.wants.fetch_add(1, Ordering::SeqCst);
+    }
+
     fn reopen(&self) -> Result<(), QuiesceError> {
+        assert!(self.has_file());
         if self.does_not_open.load(Ordering::SeqCst) {
             return Err(QuiesceError::NoAnswer { disk: "fake".into() });
         }
@@ -185,6 +197,43 @@ fn a_guest_whose_disk_does_not_open_stays_stopped_until_it_does() {
     disk.does_not_open.store(false, Ordering::SeqCst);
     guest.confirm(6 * SECOND_NS).unwrap();
     assert_eq!(guest.next(), LeaseChange::Resumed);
+}
+
+#[test]
+fn a_guest_waits_for_the_files_of_its_disks_and_for_no_longer_than_its_lease() {
+    let disk = FakeDisk::opened();
+    let guest = Guest::new(Some(SOON_NS), std::slice::from_ref(&disk));
+    assert_eq!((guest.next(), guest.next()), (LeaseChange::Expired, LeaseChange::Quiesced));
+    disk.is_handed.store(true, Ordering::SeqCst);
+    guest.confirm(SOON_NS).unwrap();
+    // They do not come in time.
+    assert_eq!(guest.next(), LeaseChange::Quiesced);
+    assert!(disk.wants.load(Ordering::SeqCst) > 0 && guest.gate.holds(Stop::Lease) && !disk.is_open());
+
+    let wants = disk.wants.load(Ordering::SeqCst);
+    guest.confirm(10 * SECOND_NS).unwrap();
+    wait_until("it to be asked for", || disk.wants.load(Ordering::SeqCst) > wants);
+    assert_eq!(guest.lease.phase(), Phase::Reviving);
+    assert!(guest.gate.holds(Stop::Lease) && !guest.disk_gate.is_open());
+    disk.is_handed.store(false, Ordering::SeqCst);
+    guest.lease.files_came();
+    assert_eq!(guest.next(), LeaseChange::Resumed);
+    assert!(disk.is_open() && guest.gate.is_open() && guest.disk_gate.is_open());
+}
+
+#[test]
+fn a_machine_without_its_files_does_not_run_though_its_lease_is_valid() {
+    // It was built while the lease was over, and the lease was confirmed meanwhile.
+    let guest = Guest::new(Some(10 * SECOND_NS), &[]);
+    let disk = Arc::new(FakeDisk::default());
+    disk.is_handed.store(true, Ordering::SeqCst);
+    guest.lease.guard_disks(vec![disk.clone()]);
+    assert!(guest.gate.holds(Stop::Lease) && !guest.disk_gate.is_open());
+    wait_until("it to be asked for", || disk.wants.load(Ordering::SeqCst) > 0);
+    disk.is_handed.store(false, Ordering::SeqCst);
+    guest.lease.files_came();
+    assert_eq!(guest.next(), LeaseChange::Resumed);
+    assert!(disk.is_open() && guest.gate.is_open() && guest.disk_gate.is_open());
 }
 
 #[test]

@@ -61,7 +61,9 @@ fn run(lease: &Lease) {
             }
             Phase::Reviving => {
                 attempts = 0;
-                lease.revive();
+                if !lease.revive() {
+                    wait(lease, PollTimeout::NONE);
+                }
             }
         }
     }
@@ -124,8 +126,19 @@ impl Lease {
     }
 
     /// Opens the disks and lets the guest run. When a disk does not open, all are closed again and the next confirmation tries anew.
-    fn revive(&self) {
+    /// False when there is nothing to do before files are handed over or the lease ends.
+    fn revive(&self) -> bool {
         let disks = self.state().disks.clone();
+        let waiting: Vec<_> = disks.iter().filter(|disk| !disk.has_file()).collect();
+        if !waiting.is_empty() {
+            waiting.iter().for_each(|disk| disk.want_file());
+            let mut state = self.state();
+            let is_over = self.is_over() && state.phase == Phase::Reviving;
+            if is_over {
+                state.phase = Phase::Expired;
+            }
+            return is_over;
+        }
         for disk in &disks {
             if let Err(error) = disk.reopen() {
                 tracing::error!(%error, "the lease is confirmed, but the guest stays stopped");
@@ -134,17 +147,17 @@ impl Lease {
                     // What did open is closed again by the next attempt to quiesce.
                     state.phase = Phase::Expired;
                 }
-                return;
+                return true;
             }
         }
         {
             let mut state = self.state();
             if state.phase != Phase::Reviving {
-                return;
+                return true;
             }
             if self.is_over() {
                 state.phase = Phase::Expired;
-                return;
+                return true;
             }
             state.phase = Phase::Valid;
             self.disk_gate.open();
@@ -152,5 +165,6 @@ impl Lease {
         }
         self.counters.resumed.add(1);
         (self.listener)(LeaseChange::Resumed);
+        true
     }
 }

@@ -23,7 +23,7 @@ use vmm_control::{DeviceStatus, DiskConfig, NicConfig, Notice, VmmConfig};
 use super::build::Beginning;
 use super::inventory::{DeviceConfig, Inventory, Place, Plug, Refusal, Unplug};
 use super::open_device::{Connections, Handle, Host, OpenDevice, PlugError, end_at_last};
-use crate::devices::block::BlockHandle;
+use crate::devices::block::{BlockHandle, DiskFiles};
 use crate::devices::net::{KernelTap, NetHandle, TapError};
 use crate::lease::Phase;
 use crate::lease::quiesce::Quiesce;
@@ -59,6 +59,26 @@ struct State {
     handles: BTreeMap<Place, Handle>,
     /// Of network cards that no machine was built with yet.
     taps: BTreeMap<Place, Arc<KernelTap>>,
+    /// Likewise of disks.
+    files: BTreeMap<Place, Arc<DiskFiles>>,
+}
+
+/// The open files of disks, by their ids.
+pub type OpenFiles = BTreeMap<String, Vec<OwnedFd>>;
+
+/// A device that is plugged, and what came with it.
+enum Coming {
+    Disk(DiskConfig, Arc<DiskFiles>),
+    Nic(NicConfig, Option<OwnedFd>),
+}
+
+impl Coming {
+    fn config(&self) -> DeviceConfig {
+        match self {
+            Self::Disk(disk, _) => DeviceConfig::Disk(disk.clone()),
+            Self::Nic(nic, _) => DeviceConfig::Nic(nic.clone()),
+        }
+    }
 }
 
 pub struct DeviceManager {
@@ -66,6 +86,7 @@ pub struct DeviceManager {
     inventory: Mutex<Inventory>,
     state: Mutex<State>,
     machine_came: Condvar,
+    files_came: Condvar,
     /// Held by whoever connects a device to the machine, takes one out of it, or takes the machine away.
     connecting: Mutex<()>,
     /// Held while the lease is told which disks it guards, so that no older list replaces a newer one.
@@ -74,16 +95,28 @@ pub struct DeviceManager {
 }
 
 impl DeviceManager {
-    /// For the devices of a configuration, and the taps of its network cards in their order.
-    pub fn new(config: &VmmConfig, taps: Vec<KernelTap>, host: Host) -> Result<Arc<Self>, Box<dyn std::error::Error>> {
+    /// For the devices of a configuration, the taps of its network cards in their order, and the files of those disks that are not opened by
+    /// their paths.
+    pub fn new(
+        config: &VmmConfig,
+        taps: Vec<KernelTap>,
+        mut files: OpenFiles,
+        host: Host,
+    ) -> Result<Arc<Self>, Box<dyn std::error::Error>> {
         let inventory = Inventory::new(config)?;
         let mut by_id: BTreeMap<&str, KernelTap> = config.nics.iter().map(|nic| nic.id.as_str()).zip(taps).collect();
         let mut state = State::default();
         for (place, device) in inventory.present() {
-            if let DeviceConfig::Nic(nic) = &device
-                && let Some(tap) = by_id.remove(nic.id.as_str())
-            {
-                state.taps.insert(place, Arc::new(tap));
+            match &device {
+                DeviceConfig::Disk(disk) => {
+                    let handed = files.remove(&disk.id).unwrap_or_default();
+                    state.files.insert(place, host.disk_files(disk, handed)?);
+                }
+                DeviceConfig::Nic(nic) => {
+                    if let Some(tap) = by_id.remove(nic.id.as_str()) {
+                        state.taps.insert(place, Arc::new(tap));
+                    }
+                }
             }
         }
         let (events, received) = channel();
@@ -92,6 +125,7 @@ impl DeviceManager {
             inventory: Mutex::new(inventory),
             state: Mutex::new(state),
             machine_came: Condvar::new(),
+            files_came: Condvar::new(),
             connecting: Mutex::new(()),
             guarding: Mutex::new(()),
             events,
@@ -104,32 +138,34 @@ impl DeviceManager {
     // -- what hostd asks; answered from the inventory, carried out by others
 
     /// Takes a slot for a disk and opens it. The answer comes before the disk does.
-    pub fn plug_disk(self: &Arc<Self>, disk: DiskConfig) -> Result<DeviceStatus, Refusal> {
-        self.plug(DeviceConfig::Disk(disk), None)
+    pub fn plug_disk(self: &Arc<Self>, disk: DiskConfig, files: Vec<OwnedFd>) -> Result<DeviceStatus, Refusal> {
+        let files = self.host.disk_files(&disk, files)?;
+        self.plug(Coming::Disk(disk, files))
     }
 
     /// Likewise for a network card. A tap for a card that is known is closed.
     pub fn plug_nic(self: &Arc<Self>, nic: NicConfig, tap: Option<OwnedFd>) -> Result<DeviceStatus, Refusal> {
-        self.plug(DeviceConfig::Nic(nic), tap)
+        self.plug(Coming::Nic(nic, tap))
     }
 
-    fn plug(self: &Arc<Self>, device: DeviceConfig, tap: Option<OwnedFd>) -> Result<DeviceStatus, Refusal> {
+    fn plug(self: &Arc<Self>, coming: Coming) -> Result<DeviceStatus, Refusal> {
         if self.host.lease.phase() != Phase::Valid {
             return Err(Refusal::LeaseOver);
         }
+        let device = coming.config();
         let id = device.id().to_owned();
         // One step: a disk that fails at once would be gone from the answer.
         let (planned, status) = {
             let mut inventory = locked(&self.inventory);
-            (inventory.plug(device.clone())?, inventory.device(&id)?)
+            (inventory.plug(device)?, inventory.device(&id)?)
         };
         if let Plug::Open(place) = planned {
-            if matches!(device, DeviceConfig::Nic(_)) && tap.is_none() {
+            if matches!(coming, Coming::Nic(_, None)) {
                 locked(&self.inventory).gone(place);
                 return Err(Refusal::NoTap);
             }
             let manager = Arc::clone(self);
-            let life = move || manager.open_and_connect(place, &device, tap);
+            let life = move || manager.open_and_connect(place, coming);
             if let Err(source) = Role::PlugOpen.spawn("", life) {
                 locked(&self.inventory).gone(place);
                 return Err(Refusal::Thread { id, source });
@@ -159,6 +195,22 @@ impl DeviceManager {
             tracing::debug!(nic = nic.name(), %error, "the link of a network card that has ended");
         }
         Ok(())
+    }
+
+    /// Takes the files of a disk that wants them.
+    pub fn hand_files(&self, disk: &str, files: Vec<OwnedFd>) -> Result<(), Refusal> {
+        let handle = self.disks().into_iter().find(|handle| handle.name() == disk);
+        handle.ok_or_else(|| Refusal::NotFound { id: disk.to_owned() })?.files().hand(files)?;
+        self.host.lease.files_came();
+        let _nobody_looks = locked(&self.state);
+        self.files_came.notify_all();
+        Ok(())
+    }
+
+    /// The disks that want their files.
+    pub fn files_wanted(&self) -> Vec<String> {
+        let wanting = self.disks().into_iter().filter(|disk| disk.files().is_wanted());
+        wanting.map(|disk| disk.name().to_owned()).collect()
     }
 
     pub fn status(&self) -> Vec<DeviceStatus> {
@@ -213,7 +265,11 @@ impl DeviceManager {
         let mut devices = Vec::with_capacity(present.len());
         for (place, device) in present {
             let opened = match &device {
-                DeviceConfig::Disk(disk) => self.host.open_disk(disk, beginning)?,
+                DeviceConfig::Disk(disk) => {
+                    let files = locked(&self.state).files.remove(&place);
+                    let files = files.unwrap_or_else(|| DiskFiles::by_path());
+                    self.host.open_disk(disk, files, beginning)?
+                }
                 DeviceConfig::Nic(nic) => {
                     let tap = locked(&self.state).taps.remove(&place);
                     let tap = tap.ok_or_else(|| TapError::NotHandedOver { nic: nic.id.clone() })?;
@@ -286,11 +342,14 @@ impl DeviceManager {
                 self.tell_unplugged(id);
             }
         }
-        let taps = handles.into_iter().filter_map(|(place, handle)| match handle {
-            Handle::Nic { tap, .. } => Some((place, tap)),
-            Handle::Disk { .. } => None,
-        });
-        locked(&self.state).taps = taps.collect();
+        let mut state = locked(&self.state);
+        for (place, handle) in handles {
+            match handle {
+                Handle::Nic { tap, .. } => drop(state.taps.insert(place, tap)),
+                Handle::Disk { disk, .. } => drop(state.files.insert(place, Arc::clone(disk.files()))),
+            }
+        }
+        drop(state);
         self.guard();
     }
 
@@ -318,21 +377,21 @@ impl DeviceManager {
 
     // -- a device comes
 
-    fn open(&self, device: &DeviceConfig, tap: Option<OwnedFd>) -> Result<OpenDevice, PlugError> {
-        match (device, tap) {
-            (DeviceConfig::Disk(disk), _) => self.host.open_disk(disk, Beginning::Boot),
-            (DeviceConfig::Nic(nic), Some(tap)) => {
+    fn open(&self, coming: Coming) -> Result<OpenDevice, PlugError> {
+        match coming {
+            Coming::Disk(disk, files) => self.host.open_disk(&disk, files, Beginning::Boot),
+            Coming::Nic(nic, Some(tap)) => {
                 let tap = KernelTap::adopt(&nic.id, tap)?;
-                self.host.open_nic(nic, Arc::new(tap))
+                self.host.open_nic(&nic, Arc::new(tap))
             }
-            (DeviceConfig::Nic(nic), None) => Err(TapError::NotHandedOver { nic: nic.id.clone() }.into()),
+            Coming::Nic(nic, None) => Err(TapError::NotHandedOver { nic: nic.id }.into()),
         }
     }
 
     /// The life of a thread that plugs one device.
-    fn open_and_connect(&self, place: Place, device: &DeviceConfig, tap: Option<OwnedFd>) {
-        let id = device.id().to_owned();
-        let connected = self.open(device, tap).and_then(|opened| self.connect(place, opened));
+    fn open_and_connect(&self, place: Place, coming: Coming) {
+        let id = coming.config().id().to_owned();
+        let connected = self.open(coming).and_then(|opened| self.connect(place, opened));
         let wanted = locked(&self.inventory).is_wanted(place);
         match connected {
             Ok(true) => {

@@ -15,6 +15,7 @@ use vmm_control::{
 };
 
 use super::build::{disk_slots, nic_slots};
+use crate::devices::block::files::FilesRefusal;
 use crate::pci::topology::slot_address;
 
 /// Storage that hangs holds a thread for each of these.
@@ -52,6 +53,8 @@ pub enum Refusal {
     LeaseOver,
     #[error("no tap came with the request; send its descriptor with the line")]
     NoTap,
+    #[error(transparent)]
+    Files(#[from] FilesRefusal),
     #[error("cannot start a thread that opens {id}")]
     Thread {
         id: String,
@@ -64,6 +67,8 @@ impl Refusal {
     fn code(&self) -> ErrorCode {
         match self {
             Self::Config(_) | Self::Ambiguous { .. } | Self::NoNic { .. } | Self::NoTap => ErrorCode::BadRequest,
+            Self::Files(FilesRefusal::NotWanted { .. }) => ErrorCode::NotNow,
+            Self::Files(_) => ErrorCode::BadRequest,
             Self::NoSlot { .. } | Self::SlotTaken { .. } | Self::IdTaken { .. } => ErrorCode::Taken,
             Self::Leaving { .. } | Self::Coming { .. } | Self::TakenAway { .. } | Self::Busy | Self::LeaseOver => {
                 ErrorCode::NotNow

@@ -1,5 +1,6 @@
 //! A disk or network card between the host that has its storage or tap and the guest that has its slot.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,8 @@ use vmm_control::{DiskConfig, NicConfig, Notice};
 
 use super::build::Beginning;
 use crate::cpu::gate::RunGate;
-use crate::devices::block::{Block, BlockConfig, BlockError, BlockHandle, DiskFaults};
+use crate::devices::block::files::{FilesRefusal, OnWant};
+use crate::devices::block::{Block, BlockConfig, BlockError, BlockHandle, DiskFaults, DiskFiles};
 use crate::devices::net::{KernelTap, Net, NetConfig, NetError, NetHandle, TapError};
 use crate::interrupt::{IoEvents, MsiSink};
 use crate::lease::Lease;
@@ -40,32 +42,49 @@ pub enum PlugError {
 /// A disk's device, and the handle of those who stop and count it.
 pub type OpenDisk = (Arc<dyn VirtioDevice>, Arc<BlockHandle>);
 /// Opens a disk, or only looks at it, for a guest that comes from elsewhere. May wait for storage for any time.
-pub type DiskOpener = Box<dyn Fn(&DiskConfig, Beginning) -> Result<OpenDisk, BlockError> + Send + Sync>;
+pub type DiskOpener = Box<dyn Fn(&DiskConfig, Arc<DiskFiles>, Beginning) -> Result<OpenDisk, BlockError> + Send + Sync>;
 
 /// What all devices of a guest share, for the life of the process.
 pub struct Host {
     pub gate: Arc<RunGate>,
     pub lease: Arc<Lease>,
     pub disks: DiskOpener,
+    /// Disks whose files nobody handed over are opened by their paths.
+    pub opens_paths: bool,
     /// Tells hostd. Must not wait.
-    pub notify: Box<dyn Fn(Notice) + Send + Sync>,
+    pub notify: Arc<dyn Fn(Notice) + Send + Sync>,
 }
 
 impl Host {
     /// Opens disks whose requests pass `gate` and whose errors are told to `faults`.
     pub fn disk_opener(gate: Arc<DiskGate>, faults: Arc<dyn DiskFaults>) -> DiskOpener {
-        Box::new(move |disk, beginning| {
+        Box::new(move |disk, files, beginning| {
             let (gate, faults) = (Arc::clone(&gate), Arc::clone(&faults));
             let (device, handle) = match beginning {
-                Beginning::Boot => Block::open(BlockConfig::from(disk), gate, faults)?,
-                Beginning::Incoming => Block::closed(BlockConfig::from(disk), gate, faults)?,
+                Beginning::Boot => Block::open(BlockConfig::from(disk), files, gate, faults)?,
+                Beginning::Incoming => Block::closed(BlockConfig::from(disk), files, gate, faults)?,
             };
             Ok((device, handle))
         })
     }
 
-    pub(super) fn open_disk(&self, disk: &DiskConfig, beginning: Beginning) -> Result<OpenDevice, PlugError> {
-        let (device, handle) = (self.disks)(disk, beginning)?;
+    /// The files of a disk of the guest's, with what was handed over for it, if anything was.
+    pub fn disk_files(&self, disk: &DiskConfig, handed: Vec<OwnedFd>) -> Result<Arc<DiskFiles>, FilesRefusal> {
+        if handed.is_empty() && self.opens_paths {
+            return Ok(DiskFiles::by_path());
+        }
+        let notify = Arc::clone(&self.notify);
+        let on_want: OnWant = Arc::new(move |disk| notify(Notice::FilesWanted { disk: disk.to_owned() }));
+        DiskFiles::handed(disk, handed, on_want)
+    }
+
+    pub(super) fn open_disk(
+        &self,
+        disk: &DiskConfig,
+        files: Arc<DiskFiles>,
+        beginning: Beginning,
+    ) -> Result<OpenDevice, PlugError> {
+        let (device, handle) = (self.disks)(disk, files, beginning)?;
         Ok(OpenDevice { device, handle: Handle::Disk { disk: handle, shared: disk.shared } })
     }
 

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use vmm_control::{DeviceState, DeviceStatus, DiskConfig, DiskFault, ErrorCode, Notice};
 
 use super::build::Beginning;
-use super::device_manager::DeviceManager;
+use super::device_manager::{DeviceManager, OpenFiles};
 use super::inventory_tests::{config, disk};
 use super::open_device::{Connections, DiskOpener, Host};
 use crate::cpu::gate::RunGate;
@@ -79,10 +79,11 @@ fn bench_with(boot: &[&str], setting: Setting) -> Bench {
         gate,
         lease: Arc::clone(&lease),
         disks: disks.unwrap_or_else(|| Host::disk_opener(disk_gate, Arc::new(NoFaults))),
-        notify: Box::new(move |notice| drop(locked(&told).send(notice))),
+        opens_paths: true,
+        notify: Arc::new(move |notice| drop(locked(&told).send(notice))),
     };
     let boot: Vec<_> = boot.iter().map(|id| image(dir.path(), id)).collect();
-    let manager = DeviceManager::new(&config(&boot, &[]), Vec::new(), host).unwrap();
+    let manager = DeviceManager::new(&config(&boot, &[]), Vec::new(), OpenFiles::new(), host).unwrap();
     let memory = guest_memory();
     let (msi, io_events) = (FakeMsi::new(), FakeIoEvents::new());
     let bus = build(&manager, &memory, &msi, &io_events);
@@ -163,7 +164,7 @@ impl Bench {
 
     fn plug(&self, disk: DiskConfig) -> DeviceStatus {
         let id = disk.id.clone();
-        let status = self.manager.plug_disk(disk).unwrap();
+        let status = self.manager.plug_disk(disk, Vec::new()).unwrap();
         let plugged = Notice::Plugged { id, slot: status.slot, address: status.address.clone() };
         assert_eq!(self.next_notice(), plugged);
         status
@@ -251,7 +252,7 @@ fn ask(driver: &mut FakeDriver, kind: u32, buffer: Buffer) -> u64 {
 #[test]
 fn a_disk_is_plugged_and_read() {
     let bench = bench(&["root"]);
-    let asked = bench.manager.plug_disk(bench.image("data")).unwrap();
+    let asked = bench.manager.plug_disk(bench.image("data"), Vec::new()).unwrap();
     assert_eq!((asked.slot, asked.address.as_str()), (2, "03:00.0"));
     assert_eq!(bench.next_notice(), Notice::Plugged { id: "data".into(), slot: 2, address: "03:00.0".into() });
     assert_eq!(bench.state("data"), Some(DeviceState::Present));
@@ -267,7 +268,7 @@ fn a_disk_is_plugged_and_read() {
     assert_eq!(names, ["root", "data"]);
 
     // The same again is answered the same, and done once.
-    let again = bench.manager.plug_disk(bench.image("data")).unwrap();
+    let again = bench.manager.plug_disk(bench.image("data"), Vec::new()).unwrap();
     assert_eq!((again.slot, again.state), (2, DeviceState::Present));
     assert!(bench.notices.try_recv().is_err());
 }
@@ -276,7 +277,7 @@ fn a_disk_is_plugged_and_read() {
 fn a_disk_that_does_not_open_is_as_if_it_had_not_been_asked_for() {
     let bench = bench(&[]);
     let missing = DiskConfig { path: bench.path("missing"), ..disk("data", None) };
-    bench.manager.plug_disk(missing).unwrap();
+    bench.manager.plug_disk(missing, Vec::new()).unwrap();
     match bench.next_notice() {
         Notice::PlugFailed { id, message } => assert!(id == "data" && message.contains("/missing"), "{message}"),
         other => panic!("{other:?}"),
@@ -333,16 +334,16 @@ fn storage_that_hangs_while_it_is_opened_holds_up_nobody() {
     let (open, may_open) = channel::<()>();
     let may_open = Mutex::new(may_open);
     let usual = Host::disk_opener(DiskGate::new(), Arc::new(NoFaults));
-    let disks: DiskOpener = Box::new(move |disk, beginning| {
+    let disks: DiskOpener = Box::new(move |disk, files, beginning| {
         if disk.id.starts_with("slow") {
             let _ = locked(&may_open).recv();
         }
-        usual(disk, beginning)
+        usual(disk, files, beginning)
     });
     let bench = bench_with(&["root"], Setting { disks: Some(disks), ..setting() });
-    let slow = bench.manager.plug_disk(bench.image("slow")).unwrap();
+    let slow = bench.manager.plug_disk(bench.image("slow"), Vec::new()).unwrap();
     assert_eq!((slow.slot, slow.state), (2, DeviceState::Plugging));
-    assert_eq!(bench.manager.plug_disk(bench.image("slow")).unwrap(), slow, "answered the same");
+    assert_eq!(bench.manager.plug_disk(bench.image("slow"), Vec::new()).unwrap(), slow, "answered the same");
     // Others come and go meanwhile.
     assert_eq!(bench.plug(bench.image("quick")).slot, 3);
     bench.manager.unplug("quick", true).unwrap();
@@ -352,7 +353,7 @@ fn storage_that_hangs_while_it_is_opened_holds_up_nobody() {
     assert!(matches!(bench.next_notice(), Notice::Plugged { id, slot: 2, .. } if id == "slow"));
 
     // One that nobody wants any more when it is there at last.
-    bench.manager.plug_disk(bench.image("slow-too")).unwrap();
+    bench.manager.plug_disk(bench.image("slow-too"), Vec::new()).unwrap();
     let status = bench.manager.unplug("slow-too", false).unwrap();
     assert_eq!((status.slot, bench.state("slow-too")), (3, Some(DeviceState::Unplugging)));
     assert!(bench.notices.try_recv().is_err(), "its opening may still succeed");
@@ -366,9 +367,9 @@ fn hanging_data() -> (DiskOpener, Remote) {
     let (backend, remote) = hanging();
     let backend = Mutex::new(Some(backend));
     let usual = Host::disk_opener(DiskGate::new(), Arc::new(NoFaults));
-    let disks: DiskOpener = Box::new(move |disk, beginning| {
+    let disks: DiskOpener = Box::new(move |disk, files, beginning| {
         let Some(backend) = locked(&backend).take_if(|_| disk.id == "data") else {
-            return usual(disk, beginning);
+            return usual(disk, files, beginning);
         };
         let facts = FileFacts { bytes: DISK_BYTES, is_device: false };
         let (device, handle) =
@@ -398,7 +399,7 @@ fn a_disk_that_hangs_is_gone_when_its_last_request_has_ended() {
     bench.manager.unplug("other", true).unwrap();
     assert_eq!(bench.next_notice(), Notice::Unplugged { id: "other".into() });
     assert_eq!(bench.state("data"), Some(DeviceState::Unplugging));
-    let again = bench.manager.plug_disk(bench.image("data")).unwrap_err().fault();
+    let again = bench.manager.plug_disk(bench.image("data"), Vec::new()).unwrap_err().fault();
     assert_eq!(again.code, ErrorCode::NotNow);
 
     remote.finish();
@@ -452,12 +453,12 @@ fn a_disk_that_opens_while_the_guest_resets_comes_into_the_next_machine() {
     let (open, may_open) = channel::<()>();
     let may_open = Mutex::new(may_open);
     let usual = Host::disk_opener(DiskGate::new(), Arc::new(NoFaults));
-    let disks: DiskOpener = Box::new(move |disk, beginning| {
+    let disks: DiskOpener = Box::new(move |disk, files, beginning| {
         let _ = locked(&may_open).recv();
-        usual(disk, beginning)
+        usual(disk, files, beginning)
     });
     let mut bench = bench_with(&[], Setting { disks: Some(disks), ..setting() });
-    bench.manager.plug_disk(bench.image("data")).unwrap();
+    bench.manager.plug_disk(bench.image("data"), Vec::new()).unwrap();
     bench.end_machine();
     open.send(()).unwrap();
     wait_until("the disk to be open", || is_open(&bench.path("data")));
@@ -571,7 +572,7 @@ fn a_disk_that_was_plugged_is_closed_when_the_lease_ends() {
     assert!(is_open(&bench.path("data")));
     wait_until("the end of the lease", || bench.lease.phase() == Phase::Quiesced);
     assert!(!is_open(&bench.path("data")));
-    let refused = bench.manager.plug_disk(bench.image("more")).unwrap_err().fault();
+    let refused = bench.manager.plug_disk(bench.image("more"), Vec::new()).unwrap_err().fault();
     assert_eq!(refused.code, ErrorCode::NotNow);
     bench.lease.confirm(41, boottime_ns() + 10_000_000_000).unwrap();
     wait_until("the lease", || bench.lease.phase() == Phase::Valid);
@@ -588,7 +589,7 @@ fn every_slot_of_the_guest_can_be_filled_and_emptied() {
         assert_eq!(usize::from(status.slot), i + 1);
     }
     assert!(most < usize::from(MAX_SLOTS));
-    let full = bench.manager.plug_disk(bench.image("more")).unwrap_err().fault();
+    let full = bench.manager.plug_disk(bench.image("more"), Vec::new()).unwrap_err().fault();
     assert_eq!(full.code, ErrorCode::Taken, "{full}");
     for i in (0..most).rev() {
         bench.manager.unplug(&format!("d{i}"), true).unwrap();

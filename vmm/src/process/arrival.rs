@@ -33,7 +33,7 @@ pub(super) fn receive(prepared: &Prepared, incoming: &Arc<Incoming>) -> Result<M
     let Some(order) = incoming.wait_order() else {
         return Err(not_wanted());
     };
-    permit(prepared, &machine, &order)?;
+    permit(prepared, incoming, &machine, &order)?;
     Ok(machine)
 }
 
@@ -52,12 +52,15 @@ pub(super) fn let_go(prepared: &Prepared) {
 }
 
 /// Everything that can fail, and last what cannot be undone: the epoch is used up.
-fn permit(prepared: &Prepared, machine: &Machine, order: &RunOrder) -> Result<(), Outcome> {
+fn permit(prepared: &Prepared, incoming: &Incoming, machine: &Machine, order: &RunOrder) -> Result<(), Outcome> {
     let lease = &prepared.context.lease;
     let failed = |error: &(dyn std::error::Error + 'static)| Outcome::not_started(ExitReason::StartFailed, error);
     lease.grant(order.epoch, order.deadline_ns).map_err(|error| failed(&error))?;
     if order.deadline_ns.is_some() {
         lease::thread::start(Arc::clone(lease)).map_err(|error| failed(&error))?;
+    }
+    if !prepared.context.devices.wait_for_files(|| incoming.has_ended()) {
+        return Err(not_wanted());
     }
     machine.open_disks().map_err(|error| failed(&error))?;
     mark(&order.started_marker, order.epoch)

@@ -6,11 +6,14 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use landlock::{
-    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+    ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    RulesetError, RulesetStatus, Scope,
 };
+use rustix::fs::{Gid, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
-use vmm_control::{DiskConfig, VmmConfig};
+use vmm_control::VmmConfig;
+
+use super::UserId;
 
 /// The newest rules of Landlock that are asked for. An older kernel holds those that it knows.
 const RULES: ABI = ABI::V6;
@@ -33,43 +36,22 @@ pub enum ConfineError {
     Landlock(#[source] RulesetError),
 }
 
-/// What of the file system is left.
+/// What of the file system is left: files come, go and change in these directories. Disks are not among it: they are open, or are handed over.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Reach {
-    /// Files come, go and change in them.
     directories: BTreeSet<PathBuf>,
-    read: BTreeSet<PathBuf>,
-    write: BTreeSet<PathBuf>,
 }
 
 impl Reach {
-    /// The directories of the process, and the disks of its configuration: they are opened again after a reset and at the beginning of a
-    /// new lease. One that is plugged later is reached only if it lies in one of the directories.
+    /// The directories of the process.
     pub fn of(config: &VmmConfig, control: &Path) -> Self {
         let parent = |path: &Path| path.parent().unwrap_or(Path::new("/")).to_owned();
-        let directories = [config.run_dir.clone(), parent(&config.started_marker), parent(control)].into();
-        let (mut read, mut write) = (BTreeSet::new(), BTreeSet::new());
-        for DiskConfig { path, read_only, backing, .. } in &config.disks {
-            if *read_only { &mut read } else { &mut write }.insert(path.clone());
-            read.extend(backing.iter().map(|image| image.path.clone()));
-        }
-        Self { directories, read, write }
-    }
-
-    /// With the rights to each.
-    fn paths(&self) -> impl Iterator<Item = (&Path, BitFlags<AccessFs>)> {
-        let read = BitFlags::from(AccessFs::ReadFile);
-        // An image grows.
-        let write = read | AccessFs::WriteFile | AccessFs::Truncate;
-        let directory = write | AccessFs::ReadDir | AccessFs::MakeReg | AccessFs::MakeSock | AccessFs::RemoveFile;
-        let directories = self.directories.iter().map(move |path| (path.as_path(), directory));
-        let read_only = self.read.iter().map(move |path| (path.as_path(), read));
-        directories.chain(read_only).chain(self.write.iter().map(move |path| (path.as_path(), write)))
+        Self { directories: [config.run_dir.clone(), parent(&config.started_marker), parent(control)].into() }
     }
 }
 
 /// Everything but the filters.
-pub(super) fn enter(reach: &Reach) -> Result<(), ConfineError> {
+pub(super) fn enter(reach: &Reach, user: Option<UserId>) -> Result<(), ConfineError> {
     let threads = fs::read_dir("/proc/self/task").map_err(ConfineError::Proc)?.count();
     if threads != 1 {
         return Err(ConfineError::Threads(threads));
@@ -79,6 +61,11 @@ pub(super) fn enter(reach: &Reach) -> Result<(), ConfineError> {
     keep_priority();
     leave_network()?;
     restrict_files(reach)?;
+    // While a capability allows it.
+    empty_bounding_set().map_err(failed("capabilities"))?;
+    if let Some(user) = user {
+        become_user(user).map_err(failed("root"))?;
+    }
     drop_capabilities().map_err(failed("capabilities"))
 }
 
@@ -109,6 +96,14 @@ fn leave_network() -> Result<(), ConfineError> {
     }
 }
 
+/// With no group but its own. While there is one thread: each has its own credentials.
+fn become_user(user: UserId) -> rustix::io::Result<()> {
+    let (user, group) = (Uid::from_raw(user), Gid::from_raw(user));
+    rustix::thread::set_thread_groups(&[])?;
+    rustix::thread::set_thread_res_gid(group, group, group)?;
+    rustix::thread::set_thread_res_uid(user, user, user)
+}
+
 fn restrict_files(reach: &Reach) -> Result<(), ConfineError> {
     let mut ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
@@ -116,7 +111,14 @@ fn restrict_files(reach: &Reach) -> Result<(), ConfineError> {
         .and_then(|ruleset| ruleset.scope(Scope::from_all(RULES)))
         .and_then(Ruleset::create)
         .map_err(ConfineError::Landlock)?;
-    for (path, rights) in reach.paths() {
+    let rights = AccessFs::ReadFile
+        | AccessFs::WriteFile
+        | AccessFs::Truncate
+        | AccessFs::ReadDir
+        | AccessFs::MakeReg
+        | AccessFs::MakeSock
+        | AccessFs::RemoveFile;
+    for path in &reach.directories {
         // What is not there cannot be opened later either, and is then missed in better words.
         let Ok(place) = PathFd::new(path) else { continue };
         ruleset = ruleset.add_rule(PathBeneath::new(place, rights)).map_err(ConfineError::Landlock)?;
@@ -130,8 +132,7 @@ fn restrict_files(reach: &Reach) -> Result<(), ConfineError> {
     Ok(())
 }
 
-fn drop_capabilities() -> rustix::io::Result<()> {
-    rustix::thread::clear_ambient_capability_set()?;
+fn empty_bounding_set() -> rustix::io::Result<()> {
     for bit in 0..CAPABILITIES {
         let capability = CapabilitySet::from_bits_retain(1 << bit);
         match rustix::thread::remove_capability_from_bounding_set(capability) {
@@ -140,6 +141,38 @@ fn drop_capabilities() -> rustix::io::Result<()> {
             other => other?,
         }
     }
+    Ok(())
+}
+
+fn drop_capabilities() -> rustix::io::Result<()> {
+    rustix::thread::clear_ambient_capability_set()?;
     let none = CapabilitySet::empty();
     rustix::thread::set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_files_only_the_directories_of_the_process_are_left() {
+        // SAFETY: asks for the version; no pointer.
+        if unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) } < 1 {
+            eprintln!("skipped: this kernel has no Landlock");
+            return;
+        }
+        let (own, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (mine, not_mine) = (own.path().join("console.log"), other.path().join("disk"));
+        fs::write(&not_mine, "secret").unwrap();
+        let reach = Reach { directories: [own.path().to_owned()].into() };
+        // Of this thread alone.
+        let thread = std::thread::spawn(move || {
+            rustix::thread::set_no_new_privs(true).unwrap();
+            restrict_files(&reach).unwrap();
+            fs::write(&mine, "mine").unwrap();
+            assert_eq!(fs::read(&not_mine).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+            assert_eq!(fs::remove_file(&not_mine).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        });
+        thread.join().unwrap();
+    }
 }

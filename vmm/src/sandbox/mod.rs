@@ -1,16 +1,14 @@
-//! What a vmm process gives up before it looks at anything that a guest, an image or a stream brings: with `vmm run --sandbox`.
-//!
-//! hostd does not ask for it yet: it hands disks over as paths, of any owner and at any time, where a process without capabilities and
-//! under Landlock opens only what is its own user's and was named at the start. Disks as descriptors and a user for each VM come first
-//! (ADR 0016). Without the flag threads have their roles and their names, and may ask for everything.
+//! What a vmm process gives up before it looks at anything that a guest, an image or a stream brings: with `vmm run --sandbox`, as hostd
+//! starts it (ADR 0016). Without the flag threads have their roles and their names, and may ask for everything.
 //!
 //! ```text
-//! hostd: fork, exec          root or the user that hostd names, the lock and the taps open
+//! hostd: fork, exec          root, the lock and the taps open
 //!   main thread, alone       reads the configuration, takes the lock
-//!                            opens the taps, /dev/kvm, huge pages, kernel and initrd, not a byte of which is looked at
+//!                            opens the taps, /dev/kvm, huge pages, kernel, initrd, disks, not a byte of which is looked at
 //!   sandbox::enter           no new privileges
 //!                            an empty network            [taps stay open]
-//!                            Landlock: run directory, marker, disks of the configuration
+//!                            Landlock: run directory, marker
+//!                            the VM's own user and group
 //!                            no capability
 //!                            system call filter of the main thread, which all others inherit
 //!   first other thread       log
@@ -38,6 +36,7 @@ pub use confine::{ConfineError, Reach};
 pub use filter::FilterError;
 pub use role::Role;
 pub use rule::Rule;
+pub use rustix::process::RawUid as UserId;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
@@ -50,8 +49,9 @@ pub enum SandboxError {
 }
 
 /// Gives everything up that is not on the lists, for good. Called by the main thread before there is another one.
-pub fn enter(reach: &Reach) -> Result<(), SandboxError> {
-    confine::enter(reach)?;
+/// `user` is who the process is from then on, if it may become another.
+pub fn enter(reach: &Reach, user: Option<UserId>) -> Result<(), SandboxError> {
+    confine::enter(reach, user)?;
     filter_calls()
 }
 

@@ -98,7 +98,8 @@ const STARTS: &[Rule] = &[
 
 /// Finds out what a disk is, and makes it ready for I/O in one of two ways.
 const OPENS_DISKS: &[Rule] = &[
-    call!(SYS_openat),
+    fcntl(libc::F_GETFL),
+    fcntl(libc::F_SETFL),
     call!(SYS_statx),
     call!(SYS_lseek),
     call!(SYS_pread64),
@@ -132,7 +133,8 @@ const SPEAKS: &[Rule] = &[
 const SETS_TIMERS: &[Rule] = &[call!(SYS_timerfd_settime), call!(SYS_timer_settime)];
 
 const MAIN: &[Rule] = &[
-    // The end of the guest: its report, its socket.
+    // The epoch's mark. The end of the guest: its report, its socket.
+    call!(SYS_openat),
     call!(SYS_rename),
     call!(SYS_unlink),
     call!(SYS_fsync),
@@ -186,6 +188,8 @@ const CONTROL: &[Rule] = &[
     call!(SYS_accept4),
     call!(SYS_recvmsg),
     call!(SYS_eventfd2),
+    // Files that are handed over.
+    fcntl(libc::F_GETFL),
     // The memory map, which is open.
     call!(SYS_statx),
     call!(SYS_lseek),
@@ -250,13 +254,7 @@ const ANNOUNCE: &[Rule] = &[call!(SYS_writev)];
 /// Above all others, so that it takes a guest's disks away in time.
 const LEASE: &[Rule] = &[call!(SYS_sched_setscheduler).is(1, FIRST)];
 
-const PLUG_OPEN: &[Rule] = &[
-    ioctl!(libc TUNGETIFF),
-    ioctl!(libc TUNSETVNETHDRSZ),
-    ioctl!(libc TUNSETOFFLOAD),
-    fcntl(libc::F_GETFL),
-    fcntl(libc::F_SETFL),
-];
+const PLUG_OPEN: &[Rule] = &[ioctl!(libc TUNGETIFF), ioctl!(libc TUNSETVNETHDRSZ), ioctl!(libc TUNSETOFFLOAD)];
 
 /// Lists of rules. A role has several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -8,7 +8,7 @@ pub mod recorder;
 pub mod tap;
 
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -18,7 +18,8 @@ use recorder::Recorder;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmm_control::descriptor::send_line;
-use vmm_control::{Call, ExitReport, Message, Notice, Reply, Request, Status};
+use vmm_control::open::{Access, open_files};
+use vmm_control::{Call, DiskConfig, ExitReport, Message, Notice, Reply, Request, Status};
 
 /// Ends a test that waits for something that does not come. Nothing is measured with it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -195,9 +196,32 @@ impl TestClient {
 
     /// Asks with a descriptor.
     pub fn ask_with(&mut self, call: Call, descriptor: BorrowedFd<'_>) -> Reply {
+        self.ask_with_all(call, &[descriptor])
+    }
+
+    /// Gives the process a disk, with its files.
+    pub fn plug_disk(&mut self, disk: DiskConfig) -> Reply {
+        let files = open_files(&disk, Access::Use).unwrap();
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        self.ask_with_all(Call::PlugDisk { config: Box::new(disk) }, &files)
+    }
+
+    /// Brings the files of a disk when it wants them.
+    pub fn hand_files(&mut self, epoch: u64, disk: &DiskConfig) -> Reply {
+        self.wait_notice(|notice| *notice == Notice::FilesWanted { disk: disk.id.clone() });
+        self.hand_files_now(epoch, disk)
+    }
+
+    pub fn hand_files_now(&mut self, epoch: u64, disk: &DiskConfig) -> Reply {
+        let files = open_files(disk, Access::Use).unwrap();
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        self.ask_with_all(Call::DiskFiles { epoch, disk: disk.id.clone() }, &files)
+    }
+
+    fn ask_with_all(&mut self, call: Call, descriptors: &[BorrowedFd<'_>]) -> Reply {
         let id = self.next_id;
         self.next_id += 1;
-        send_line(self.reader.get_ref(), &Request { id, call }.encode(), descriptor).unwrap();
+        send_line(self.reader.get_ref(), &Request { id, call }.encode(), descriptors).unwrap();
         let reply = self.next_reply();
         assert_eq!(reply.id, id);
         reply

@@ -116,6 +116,10 @@ fn a_device_is_asked_for_until_nothing_of_it_is_open() {
     guest(&mut agent, vm).device_words.insert("data".to_owned(), "in use".to_owned());
     assert_eq!(steps(&mut agent), [Step::Say(DeviceWord::Kept("in use".to_owned()))]);
     has(&mut agent, vm, &[]);
+    let now = agent.now;
+    guest(&mut agent, vm).begin_handing("data", now);
+    assert_eq!(steps(&mut agent), [], "its files are being opened for the guest (S2)");
+    guest(&mut agent, vm).handing.clear();
     assert_eq!(steps(&mut agent), [Step::Say(DeviceWord::Unplugged)]);
 }
 

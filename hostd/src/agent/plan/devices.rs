@@ -5,7 +5,7 @@
 //!
 //! That nothing of a device is open any more is said only when the process does not have it and nobody is about to give it: from that event
 //! on its disk may belong to another guest (S2). So a plug that was not answered is under way however long that takes
-//! ([`Guest::plugging`]), and what the process said before it was answered counts for nothing ([`Guest::see_devices`]).
+//! ([`Guest::plugging`]), as are files that are being opened for it ([`Guest::handing`]), and what the process said before it was answered counts for nothing ([`Guest::see_devices`]).
 
 use statemachine::ids::Seq;
 use statemachine::ids::VmId;
@@ -74,7 +74,7 @@ pub(super) fn follow(view: &View<'_>, vm: VmId, known: &Vm, guest: &Guest, actio
     }
     for id in &plugs.leaving {
         match (has.get(id), words(id)) {
-            (None, _) if !guest.plugging.contains(id) => say(id, DeviceWord::Unplugged),
+            (None, _) if !guest.plugging.contains(id) && !guest.handing.contains(id) => say(id, DeviceWord::Unplugged),
             (Some(_), Some(words)) => say(id, DeviceWord::Kept(words)),
             _ => {}
         }

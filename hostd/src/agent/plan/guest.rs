@@ -133,6 +133,12 @@ pub struct Guest {
     pub device_words: BTreeMap<String, String>,
     /// When a device was last plugged, or asked for.
     pub device_tries: BTreeMap<String, Retry>,
+    /// The disks whose files its process wants.
+    pub files_wanted: BTreeSet<String>,
+    /// Those whose files are being opened, or on their way to it.
+    pub handing: BTreeSet<String>,
+    /// When that was last begun.
+    pub file_tries: BTreeMap<String, Retry>,
     /// What its process was told to make do with, in MiB.
     pub memory_told: Option<u64>,
     /// The migration by which it comes, until it runs here.
@@ -161,6 +167,9 @@ impl Guest {
             devices_may_be_old: false,
             device_words: BTreeMap::new(),
             device_tries: BTreeMap::new(),
+            files_wanted: BTreeSet::new(),
+            handing: BTreeSet::new(),
+            file_tries: BTreeMap::new(),
             memory_told: None,
             incoming: None,
             outgoing: None,
@@ -227,6 +236,18 @@ impl Guest {
             self.device_words.remove(id);
             self.device_tries.remove(id);
         }
+    }
+
+    /// The files of a disk are being opened for its process.
+    pub fn begin_handing(&mut self, disk: &str, now: Boottime) {
+        self.file_tries.entry(disk.to_owned()).or_default().note(Seq::ZERO, now);
+        self.handing.insert(disk.to_owned());
+    }
+
+    /// What its process wants now. A disk that is content begins anew when it wants its files again.
+    pub fn see_files_wanted(&mut self, wanted: BTreeSet<String>) {
+        self.file_tries.retain(|disk, _| wanted.contains(disk));
+        self.files_wanted = wanted;
     }
 
     /// Notes an order that was handed to the guest's process, so that it is not planned again.

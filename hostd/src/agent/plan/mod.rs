@@ -14,6 +14,7 @@
 //!   applied state has caught up with a grant: hostd begins with the state of its last snapshot.
 
 mod devices;
+mod files;
 mod guest;
 mod moving;
 
@@ -157,6 +158,12 @@ pub enum Action {
         epoch: Epoch,
         device: Device,
     },
+    /// Its process is to get the files of a disk.
+    HandFiles {
+        vm: VmId,
+        epoch: Epoch,
+        disk: String,
+    },
     /// The guest is asked to give a device up.
     Unplug {
         vm: VmId,
@@ -275,6 +282,7 @@ fn tend(view: &View<'_>, vm: VmId, known: &Vm, guest: &Guest, actions: &mut Vec<
     }
     actions.extend(stand_or_go(view, vm, known, guest).map(order));
     devices::follow(view, vm, known, guest, actions);
+    files::hand_over(view, vm, epoch, guest, actions);
     moving::leave(view, vm, known, guest, actions);
     let status = match guest.phase {
         Phase::Alive { status, .. } => status,

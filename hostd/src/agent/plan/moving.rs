@@ -19,6 +19,7 @@ use statemachine::state::Vm;
 use super::Action;
 use super::News;
 use super::View;
+use super::files;
 use super::guest::Guest;
 use super::guest::Order;
 use super::guest::Outgoing;
@@ -63,6 +64,7 @@ pub(super) fn take_in(view: &View<'_>, vm: VmId, guest: &Guest, id: MigrationId,
                 let order = Order::Run { epoch, deadline: grant.deadline };
                 actions.push(Action::Order { vm, epoch: guest.epoch, order, desired_at: Seq::from(epoch) });
             }
+            files::hand_over(view, vm, epoch, guest, actions);
             true
         }
         // It is committed only after this host said that it holds everything; a process that does not know is another.

@@ -10,7 +10,7 @@ impl Agent {
     }
 
     /// A guest that runs on the first host, and sets out for this one.
-    fn coming(&mut self) -> (VmId, MigrationId) {
+    pub(super) fn coming(&mut self) -> (VmId, MigrationId) {
         let vm = self.site.define("web", spec(ReleaseClass::Lease));
         self.site.start(vm, self.there());
         self.site.status(vm, self.there(), GuestStatus::Up);
@@ -26,13 +26,13 @@ impl Agent {
         (vm, epoch, id)
     }
 
-    fn take_in(&mut self, vm: VmId, id: MigrationId, loaded: bool) {
+    pub(super) fn take_in(&mut self, vm: VmId, id: MigrationId, loaded: bool) {
         let mut guest = Guest::coming(id, ReleaseClass::Lease);
         guest.phase = Phase::Incoming { loaded };
         self.guests.insert(vm, guest);
     }
 
-    fn commit(&self, vm: VmId, migration: MigrationId, host: HostId) -> Epoch {
+    pub(super) fn commit(&self, vm: VmId, migration: MigrationId, host: HostId) -> Epoch {
         let report = self.site.report_id(host, self.site.boot_of(host));
         let loaded = Command::ReportMigrationLoaded { report, vm, migration };
         self.site.must(Actor::Host(host), loaded).seq.into()

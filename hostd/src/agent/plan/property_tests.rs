@@ -103,7 +103,17 @@ impl World {
                 self.agent.marked.insert((vm, permit.epoch));
                 let mut guest = Guest::launching(permit.epoch, permit.release);
                 guest.phase = Phase::Alive { status: GuestStatus::Up, quiesced: false };
+                // As of a lease that ended; they are asked for as long as it lives.
+                guest.see_files_wanted(BTreeSet::from(["root".to_owned()]));
                 self.agent.guests.insert(vm, guest);
+            }
+            Action::HandFiles { vm, epoch, disk } => {
+                let grant = self.agent.grant.as_ref().expect("no files without a grant");
+                prop_assert!(grant.epochs.contains(&epoch) && now < grant.deadline, "the grant names the epoch (S2)");
+                prop_assert!(self.agent.fold.head.seq >= grant.applied, "hazard C5");
+                let guest = self.agent.guests.get_mut(&vm).expect("files go to guests");
+                guest.begin_handing(&disk, now);
+                guest.handing.remove(&disk);
             }
             Action::LookInto { vm, permit } => {
                 prop_assert!(!self.processes.contains(&permit.epoch), "a live process is always known after a restart");

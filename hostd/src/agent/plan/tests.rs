@@ -9,6 +9,8 @@ use crate::test_site::spec;
 
 #[path = "device_tests.rs"]
 mod device_stories;
+#[path = "file_tests.rs"]
+mod file_stories;
 #[path = "moving_tests.rs"]
 mod moving_stories;
 #[path = "property_tests.rs"]

@@ -57,7 +57,7 @@ pub fn boottime_ns() -> u64 {
 
 /// Asks a guest's vmm for its status, past hostd, which may be dead.
 pub fn vmm_status(vm: &str) -> Result<String> {
-    let path = Path::new("/run/quorate/vm").join(vm).join("control.sock");
+    let path = Path::new("/run/quorate/vm").join(vm).join("vmm/control.sock");
     let mut socket = UnixStream::connect(&path).with_context(|| format!("connect to {}", path.display()))?;
     socket.set_read_timeout(Some(Duration::from_secs(5)))?;
     socket.write_all(b"{\"id\":1,\"method\":\"status\"}\n")?;
@@ -130,7 +130,7 @@ struct Followed {
 fn scan(root: &Path, followed: &mut BTreeMap<PathBuf, Followed>, from_the_end: bool) {
     let Ok(entries) = std::fs::read_dir(root) else { return };
     for entry in entries.filter_map(|entry| entry.ok()) {
-        let path = entry.path().join("console.log");
+        let path = entry.path().join("vmm/console.log");
         if followed.contains_key(&path) {
             continue;
         }
@@ -199,7 +199,7 @@ mod tests {
     fn a_guest_that_appears_later_is_followed_from_its_first_line() {
         let root = tempfile::tempdir().expect("a directory");
         let console = |vm: &str| {
-            let directory = root.path().join(vm);
+            let directory = root.path().join(vm).join("vmm");
             std::fs::create_dir_all(&directory).expect("a guest's directory");
             File::options().create(true).append(true).open(directory.join("console.log")).expect("a console")
         };

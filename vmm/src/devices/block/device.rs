@@ -10,6 +10,7 @@ use super::config::{BlockConfig, Geometry, MAX_SEGMENTS, QUEUE_SIZE};
 use super::disk::{self, FileFacts, OpenDisk};
 use super::engine::Standing;
 use super::fault::DiskFaults;
+use super::files::DiskFiles;
 use super::request::Request;
 use super::state::SavedBlock;
 use super::thread::{self, BlockHandle, Command, Link};
@@ -32,10 +33,17 @@ impl Block {
     /// `faults` is told when an error stops the guest.
     pub fn open(
         config: BlockConfig,
+        files: Arc<DiskFiles>,
         gate: Arc<DiskGate>,
         faults: Arc<dyn DiskFaults>,
     ) -> Result<(Arc<Self>, Arc<BlockHandle>), BlockError> {
-        let disk = OpenDisk::open(&config)?;
+        let disk = match (OpenDisk::open(&config, &files), files.facts()) {
+            // They are gone with the guest's lease, and come back with it.
+            (Err(BlockError::NotHandedOver { .. }), Some(facts)) => {
+                return Self::not_open(config, files, facts, gate, faults);
+            }
+            (opened, _) => opened?,
+        };
         let geometry = Geometry::new(&config, disk.facts.bytes);
         let (facts, direct) = (disk.facts, disk.direct);
         let backend = disk.into_backend(&config.name)?;
@@ -50,29 +58,41 @@ impl Block {
             "disk opened"
         );
         let link = thread::start(&config, geometry.clone(), gate, Some((backend, direct)), faults)?;
-        Ok(Self::made(config, geometry, facts, link))
+        Ok(Self::made(config, files, geometry, facts, link))
     }
 
     /// A disk whose file another process still writes. It is looked at once, and
     /// [`reopen`](crate::lease::quiesce::Quiesce::reopen) opens it.
     pub fn closed(
         config: BlockConfig,
+        files: Arc<DiskFiles>,
         gate: Arc<DiskGate>,
         faults: Arc<dyn DiskFaults>,
     ) -> Result<(Arc<Self>, Arc<BlockHandle>), BlockError> {
-        let facts = disk::look(&config)?;
+        let facts = disk::look(&config, &files)?;
+        Self::not_open(config, files, facts, gate, faults)
+    }
+
+    fn not_open(
+        config: BlockConfig,
+        files: Arc<DiskFiles>,
+        facts: FileFacts,
+        gate: Arc<DiskGate>,
+        faults: Arc<dyn DiskFaults>,
+    ) -> Result<(Arc<Self>, Arc<BlockHandle>), BlockError> {
         let geometry = Geometry::new(&config, facts.bytes);
         let link = thread::start(&config, geometry.clone(), gate, None, faults)?;
-        Ok(Self::made(config, geometry, facts, link))
+        Ok(Self::made(config, files, geometry, facts, link))
     }
 
     fn made(
         config: BlockConfig,
+        files: Arc<DiskFiles>,
         geometry: Geometry,
         facts: FileFacts,
         link: Arc<Link>,
     ) -> (Arc<Self>, Arc<BlockHandle>) {
-        let handle = Arc::new(BlockHandle { config, facts, link: Arc::clone(&link) });
+        let handle = Arc::new(BlockHandle { config, files, facts, link: Arc::clone(&link) });
         (Arc::new(Self { geometry, link, pending: Mutex::default() }), handle)
     }
 
@@ -87,7 +107,7 @@ impl Block {
     ) -> (Arc<Self>, Arc<BlockHandle>) {
         let geometry = Geometry::new(&config, facts.bytes);
         let link = thread::start(&config, geometry.clone(), gate, Some((backend, None)), faults).unwrap();
-        Self::made(config, geometry, facts, link)
+        Self::made(config, DiskFiles::by_path(), geometry, facts, link)
     }
 }
 

@@ -1,16 +1,18 @@
 //! The file or block device under a disk: opened, measured, and tried out for O_DIRECT.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use vmm_control::DiskFormat;
 
 use super::BlockError;
 use super::backend::Backend;
 use super::config::{BlockConfig, SECTOR_BYTES};
+use super::files::DiskFiles;
 use super::qcow2::Image;
 use super::qcow2::chain::{self, Layer};
 use super::qcow2::header::{self, HEADER_REGION_BYTES};
@@ -43,26 +45,29 @@ enum OpenMedium {
 }
 
 impl OpenDisk {
-    pub fn open(config: &BlockConfig) -> Result<Self, BlockError> {
-        match config.format {
+    pub fn open(config: &BlockConfig, files: &DiskFiles) -> Result<Self, BlockError> {
+        let disk = match config.format {
             DiskFormat::Raw => {
-                let opened = open_file(config, &config.path, !config.read_only, config.block_size.bytes() as usize)?;
-                Ok(Self { medium: OpenMedium::Raw(opened.file), facts: opened.facts, direct: opened.direct })
+                let limit = config.block_size.bytes() as usize;
+                let opened = open_file(config, files, (0, &config.path), !config.read_only, limit)?;
+                Self { medium: OpenMedium::Raw(opened.file), facts: opened.facts, direct: opened.direct }
             }
-            DiskFormat::Qcow2 => Self::open_image(config),
-        }
+            DiskFormat::Qcow2 => Self::open_image(config, files)?,
+        };
+        files.note(disk.facts);
+        Ok(disk)
     }
 
     /// Opens an image and the chain under it, which is only read.
-    fn open_image(config: &BlockConfig) -> Result<Self, BlockError> {
-        let layer = |path: &Path, format, write| {
-            let opened = open_file(config, path, write, ALIGNMENTS[1])?;
+    fn open_image(config: &BlockConfig, files: &DiskFiles) -> Result<Self, BlockError> {
+        let layer = |at, path: &Path, format, write| {
+            let opened = open_file(config, files, (at, path), write, ALIGNMENTS[1])?;
             Ok((Layer::new(path.to_owned(), format, opened.file, opened.direct), opened.facts))
         };
-        let (top, facts) = layer(&config.path, DiskFormat::Qcow2, !config.read_only)?;
+        let (top, facts) = layer(0, &config.path, DiskFormat::Qcow2, !config.read_only)?;
         let mut layers = vec![top];
-        for image in &config.backing {
-            layers.push(layer(&image.path, image.format, false)?.0);
+        for (under, image) in config.backing.iter().enumerate() {
+            layers.push(layer(under + 1, &image.path, image.format, false)?.0);
         }
         let image = chain::open(layers, config.read_only)
             .map_err(|source| BlockError::Image { disk: config.name.clone(), source })?;
@@ -94,11 +99,16 @@ struct Opened {
 
 /// Opens a file of a disk, without the page cache where file and block size allow it: what the guest was told is written must not
 /// lie in this host's memory when the host is fenced. `limit` is the largest alignment that the disk can live with.
-fn open_file(config: &BlockConfig, path: &Path, write: bool, limit: usize) -> Result<Opened, BlockError> {
+fn open_file(
+    config: &BlockConfig,
+    files: &DiskFiles,
+    (layer, path): (usize, &Path),
+    write: bool,
+    limit: usize,
+) -> Result<Opened, BlockError> {
     let failed = |source| BlockError::Open { disk: config.name.clone(), path: path.to_owned(), source };
-    let mut options = OpenOptions::new();
-    options.read(true).write(write);
-    let mut file = options.open(path).map_err(failed)?;
+    let file = files.open(layer, path, write).map_err(failed)?;
+    let mut file = file.ok_or_else(|| BlockError::NotHandedOver { disk: config.name.clone() })?;
     let metadata = file.metadata().map_err(failed)?;
     let is_device = metadata.file_type().is_block_device();
     if !is_device && !metadata.is_file() {
@@ -108,16 +118,18 @@ fn open_file(config: &BlockConfig, path: &Path, write: bool, limit: usize) -> Re
     if bytes < SECTOR_BYTES {
         return Err(BlockError::Empty { disk: config.name.clone(), path: path.to_owned(), bytes });
     }
-    let direct = options
-        .custom_flags(libc::O_DIRECT)
-        .open(path)
-        .ok()
-        .and_then(|direct| Some((direct_alignment(&direct, limit)?, direct)));
-    let (file, direct) = match direct {
-        Some((alignment, direct)) => (direct, Some(alignment)),
-        None => (file, None),
-    };
+    let direct = go_direct(&file, limit).map_err(|errno| failed(errno.into()))?;
     Ok(Opened { file, facts: FileFacts { bytes, is_device }, direct })
+}
+
+/// Leaves the page cache if that works, and says with which alignment.
+fn go_direct(file: &File, limit: usize) -> rustix::io::Result<Option<usize>> {
+    let cached = fcntl_getfl(file)?.difference(OFlags::DIRECT);
+    let direct = fcntl_setfl(file, cached | OFlags::DIRECT).ok().and_then(|()| direct_alignment(file, limit));
+    if direct.is_none() {
+        fcntl_setfl(file, cached)?;
+    }
+    Ok(direct)
 }
 
 /// The alignment with which a read works, if one up to `limit` does. Reading is the only question that every file
@@ -182,11 +194,13 @@ impl Drop for AlignedBuffer {
     }
 }
 
-/// What the disk is, without opening it for more than a look: another host still writes it.
-pub fn look(config: &BlockConfig) -> Result<FileFacts, BlockError> {
+/// What the disk is, without keeping it open for more than a look: another host still writes it.
+pub fn look(config: &BlockConfig, files: &DiskFiles) -> Result<FileFacts, BlockError> {
     let path = &config.path;
     let failed = |source| BlockError::Open { disk: config.name.clone(), path: path.clone(), source };
-    let mut file = File::open(path).map_err(failed)?;
+    let file = files.open(0, path, false).map_err(failed)?;
+    files.let_go();
+    let mut file = file.ok_or_else(|| BlockError::NotHandedOver { disk: config.name.clone() })?;
     let is_device = file.metadata().map_err(failed)?.file_type().is_block_device();
     let file_bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
     let bytes = match config.format {
@@ -200,12 +214,14 @@ pub fn look(config: &BlockConfig) -> Result<FileFacts, BlockError> {
                 .size
         }
     };
-    Ok(FileFacts { bytes, is_device })
+    let facts = FileFacts { bytes, is_device };
+    files.note(facts);
+    Ok(facts)
 }
 
 /// Opens again what was closed, and refuses another disk in its place.
-pub fn reopen(config: &BlockConfig, expected: FileFacts) -> Result<OpenDisk, ReopenError> {
-    let disk = OpenDisk::open(config).map_err(|error| match error {
+pub fn reopen(config: &BlockConfig, files: &DiskFiles, expected: FileFacts) -> Result<OpenDisk, ReopenError> {
+    let disk = OpenDisk::open(config, files).map_err(|error| match error {
         BlockError::Open { source, .. } => ReopenError::Open(source),
         BlockError::Image { source, .. } => ReopenError::Changed(source.to_string()),
         other => ReopenError::Changed(other.to_string()),

@@ -14,7 +14,8 @@
 //!
 //! ```ignore
 //! let gate = DiskGate::new();                                             // one a guest
-//! let (disk, handle) = Block::open(config, gate.clone(), faults)?;        // Arc<Block>, Arc<BlockHandle>
+//! let files = DiskFiles::by_path();                                       // or handed over
+//! let (disk, handle) = Block::open(config, files, gate.clone(), faults)?; // Arc<Block>, Arc<BlockHandle>
 //! let function = VirtioPci::new(disk, memory, &*msi, io_events)?;         // Arc<VirtioPci>
 //! topology.add_root_port_device(slot, function)?;
 //! ```
@@ -27,6 +28,7 @@ pub mod device;
 pub mod disk;
 pub mod engine;
 pub mod fault;
+pub mod files;
 pub mod limit;
 pub mod metrics;
 mod pending;
@@ -51,6 +53,7 @@ mod tests_of_moves;
 pub use config::{BlockConfig, BlockSize};
 pub use device::Block;
 pub use fault::DiskFaults;
+pub use files::DiskFiles;
 pub use metrics::BlockMetrics;
 pub use thread::BlockHandle;
 
@@ -64,6 +67,8 @@ pub enum BlockError {
         #[source]
         source: std::io::Error,
     },
+    #[error("disk {disk}: its files were not handed over")]
+    NotHandedOver { disk: String },
     #[error("disk {disk}: {path} is neither a regular file nor a block device")]
     Kind { disk: String, path: PathBuf },
     #[error("disk {disk}: {path} has {bytes} bytes, less than one sector")]

@@ -76,7 +76,7 @@ pub(super) fn guest_with(change: impl FnOnce(&mut BlockConfig)) -> Guest {
 pub(super) fn guest_in(dir: tempfile::TempDir, config: BlockConfig) -> Guest {
     let (gate, faults) = (DiskGate::new(), Arc::new(Faults::default()));
     let path = config.path.clone();
-    let (block, handle) = Block::open(config, gate.clone(), faults.clone()).unwrap();
+    let (block, handle) = Block::open(config, DiskFiles::by_path(), gate.clone(), faults.clone()).unwrap();
     Guest { driver: attach(block), handle, gate, path, faults, _dir: dir }
 }
 
@@ -332,7 +332,7 @@ fn a_status_byte_of_length_zero_stops_the_disk() {
 fn a_missing_small_or_wrong_file_is_refused_in_words() {
     let dir = tempfile::tempdir().unwrap();
     let gate = DiskGate::new();
-    let open = |config| Block::open(config, gate.clone(), Arc::new(Faults::default())).err();
+    let open = |config| Block::open(config, DiskFiles::by_path(), gate.clone(), Arc::new(Faults::default())).err();
     let missing = open(config(&dir.path().join("none")));
     assert!(matches!(missing, Some(BlockError::Open { .. })));
     let small = dir.path().join("small");

@@ -135,7 +135,7 @@ fn another_image_in_the_place_of_the_closed_one_is_refused() {
 fn a_malformed_image_is_an_error_in_words_before_the_guest_runs() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.qcow2");
-    let open = |config| Block::open(config, DiskGate::new(), Arc::new(Faults::default())).err();
+    let open = |config| Block::open(config, DiskFiles::by_path(), DiskGate::new(), Arc::new(Faults::default())).err();
     let mut bytes = image();
     bytes[36..40].copy_from_slice(&u32::MAX.to_be_bytes());
     std::fs::write(&path, &bytes).unwrap();

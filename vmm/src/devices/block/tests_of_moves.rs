@@ -27,7 +27,7 @@ impl Moved {
         let gate = DiskGate::new();
         gate.hold();
         let faults = Arc::new(Faults::default());
-        let (block, handle) = Block::closed(config(&guest.path), gate.clone(), faults).unwrap();
+        let (block, handle) = Block::closed(config(&guest.path), DiskFiles::by_path(), gate.clone(), faults).unwrap();
         let function =
             VirtioPci::new(block, guest.driver.memory.clone(), &*FakeMsi::new(), FakeIoEvents::new()).unwrap();
         Self { function, handle, gate }

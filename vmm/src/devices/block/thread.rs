@@ -18,6 +18,7 @@ use super::config::{BlockConfig, Geometry};
 use super::disk::{self, FileFacts, ReopenError};
 use super::engine::{Engine, Served, Standing};
 use super::fault::DiskFaults;
+use super::files::DiskFiles;
 use super::metrics::BlockMetrics;
 use super::request::Request;
 use crate::lease::quiesce::{DiskGate, Drained, Quiesce, QuiesceError};
@@ -345,6 +346,7 @@ fn readable(event: &EventFd) -> PollFd<'_> {
 /// A disk from the outside: quiesce, metrics. The machine keeps one for each disk.
 pub struct BlockHandle {
     pub(super) config: BlockConfig,
+    pub(super) files: Arc<DiskFiles>,
     pub(super) facts: FileFacts,
     pub(super) link: Arc<Link>,
 }
@@ -356,6 +358,10 @@ impl BlockHandle {
 
     pub fn facts(&self) -> FileFacts {
         self.facts
+    }
+
+    pub fn files(&self) -> &Arc<DiskFiles> {
+        &self.files
     }
 
     pub fn metrics(&self) -> &BlockMetrics {
@@ -415,7 +421,7 @@ impl Quiesce for BlockHandle {
             return;
         }
         match closed.recv_timeout(ANSWER) {
-            Ok(true) => {}
+            Ok(true) => self.files.let_go(),
             Ok(false) => {
                 tracing::error!(disk = %self.config.name, "the disk was not closed: it has requests in the kernel");
             }
@@ -425,13 +431,21 @@ impl Quiesce for BlockHandle {
         }
     }
 
+    fn has_file(&self) -> bool {
+        self.has_ended() || self.files.are_here()
+    }
+
+    fn want_file(&self) {
+        self.files.want();
+    }
+
     fn reopen(&self) -> Result<(), QuiesceError> {
         // The guest has no such disk any more.
         if self.has_ended() {
             return Ok(());
         }
         let path = || self.config.path.display().to_string();
-        let disk = disk::reopen(&self.config, self.facts).map_err(|error| match error {
+        let disk = disk::reopen(&self.config, &self.files, self.facts).map_err(|error| match error {
             ReopenError::Open(source) => QuiesceError::Reopen { disk: self.config.name.clone(), path: path(), source },
             ReopenError::Changed(what) => QuiesceError::Changed { disk: self.config.name.clone(), path: path(), what },
         })?;

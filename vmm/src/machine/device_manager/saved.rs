@@ -1,6 +1,8 @@
 //! The devices of a guest that is being saved, or that comes from elsewhere.
 
 use std::collections::BTreeMap;
+use std::sync::PoisonError;
+use std::time::Duration;
 
 use super::super::inventory::{DeviceConfig, Refusal, Unplug};
 use super::{DeviceManager, Handle};
@@ -8,6 +10,9 @@ use crate::lease::quiesce::{Quiesce, QuiesceError};
 use crate::pci::{PciBus, PciError};
 use crate::saved::header::{DeviceShape, DiskShape, NicShape};
 use crate::virtio::locked;
+
+/// Whether a guest that waits is still wanted.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 impl DeviceManager {
     /// Whether a save can begin: no device is being opened for the guest, and none is being taken away from it. A device that the guest was
@@ -48,6 +53,21 @@ impl DeviceManager {
             Some((place.slot, shape))
         };
         in_slot.filter_map(shape).collect()
+    }
+
+    /// Waits until the disks of a guest from elsewhere can be opened. False when it is given up.
+    pub fn wait_for_files(&self, is_given_up: impl Fn() -> bool) -> bool {
+        loop {
+            let waiting: Vec<_> = self.disks().into_iter().filter(|disk| !disk.has_file()).collect();
+            if waiting.is_empty() || is_given_up() {
+                return waiting.is_empty();
+            }
+            waiting.iter().filter(|disk| !disk.files().is_wanted()).for_each(|disk| disk.want_file());
+            let state = locked(&self.state);
+            if waiting.iter().all(|disk| !disk.has_file()) {
+                let _ = self.files_came.wait_timeout(state, LOOK_EVERY).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
     }
 
     /// Opens the disks of a guest from elsewhere, whose files nobody else writes any more.

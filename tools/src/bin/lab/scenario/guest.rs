@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use anyhow::Result;
+use anyhow::ensure;
 use serde_json::Value;
 
 use super::stage::ConsoleLine;
@@ -123,10 +124,11 @@ impl Guest {
     /// it has said by then if that takes longer than 75 seconds. A session begins with what was said before it, so marks tell.
     pub async fn console(&self, stage: &Stage, host: HostId, lines: &[&str]) -> Result<String> {
         let mark = format!("said-{}", stage.now_ns());
-        let typed = lines.join("\\n");
+        ensure!(!lines.iter().any(|line| line.contains('\'')), "a line with a quote cannot be typed: {lines:?}");
+        let typed: String = lines.iter().map(|line| format!(" '{line}'")).collect();
         // The end of what is typed ends no session: its output goes on. So the session is ended when the answer is there.
         let script = format!(
-            "rm -f /tmp/said; (sleep 1; printf 'sh echo {mark} begins\\n{typed}\\nsh echo {mark} ends\\n') \
+            "rm -f /tmp/said; (sleep 1; printf '%s\\n' 'sh echo {mark} begins'{typed} 'sh echo {mark} ends') \
              | timeout 80 quorate vm console {} >/tmp/said 2>&1 & \
              for i in $(seq 75); do grep -q '^{mark} ends' /tmp/said && break; sleep 1; done; kill $!; wait; \
              sed -n '/^{mark} begins/,/^{mark} ends/p' /tmp/said | grep -v '^{mark} '; true",

@@ -21,7 +21,7 @@ const CARD: &str = "id=wan,bridge=br0";
 const WITHIN: Duration = Duration::from_secs(60);
 /// The place of the card's address in what the guest is told: it has one on its command line only for a card of its first day.
 const SET_UP: &str = "sh ip addr add 10.77.0.105/24 dev eth0; ip link set eth0 up; \
-    echo on-the-new-disk | dd of=/dev/vdb bs=512 conv=sync,fsync; echo set u\"\"p";
+    echo on-the-new-disk | dd of=/dev/vdb bs=512 conv=sync,fsync; echo set up";
 
 pub async fn tell(stage: &mut Stage) -> Result<()> {
     let mut table = Table::default();
