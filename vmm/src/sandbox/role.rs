@@ -36,9 +36,11 @@ pub enum Role {
     Unplug,
 }
 
-/// Stacks of threads that call nothing deep.
+/// Stacks of threads that call nothing deep, of those that do, and of those that run the code of libraries. A stack of 2 MiB, the
+/// default, becomes a huge page where it happens to be aligned, and is resident whole from the first call.
 const SMALL_STACK: usize = 64 << 10;
 const MIDDLE_STACK: usize = 256 << 10;
+const LARGE_STACK: usize = 1 << 20;
 /// The kernel keeps no more of a name.
 const MAX_NAME_BYTES: usize = 15;
 
@@ -108,11 +110,11 @@ impl Role {
         }
     }
 
-    const fn stack_bytes(self) -> Option<usize> {
+    const fn stack_bytes(self) -> usize {
         match self {
-            Self::Vcpu | Self::Stream => Some(MIDDLE_STACK),
-            Self::Throttle | Self::Announce => Some(SMALL_STACK),
-            _ => None,
+            Self::Throttle | Self::Announce => SMALL_STACK,
+            Self::Vcpu | Self::Stream => MIDDLE_STACK,
+            _ => LARGE_STACK,
         }
     }
 
@@ -125,11 +127,7 @@ impl Role {
         let program = filter::program(self).map_err(io::Error::other)?;
         let mut name = format!("{}{which}", self.thread_name());
         name.truncate(name.floor_char_boundary(MAX_NAME_BYTES));
-        let mut builder = Builder::new().name(name);
-        if let Some(bytes) = self.stack_bytes() {
-            builder = builder.stack_size(bytes);
-        }
-        builder.spawn(move || {
+        Builder::new().name(name).stack_size(self.stack_bytes()).spawn(move || {
             ROLE.set(self);
             if let Some(program) = program {
                 filter::install_or_die(program);

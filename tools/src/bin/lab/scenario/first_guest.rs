@@ -1,6 +1,7 @@
 //! `lab show guest`: a stock Debian kernel in userland, its console from another host, two vCPUs, shutdown by ACPI,
 //! a disk whose content survives, a network card that answers pings and carries bulk.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use anyhow::Context;
@@ -57,6 +58,19 @@ pub async fn tell(stage: &mut Stage) -> Result<()> {
     ensure!(word(&pattern.line, "sha256") == Some(written), "another pattern than {written}: {}", pattern.line);
     ensure!(word(&again.line, "boot_id") != word(&up.line, "boot_id"), "a new start is a new boot");
     table.row("disk after restart on another host", "checksum equal", "equal");
+
+    stage.say("as another processor: a named model, two sockets");
+    guest.stop(stage, asker).await?;
+    stage.quorate(asker, &["vm", "change", &guest.name, "--cpu", "x86-64-v2", "--topology", "2x1x1"]).await?;
+    guest.start(stage, asker, HostId(3)).await?;
+    let flags =
+        "sh grep -m1 -wo sse4_2 /proc/cpuinfo; grep -m1 -wo avx2 /proc/cpuinfo; grep \"physical id\" /proc/cpuinfo";
+    let said = guest.console(stage, asker, &[flags]).await?;
+    let has = |word: &str| said.lines().any(|line| line.trim() == word);
+    let sockets: BTreeSet<&str> =
+        said.lines().filter_map(|line| line.trim().split_once("physical id")).map(|(_, id)| id).collect();
+    ensure!(has("sse4_2") && !has("avx2") && sockets.len() == 2, "the guest is on another processor: {said}");
+    table.row("x86-64-v2 in two sockets", "sse4_2, no avx2, 2", "as defined");
     table.print();
     Ok(())
 }

@@ -28,7 +28,7 @@ const DISK: &str = "shared1";
 const ADDRESS: &str = "10.77.0.104";
 const PING_EVERY_MS: u32 = 100;
 /// MiB a second that a migration may take.
-const CAP: &str = "3";
+const CAP: &str = "6";
 /// Writes 8 MiB round and round, 4 MiB at a time, faster than that also where others need the processors. Not zeros: those cost nothing.
 const WRITER: &str = "dd if=/dev/urandom of=/run/pattern bs=1M count=4 2>/dev/null; \
     (i=0; while :; do dd if=/run/pattern of=/run/dirt bs=1M count=4 seek=$((i * 4)) conv=notrunc 2>/dev/null; \
