@@ -390,7 +390,21 @@ fn samples() -> Vec<Vec<u8>> {
         joined(pieces.iter().map(|(tag, body)| (*tag, body.as_slice())))
     };
     let turn = |tags: &[u8]| tags.iter().map(|tag| (*tag, vec![])).collect::<Vec<_>>();
+    // A write of as many buffers as a chain has, the first of them with the header too, which storage fails and the guest waits for.
+    let most = || {
+        let mut header = [0; HEADER_BYTES as usize + 3];
+        header[3] = 1;
+        let mut chain = vec![0, 0, 0];
+        chain.extend(guest::buffer_bytes(0, 0, HEADER_BYTES as u16 + 4));
+        (0..254).for_each(|_| chain.extend(guest::buffer_bytes(0, 0x100, 2)));
+        chain.extend(guest::buffer_bytes(guest::HIGH | guest::WRITE, 0, 1));
+        vec![(guest::POKE, header.to_vec()), (guest::CHAIN, chain)]
+    };
+    let pieces =
+        [vec![(0, vec![]), (SCRIPT, vec![5])], most(), turn(&[SERVE, SERVE, MOVE, OPEN, RETRY, SERVE])].concat();
+    let most = joined(pieces.iter().map(|(tag, body)| (*tag, body.as_slice())));
     vec![
+        most,
         sample(64, &[], &[], turn(&[CLOSE, MOVE, OPEN])),
         sample(65, &[], &[], turn(&[RESET])),
         sample(32 | 8, &[], &[1, 2, 3, 4, 5, 6, 7], turn(&[RESET, SERVE])),
