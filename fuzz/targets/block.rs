@@ -374,6 +374,8 @@ fn samples() -> Vec<Vec<u8>> {
             serve(),
             request(0, 2, 0, &[back.clone(), back.clone()]),
             request(0, 8, guest::INDIRECT, std::slice::from_ref(&large)),
+            // The last sectors of a raw disk.
+            request(0, 126, 0, &[back.clone(), back.clone()]),
             request(2, 0, 0, &[]),
             request(3, 0, 0, std::slice::from_ref(&back)),
             (RANGE, vec![0, 8, 0, 8, 0, 0, 0]),
