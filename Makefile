@@ -15,10 +15,10 @@ SECONDS := 60
 # Tests on taps need root and /dev/net/tun; where either is missing they are left out, and nextest counts them as skipped.
 WITHOUT_TAPS := $(shell [ "$$(id -u)" = 0 ] && [ -w /dev/net/tun ] || echo "and not test(/with_tun/)")
 
-.PHONY: help setup build demo test test-fast lint shows fuzz clean-lab
+.PHONY: help setup build demo test test-fast lint shows fuzz fuzz-planted clean-lab
 
 help: ## What can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Install what this project needs (Debian packages, cargo-nextest)
 
@@ -47,9 +47,13 @@ shows: build ## The long runs behind docs/operations/measured.md (about an hour)
 
 fuzz: setup ## Every fuzz target for SECONDS (60)
 	cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
-	for target in batch frames log segment snapshot token body; do \
-		RUSTC_BOOTSTRAP=1 RUSTFLAGS= cargo fuzz run --fuzz-dir fuzz $$target -- -max_total_time=$(SECONDS) -print_final_stats=1; \
+	for target in $$(cargo fuzz list --fuzz-dir fuzz); do \
+		RUSTC_BOOTSTRAP=1 RUSTFLAGS= cargo fuzz run --fuzz-dir fuzz $$target -- -max_total_time=$(SECONDS) -print_final_stats=1 || exit 1; \
 	done
+
+fuzz-planted: setup ## Has the fuzz targets of the vmm find faults that are planted for them
+	cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
+	fuzz/planted/run
 
 clean-lab: ## Stop the lab and forget its disks
 	-$(SUDO) $(LAB) down

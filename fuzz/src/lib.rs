@@ -3,10 +3,21 @@
 //! Checksums and chain hashes stop random bytes at the door, so the targets put right ones on the fuzzer's bytes: what is
 //! tried is the code behind the checksum. Each target also takes the bytes as they are, to try the checksum itself.
 
+pub mod disk;
+pub mod fields;
+pub mod guest;
+#[cfg(feature = "hosts")]
 pub mod log;
+pub mod machine;
 pub mod pieces;
+pub mod qcow2;
+pub mod recorder;
+pub mod saved;
+#[cfg(feature = "hosts")]
 pub mod site;
+pub mod states;
 
+pub use self::fields::Fields;
 pub use self::pieces::Pieces;
 pub use self::pieces::joined;
 

@@ -35,10 +35,9 @@ pub(super) type Feature = (&'static str, u32, Register, u8);
 use Register::{Eax, Ebx, Ecx, Edx};
 
 /// What operating systems take for granted on a 64-bit PC, and KVM's own features: those that Linux 5.10 had. Later ones are left out, for a
-/// guest may move from a new kernel to an old one.
+/// guest may move from a new kernel to an old one; so is VME, which only programs of 16 bits under systems of 32 bits use.
 const BASE: &[Feature] = &[
     ("fpu", 0x1, Edx, 0),
-    ("vme", 0x1, Edx, 1),
     ("de", 0x1, Edx, 2),
     ("pse", 0x1, Edx, 3),
     ("tsc", 0x1, Edx, 4),

@@ -267,7 +267,7 @@ impl DeviceManager {
             let opened = match &device {
                 DeviceConfig::Disk(disk) => {
                     let files = locked(&self.state).files.remove(&place);
-                    let files = files.unwrap_or_else(|| DiskFiles::by_path());
+                    let files = files.unwrap_or_else(DiskFiles::by_path);
                     self.host.open_disk(disk, files, beginning)?
                 }
                 DeviceConfig::Nic(nic) => {

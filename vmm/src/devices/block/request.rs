@@ -188,7 +188,8 @@ impl Request {
         let in_memory = |segments: &Segments, access| {
             segments.iter().all(|segment| memory.check_range(segment.address, segment.len as usize, access))
         };
-        let buffers = data.count() <= MAX_SEGMENTS as usize && in_memory(data, access);
+        // One more than we ask drivers to keep to: a header or a status can share its buffer with data.
+        let buffers = data.count() <= MAX_SEGMENTS as usize + 1 && in_memory(data, access);
         operation && buffers && status.len() == STATUS_BYTES && in_memory(status, Permissions::Write)
     }
 }
@@ -283,6 +284,21 @@ mod tests {
         }
         assert_eq!(status(ask(&disk, VIRTIO_BLK_T_DISCARD, 0, 16, 0)), Status::IoError);
         assert!(matches!(ask(&disk, VIRTIO_BLK_T_IN, 0, 0, 512), Parsed::Disk(_)));
+    }
+
+    #[test]
+    fn a_request_of_as_many_buffers_as_a_chain_has_can_be_taken_over() {
+        let (disk, memory) = (disk(false, 512), guest_memory());
+        memory.write_obj(VIRTIO_BLK_T_OUT, GuestAddress(0)).unwrap();
+        // The header shares the first buffer with data.
+        let pieces = (0..MAX_SEGMENTS).map(|_| (0x1000, 2));
+        let readable: Vec<(u64, u32)> = [(0, 16 + 4)].into_iter().chain(pieces).collect();
+        let chain = Chain { head: 0, readable: segments(&readable), writable: segments(&[(0x2000, 1)]) };
+        assert_eq!(chain.readable.count() + chain.writable.count(), MAX_SEGMENTS as usize + 2);
+        let Parsed::Disk(request) = parse(chain, &memory, &disk).unwrap() else {
+            panic!("a write is carried out");
+        };
+        assert!(request.fits(&disk, &memory));
     }
 
     #[test]

@@ -65,6 +65,21 @@ impl Console {
     where
         D: ConsoleSink + ConsoleSource + 'static,
     {
+        let console = Self::without_thread(hub_device, agent, gate)?;
+        let thread = Arc::clone(&console.shared);
+        Role::Console.spawn("", move || thread.run()).map_err(ConsoleDeviceError::Thread)?;
+        Ok(console)
+    }
+
+    /// A console that nobody serves yet.
+    fn without_thread<D>(
+        hub_device: Arc<D>,
+        agent: Arc<AgentChannel>,
+        gate: Arc<RunGate>,
+    ) -> Result<Arc<Self>, ConsoleDeviceError>
+    where
+        D: ConsoleSink + ConsoleSource + 'static,
+    {
         let metrics = Arc::new(ConsoleMetrics::default());
         let ports = [
             Port::new(hub_device, CONSOLE, Arc::clone(&metrics)),
@@ -81,9 +96,20 @@ impl Console {
             opened,
             ending: AtomicBool::new(false),
         });
-        let thread = Arc::clone(&shared);
-        Role::Console.spawn("", move || thread.run()).map_err(ConsoleDeviceError::Thread)?;
         Ok(Arc::new(Self { shared }))
+    }
+
+    /// A console without a thread: whoever opened it wakes it by [`wake_here`](Self::wake_here).
+    #[cfg(feature = "fuzzing")]
+    pub fn open_without_thread<D>(
+        hub_device: Arc<D>,
+        agent: Arc<AgentChannel>,
+        gate: Arc<RunGate>,
+    ) -> Result<Arc<Self>, ConsoleDeviceError>
+    where
+        D: ConsoleSink + ConsoleSource + 'static,
+    {
+        Self::without_thread(hub_device, agent, gate)
     }
 
     pub fn metrics(&self) -> &ConsoleMetrics {
@@ -91,8 +117,8 @@ impl Console {
     }
 
     /// What the thread does when it wakes, in the thread of a test.
-    #[cfg(test)]
-    pub(super) fn wake_here(&self) {
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn wake_here(&self) {
         self.shared.serve();
     }
 }

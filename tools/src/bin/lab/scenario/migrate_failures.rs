@@ -146,8 +146,8 @@ async fn strike(stage: &Stage, guest: &Guest, victim: Victim, moment: Moment) ->
 /// Until the migration is so far, or over: how far it gets before the blow is the run's luck, and said by what becomes of it.
 async fn wait_for(stage: &Stage, guest: &Guest, asker: HostId, moment: Moment, source: HostId, target: HostId) {
     let begun = Instant::now();
-    let sent = || format!("grep -c 'all of the guest was sent' /var/log/hostd.log; true");
-    let before = stage.sh(source, &sent()).await.unwrap_or_default();
+    let sent = "grep -c 'all of the guest was sent' /var/log/hostd.log; true";
+    let before = stage.sh(source, sent).await.unwrap_or_default();
     while begun.elapsed() < Duration::from_secs(40) {
         let Ok(shown) = guest.show(stage, asker).await else { continue };
         let migration = field(&shown, "migration").filter(|migration| !migration.is_null());
@@ -155,7 +155,7 @@ async fn wait_for(stage: &Stage, guest: &Guest, asker: HostId, moment: Moment, s
         let reached = match moment {
             Moment::Begun => true,
             Moment::Copying => migration.is_some_and(|migration| !migration["progress"].is_null()),
-            Moment::Sent => stage.sh(source, &sent()).await.is_ok_and(|now| now != before),
+            Moment::Sent => stage.sh(source, sent).await.is_ok_and(|now| now != before),
             Moment::Committed => there,
         };
         if reached || there || migration.is_none() && begun.elapsed() > Duration::from_secs(2) {
