@@ -75,31 +75,46 @@ pub fn frame(kind: u32, sequence: u32, body: &[u8]) -> Vec<u8> {
 
 /// Changes one value, wherever it is in a state: which, how, and to what.
 pub fn change(state: &mut Value, mut fields: Fields) {
-    let places = count(state).max(1);
-    let mut place = usize::from(fields.u16()) % places;
+    let number = fields.u16();
     let how = fields.u8();
-    if let Some(value) = nth(state, &mut place) {
+    let places = count(state, how).max(1);
+    let mut place = usize::from(number) % places;
+    if let Some(value) = nth(state, how, &mut place) {
         change_value(value, how, fields);
     }
 }
 
-/// A value, and all those in it.
-fn count(value: &Value) -> usize {
-    1 + match value {
-        Value::Array(values) => values.iter().map(count).sum(),
-        Value::Object(values) => values.values().map(count).sum(),
-        _ => 0,
+/// Whether a value can be changed in this way. Lists are few among what they hold.
+fn fits(value: &Value, how: u8) -> bool {
+    match how % 16 {
+        0..4 => value.is_number() || value.is_string(),
+        8 | 9 => value.is_array(),
+        10 => value.is_object(),
+        11 => value.is_string(),
+        _ => true,
     }
 }
 
-fn nth<'a>(value: &'a mut Value, place: &mut usize) -> Option<&'a mut Value> {
-    if *place == 0 {
-        return Some(value);
+/// Of a value, and all those in it, those that can be changed in this way.
+fn count(value: &Value, how: u8) -> usize {
+    let inner: usize = match value {
+        Value::Array(values) => values.iter().map(|value| count(value, how)).sum(),
+        Value::Object(values) => values.values().map(|value| count(value, how)).sum(),
+        _ => 0,
+    };
+    inner + usize::from(fits(value, how))
+}
+
+fn nth<'a>(value: &'a mut Value, how: u8, place: &mut usize) -> Option<&'a mut Value> {
+    if fits(value, how) {
+        if *place == 0 {
+            return Some(value);
+        }
+        *place -= 1;
     }
-    *place -= 1;
     match value {
-        Value::Array(values) => values.iter_mut().find_map(|value| nth(value, place)),
-        Value::Object(values) => values.values_mut().find_map(|value| nth(value, place)),
+        Value::Array(values) => values.iter_mut().find_map(|value| nth(value, how, place)),
+        Value::Object(values) => values.values_mut().find_map(|value| nth(value, how, place)),
         _ => None,
     }
 }

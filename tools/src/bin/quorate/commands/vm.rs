@@ -282,6 +282,11 @@ fn runs(vm: &VmView, since: Seq) -> Look<()> {
 fn has_moved(vm: &VmView, since: Seq) -> Look<()> {
     let began = vm.migration.as_ref().map_or(since, |migration| Seq::from(migration.id));
     let name = &vm.name;
+    // It has a new permit all the same, when it was started again.
+    let ended = vm.last_exit.as_ref().filter(|exit| exit.at > began);
+    if let (None, Some(exit)) = (&vm.migration, ended) {
+        return Look::Never(format!("vm {name} ended on its way: {}; it is {}", output::exit_line(exit), vm.status));
+    }
     match (&vm.migration, vm.epoch) {
         (None, Some(epoch)) if Seq::from(epoch) > began => Look::Done(()),
         (None, Some(_)) => Look::Never(format!(

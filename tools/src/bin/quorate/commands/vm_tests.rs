@@ -70,6 +70,11 @@ fn a_move_is_over_when_the_guest_is_elsewhere_or_stays() {
     assert!(matches!(has_moved(&at(24, migration(true)), Seq(20)), Look::NotYet(_)));
     assert!(matches!(has_moved(&at(24, None), Seq(20)), Look::Done(())));
     assert!(matches!(has_moved(&at(10, None), Seq(20)), Look::Never(_)), "it was aborted");
+    let restarted = VmView { last_exit: exit_at(22), ..at(24, None) };
+    let Look::Never(why) = has_moved(&restarted, Seq(20)) else { panic!("it ended, and was started again") };
+    assert!(why.contains("ended on its way") && why.contains("no such kernel"), "{why}");
+    let earlier = VmView { last_exit: exit_at(12), ..at(24, None) };
+    assert!(matches!(has_moved(&earlier, Seq(20)), Look::Done(())));
     assert!(matches!(has_moved(&vm(VmStatus::Down, DesiredView::Running), Seq(20)), Look::Never(_)));
 }
 
