@@ -129,8 +129,9 @@ async fn strike(stage: &Stage, guest: &Guest, victim: Victim, moment: Moment) ->
     let boot = last_boot(stage, guest).await?;
     stage.quorate(asker, &["vm", "migrate", &guest.name, "--to", &target.to_string()]).await?;
     wait_for(stage, guest, asker, moment, source, target).await;
-    let lost_ns = stage.now_ns();
     stage.power(lost, PowerAction::Off).await?;
+    // It writes nothing more, so what comes now is somebody else's.
+    let lost_ns = stage.now_ns();
     // Its new incarnation is the evidence by which its guests are released; nothing fences a host that stays away yet.
     stage.power(lost, PowerAction::On).await?;
     let writes = async || {
