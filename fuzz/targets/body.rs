@@ -33,7 +33,6 @@ use statemachine::VmId;
 use statemachine::command::Actor;
 use statemachine::command::Command;
 use statemachine::command::Request;
-use statemachine::command::VmChange;
 
 const CREATE: u8 = 0;
 const PATCH: u8 = 1;
@@ -76,11 +75,7 @@ fn command(fold: &Fold, kind: u8, vm: VmId, body: &[u8]) -> Option<Command> {
             let VmCreate { name, cluster, run_strategy, spec } = read(body)?;
             Command::VmDefine { name, cluster, spec: spec.into_spec(), run_strategy }
         }
-        PATCH => {
-            let VmPatch { name, run_strategy, spec } = read(body)?;
-            let spec = spec.unwrap_or_default().into();
-            Command::VmChange { vm, change: VmChange { name, run_strategy, spec } }
-        }
+        PATCH => Command::VmChange { vm, change: read::<VmPatch>(body)?.into_change() },
         START => {
             let VmStart { host } = read(body)?;
             let host = host.map(|host| find::host(&fold.state, &host)).transpose().ok()?;
