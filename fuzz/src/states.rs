@@ -271,7 +271,7 @@ fn open_console() -> Arc<Console> {
     let hub = ConsoleHub::new();
     let device = Arc::new(hub.device().expect("an event descriptor"));
     let channel = AgentChannel::new().expect("an event descriptor");
-    Console::open_without_thread(device, channel, RunGate::new()).expect("an event descriptor")
+    Console::without_thread(device, channel, RunGate::new()).expect("an event descriptor")
 }
 
 pub fn console() -> Value {

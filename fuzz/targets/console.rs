@@ -230,7 +230,7 @@ impl Terminal {
 
 fn console(hub: &ConsoleHub, channel: &Arc<AgentChannel>) -> Arc<Console> {
     let device = Arc::new(hub.device().expect("an event descriptor"));
-    Console::open_without_thread(device, Arc::clone(channel), RunGate::new()).expect("an event descriptor")
+    Console::without_thread(device, Arc::clone(channel), RunGate::new()).expect("an event descriptor")
 }
 
 fn enabled(left_out: u8) -> [bool; QUEUES] {

@@ -457,9 +457,7 @@ impl Loop {
             guest::Told::RunsAs(permitted) => {
                 tracing::info!(%vm, epoch = %permitted, migration = %epoch, "a guest from another host runs here");
                 self.marked.insert((vm, permitted));
-                guest.epoch = permitted;
-                guest.incoming = None;
-                guest.phase = Phase::Launching;
+                guest.runs_as(permitted);
             }
             guest::Told::NotCarried(migration, words) => {
                 if let Some(outgoing) = guest.outgoing.as_mut().filter(|outgoing| outgoing.migration == migration) {

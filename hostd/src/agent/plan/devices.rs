@@ -5,7 +5,8 @@
 //!
 //! That nothing of a device is open any more is said only when the process does not have it and nobody is about to give it: from that event
 //! on its disk may belong to another guest (S2). So a plug that was not answered is under way however long that takes
-//! ([`Guest::plugging`]), as are files that are being opened for it ([`Guest::handing`]), and what the process said before it was answered counts for nothing ([`Guest::see_devices`]).
+//! ([`Guest::plugging`]), as are files that are being opened for it ([`Guest::handing`]), and what the process said before it was
+//! answered counts for nothing ([`Guest::see_devices`]).
 
 use statemachine::ids::Seq;
 use statemachine::ids::VmId;

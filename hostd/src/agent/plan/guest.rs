@@ -244,6 +244,15 @@ impl Guest {
         self.handing.insert(disk.to_owned());
     }
 
+    /// The guest that its process took in runs under this permit. So its disks are open and no file is on its way any more; that the
+    /// last ones came may be told under the number that it went by until now, which nobody hears.
+    pub fn runs_as(&mut self, epoch: Epoch) {
+        self.epoch = epoch;
+        self.incoming = None;
+        self.phase = Phase::Launching;
+        self.handing.clear();
+    }
+
     /// What its process wants now. A disk that is content begins anew when it wants its files again.
     pub fn see_files_wanted(&mut self, wanted: BTreeSet<String>) {
         self.file_tries.retain(|disk, _| wanted.contains(disk));

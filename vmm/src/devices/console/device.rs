@@ -71,8 +71,8 @@ impl Console {
         Ok(console)
     }
 
-    /// A console that nobody serves yet.
-    fn without_thread<D>(
+    /// A console that nobody serves: whoever opened it does.
+    pub fn without_thread<D>(
         hub_device: Arc<D>,
         agent: Arc<AgentChannel>,
         gate: Arc<RunGate>,
@@ -97,19 +97,6 @@ impl Console {
             ending: AtomicBool::new(false),
         });
         Ok(Arc::new(Self { shared }))
-    }
-
-    /// A console without a thread: whoever opened it wakes it by [`wake_here`](Self::wake_here).
-    #[cfg(feature = "fuzzing")]
-    pub fn open_without_thread<D>(
-        hub_device: Arc<D>,
-        agent: Arc<AgentChannel>,
-        gate: Arc<RunGate>,
-    ) -> Result<Arc<Self>, ConsoleDeviceError>
-    where
-        D: ConsoleSink + ConsoleSource + 'static,
-    {
-        Self::without_thread(hub_device, agent, gate)
     }
 
     pub fn metrics(&self) -> &ConsoleMetrics {
