@@ -93,9 +93,17 @@ pub async fn carry(road: Arc<dyn Road>, socket: &Path, journey: Journey) -> Resu
     drop(near);
     // The vmm that sent it knows best. Whether all of it arrived is the target's to say: it asks for the commit, or reports why not.
     let saved = handed_over(socket).await?;
-    let SaveStatus { round, throttle_percent, bytes_sent, downtime_us, .. } = saved;
-    let sent_mib = bytes_sent >> 20;
-    tracing::info!(%vm, %migration, rounds = round, throttle_percent, sent_mib, stood_us = downtime_us, "all of the guest was sent");
+    let SaveStatus { round, throttle_percent, bytes_sent, settled_us, downtime_us, .. } = saved;
+    tracing::info!(
+        %vm,
+        %migration,
+        rounds = round,
+        throttle_percent,
+        sent_mib = bytes_sent >> 20,
+        settled_us,
+        stood_us = downtime_us,
+        "all of the guest was sent"
+    );
     if let Err(error) = sent {
         tracing::info!(%vm, %migration, "the stream ended badly after all of the guest was sent: {error}");
     }

@@ -466,6 +466,10 @@ pub struct SaveStatus {
     /// The share of time for which the vCPUs are kept from running, so that the copy can catch up; at last, for a guest that stands.
     #[serde(default)]
     pub throttle_percent: u8,
+    /// Of a live copy: from the order to stop until the guest stood, its disks were flushed and its devices read. The last of its memory
+    /// follows. 0 before that.
+    #[serde(default)]
+    pub settled_us: u64,
     /// From the order to stop to the last byte. 0 before that.
     #[serde(default)]
     pub downtime_us: u64,

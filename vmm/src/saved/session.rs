@@ -101,15 +101,17 @@ pub(super) struct Progress {
     pub remaining_bytes: AtomicU64,
     pub dirty_bytes_per_second: AtomicU64,
     pub throttle_percent: AtomicU8,
+    pub settled_us: AtomicU64,
     pub downtime_us: AtomicU64,
 }
 
 impl Progress {
     fn forget(&self) {
         let Self { pages_total, pages_done, pages_sent, bytes_sent, .. } = self;
-        let Self { round, remaining_bytes, dirty_bytes_per_second, throttle_percent, downtime_us, .. } = self;
+        let Self { round, remaining_bytes, dirty_bytes_per_second, throttle_percent, settled_us, downtime_us, .. } =
+            self;
         let counters = [pages_total, pages_done, pages_sent, bytes_sent, round, remaining_bytes];
-        for counter in counters.into_iter().chain([dirty_bytes_per_second, downtime_us]) {
+        for counter in counters.into_iter().chain([dirty_bytes_per_second, settled_us, downtime_us]) {
             counter.store(0, Ordering::Relaxed);
         }
         throttle_percent.store(0, Ordering::Relaxed);
@@ -228,6 +230,7 @@ impl Saves {
             remaining_bytes: progress.remaining_bytes.load(Ordering::Relaxed),
             dirty_bytes_per_second: progress.dirty_bytes_per_second.load(Ordering::Relaxed),
             throttle_percent: progress.throttle_percent.load(Ordering::Relaxed),
+            settled_us: progress.settled_us.load(Ordering::Relaxed),
             downtime_us: progress.downtime_us.load(Ordering::Relaxed),
         })
     }
@@ -296,6 +299,7 @@ impl Session {
         drop(throttle);
         stopped();
         let (_, payloads) = settle(parts)?;
+        progress.settled_us.store(self.stands_us(), Ordering::Relaxed);
         log.collect()?;
         let pages = log.pages();
         memory::send_again(&parts.memory, &mut writer, log.take(MAX_RUN_PAGES), |done, writer| {
@@ -312,6 +316,12 @@ impl Session {
         }
         self.saves.stop_guest(&mut state);
         Ok(())
+    }
+
+    /// For how long the guest stands. 0 when it does not.
+    fn stands_us(&self) -> u64 {
+        let since = self.saves.state().stands_since;
+        since.map_or(0, |since| u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX))
     }
 
     fn still_wanted<W: Write>(&self, done: u64, pages: u64, writer: &GuestWriter<W>) -> bool {
@@ -337,10 +347,7 @@ impl Session {
         writer.end()?;
         let progress = &self.saves.progress;
         progress.has_sent(&writer);
-        if let Some(since) = self.saves.state().stands_since {
-            let downtime_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
-            progress.downtime_us.store(downtime_us, Ordering::Relaxed);
-        }
+        progress.downtime_us.store(self.stands_us(), Ordering::Relaxed);
         socket.shutdown(Shutdown::Write).map_err(SaveError::Connection)
     }
 }

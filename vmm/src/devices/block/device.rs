@@ -1,5 +1,6 @@
 //! The disk as the transport sees it.
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
@@ -146,7 +147,10 @@ impl VirtioDevice for Block {
         };
         let fits =
             |request: &Request| request.head < active.queue.size() && request.fits(&self.geometry, &activation.memory);
-        if pending.len() > usize::from(active.queue.size()) || !pending.iter().all(fits) {
+        // Each was taken from the ring and not answered. More may be missing: those of a queue that is broken.
+        let unanswered = active.queue.next_avail().wrapping_sub(active.queue.next_used());
+        let heads: HashSet<u16> = pending.iter().map(|request| request.head).collect();
+        if pending.len() > usize::from(unanswered) || heads.len() < pending.len() || !pending.iter().all(fits) {
             let what = "it waits for requests that are none of this disk".to_owned();
             return Err(DeviceError::Unfit { device: NAME, what });
         }

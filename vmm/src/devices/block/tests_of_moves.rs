@@ -118,6 +118,16 @@ fn requests_that_no_driver_can_have_made_are_refused() {
         let words = refused(change);
         assert!(words.contains("none of this disk"), "{words}");
     }
+    // One twice, and one more than the ring says was taken.
+    let twice = refused(|pending| pending[1] = pending[0].clone());
+    let more = refused(|pending| {
+        let mut more = pending[0].clone();
+        more["head"] = json!(200);
+        pending.as_array_mut().unwrap().push(more);
+    });
+    for words in [twice, more] {
+        assert!(words.contains("none of this disk"), "{words}");
+    }
     let words = refused(|pending| pending[0]["operation"] = json!({"format": {}}));
     assert!(words.contains("cannot be read"), "{words}");
 }

@@ -83,7 +83,8 @@ fn table(legs: &[Leg], pressed: usize, seen: &Seen, stops: u32) -> Table {
         table.row(name, spread(&mut legs.iter().map(of).collect::<Vec<_>>()), "");
     };
     column("vm migrate --wait", |leg| leg.took_s);
-    column("  it stood: last memory and states", |leg| leg.stood_s);
+    column("  to stand: vCPUs, disks, states", |leg| leg.settled_s);
+    column("  then its last memory", |leg| leg.copied_s);
     column("  then until the commit", |leg| leg.to_commit_s);
     column("  then until it ran", |leg| leg.to_run_s);
     let span = |of: fn(&Leg) -> u64| {
@@ -148,8 +149,9 @@ struct Leg {
     sent_mib: u64,
     /// Of the whole command.
     took_s: f64,
-    /// From the stop of the guest to the end of its stream.
-    stood_s: f64,
+    /// From the order to stop until its states were read, and from there to the end of its stream.
+    settled_s: f64,
+    copied_s: f64,
     to_commit_s: f64,
     to_run_s: f64,
     /// When it was over.
@@ -176,7 +178,8 @@ impl Leg {
             throttle_percent: number("throttle_percent")?,
             sent_mib: number("sent_mib")?,
             took_s: 0.0,
-            stood_s: number("stood_us")? as f64 / 1e6,
+            settled_s: number("settled_us")? as f64 / 1e6,
+            copied_s: number("stood_us")?.saturating_sub(number("settled_us")?) as f64 / 1e6,
             to_commit_s: seconds(time_of(&sent)?, committed),
             to_run_s: seconds(committed, time_of(&runs)?),
             at_ns: stage.now_ns(),
@@ -186,11 +189,11 @@ impl Leg {
 
 impl fmt::Display for Leg {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Leg { rounds, throttle_percent, sent_mib, stood_s, to_commit_s, to_run_s, .. } = self;
+        let Leg { rounds, throttle_percent, sent_mib, settled_s, copied_s, to_commit_s, to_run_s, .. } = self;
         write!(
             f,
             "{rounds} rounds, {sent_mib} MiB, held back {throttle_percent} % at the end; \
-             stood {stood_s:.3} s, commit {to_commit_s:.3} s, runs {to_run_s:.3} s"
+             states {settled_s:.3} s, memory {copied_s:.3} s, commit {to_commit_s:.3} s, runs {to_run_s:.3} s"
         )
     }
 }
