@@ -169,6 +169,7 @@ impl WatchdogSink for Incidents {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
 
     use super::*;
     use crate::machine::EndingsReceiver;
@@ -205,7 +206,7 @@ mod tests {
     impl Policy {
         /// How the machine ends, if it does.
         fn ending(&self) -> Option<Ending> {
-            self.gate.holds(Stop::End).then(|| self.endings.wait().unwrap())
+            self.gate.holds(Stop::End).then(|| self.endings.wait(Duration::from_secs(10)).unwrap().unwrap())
         }
     }
 

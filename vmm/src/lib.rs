@@ -37,6 +37,7 @@ pub mod memory;
 pub mod metrics;
 pub mod pci;
 pub mod process;
+pub mod program_pages;
 pub mod sandbox;
 pub mod saved;
 pub mod smbios;

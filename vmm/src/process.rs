@@ -10,6 +10,7 @@ mod arrival;
 use std::fs;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::RecvError;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -36,6 +37,7 @@ use crate::machine::open_device::Host;
 use crate::machine::{self, Beginning, Context, Ending, Endings, EndingsReceiver, Machine, kvm};
 use crate::memory::huge_pages::Reserved;
 use crate::metrics::{self, ExitCounters};
+use crate::program_pages;
 use crate::sandbox::{self, UserId};
 use crate::saved::incoming::Incoming;
 use crate::saved::session::Saves;
@@ -451,7 +453,18 @@ fn run_machine(machine: &mut Machine, prepared: &Prepared, ran: &mut bool) -> Re
     *ran = true;
     machine.start().map_err(|e| chain(&e))?;
     arrival::let_go(prepared);
-    endings.wait().map_err(|e| e.to_string())
+    wait_for_end(endings).map_err(|e| e.to_string())
+}
+
+fn wait_for_end(endings: &EndingsReceiver) -> Result<Ending, RecvError> {
+    let mut intervals = program_pages::Intervals::default();
+    loop {
+        if let Some(ending) = endings.wait(intervals.present())? {
+            return Ok(ending);
+        }
+        tracing::debug!(bytes = program_pages::let_go(), "pages of the program are let go until they are needed");
+        intervals.grow();
+    }
 }
 
 /// What hostd is told about the lease.

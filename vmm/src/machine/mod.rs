@@ -19,7 +19,7 @@ mod inventory_tests;
 #[cfg(test)]
 mod plug_tests;
 
-use std::sync::mpsc::{Receiver, RecvError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -106,8 +106,13 @@ impl VcpuEvents for Endings {
 pub struct EndingsReceiver(Receiver<Ending>);
 
 impl EndingsReceiver {
-    pub fn wait(&self) -> Result<Ending, RecvError> {
-        self.0.recv()
+    /// `None` when there is none within this time.
+    pub fn wait(&self, at_most: Duration) -> Result<Option<Ending>, RecvError> {
+        match self.0.recv_timeout(at_most) {
+            Ok(ending) => Ok(Some(ending)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(RecvError),
+        }
     }
 
     /// Forgets what concerned the last machine. An order to power off is kept: it was for the guest, not for one of its lives.

@@ -7,6 +7,8 @@ use anyhow::Result;
 use anyhow::ensure;
 use serde_json::Value;
 
+use super::memory::MOST_BEYOND_RAM_MIB;
+use super::memory::beyond_ram;
 use super::stage::ConsoleLine;
 use super::stage::Stage;
 use crate::state::HostId;
@@ -19,6 +21,9 @@ pub const AGENT_INITRD: &str = "/usr/share/quorate/images/guest-agent-initrd.gz"
 pub const ROOT_INITRD: &str = "/usr/share/quorate/images/guest-root-initrd.gz";
 /// Emulated hosts that boot guests while others do are slow.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(180);
+
+/// Of a guest that has booted: until its vmm has let go of what only the boot needed.
+const AT_REST_WITHIN: Duration = Duration::from_secs(60);
 
 /// A defined guest.
 pub struct Guest {
@@ -81,7 +86,7 @@ impl Guest {
     /// Waits until it reaches userland on `host`.
     pub async fn boots(&self, stage: &Stage, host: HostId, since_ns: u64) -> Result<ConsoleLine> {
         let what = format!("{} reaches userland on {host}", self.name);
-        stage
+        let up = stage
             .until(&what, BOOT_LIMIT, async || {
                 let lines = stage.console(host)?;
                 let up = |line: &ConsoleLine| {
@@ -89,7 +94,26 @@ impl Guest {
                 };
                 Ok(lines.into_iter().find(up))
             })
-            .await
+            .await?;
+        self.weigh(stage, host).await?;
+        Ok(up)
+    }
+
+    /// What its process on `host` has beyond the guest's RAM, once it has let go of what only the boot of the guest needed.
+    async fn weigh(&self, stage: &Stage, host: HostId) -> Result<()> {
+        let mine =
+            format!("for p in $(pidof vmm); do grep -q {} /proc/$p/cmdline && cat /proc/$p/smaps; done; true", self.id);
+        let shown = self.show(stage, host).await?;
+        let ram_mib =
+            field(&shown, "spec").and_then(|spec| spec["memory_mib"].as_u64()).context("`vm show` names no memory")?;
+        let what = format!("the vmm of {} on {host} has at most {MOST_BEYOND_RAM_MIB} MiB beyond guest RAM", self.name);
+        let light = async || {
+            let beyond_mib = beyond_ram(&stage.sh(host, &mine).await?, ram_mib)?.pss_mib();
+            ensure!(beyond_mib <= MOST_BEYOND_RAM_MIB, "it has {beyond_mib:.2} MiB");
+            Ok(Some(beyond_mib))
+        };
+        stage.weighed(stage.until(&what, AT_REST_WITHIN, light).await?);
+        Ok(())
     }
 
     pub async fn show(&self, stage: &Stage, asked: HostId) -> Result<Value> {

@@ -16,6 +16,7 @@ mod first_guest;
 mod guest;
 mod join;
 mod lease;
+mod memory;
 mod migrate;
 mod migrate_failures;
 mod minority;
@@ -131,6 +132,7 @@ pub async fn tell(dir: &LabDir, story: Story, options: &StoryOptions) -> Result<
         Ok(()) if options.ignore_flush => Err(anyhow::anyhow!("the disks lied, and nothing was found missing")),
         told => told,
     };
+    let told = told.and_then(|()| stage.vmms_were_light());
     if let (Ok(()), Some(name)) = (&told, clap::ValueEnum::to_possible_value(&story)) {
         println!("\n{}: ok", name.get_name());
     }

@@ -1,5 +1,6 @@
 //! A fresh lab with an operator on it: commands in hosts, disturbances, witnesses, and waiting with a deadline.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io::BufRead;
 use std::io::BufReader;
@@ -10,12 +11,14 @@ use std::time::Instant;
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
+use anyhow::ensure;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::StoryOptions;
+use super::memory::MOST_BEYOND_RAM_MIB;
 use crate::clock;
 use crate::control;
 use crate::control::LinkChange;
@@ -80,9 +83,24 @@ pub struct Stage {
     started: Instant,
     /// Print each command and what it said, as a terminal would show it.
     pub echo: bool,
+    /// The most that a vmm had beyond its guest's RAM when the guest was up, MiB. `None`: no guest was.
+    beyond_ram_mib: Cell<Option<f64>>,
 }
 
 impl Stage {
+    pub fn weighed(&self, beyond_ram_mib: f64) {
+        let most = self.beyond_ram_mib.get().map_or(beyond_ram_mib, |most| most.max(beyond_ram_mib));
+        self.beyond_ram_mib.set(Some(most));
+    }
+
+    /// The promise that holds of every story with a guest.
+    pub fn vmms_were_light(&self) -> Result<()> {
+        let Some(most) = self.beyond_ram_mib.get() else { return Ok(()) };
+        println!("\nmost beyond guest RAM in a vmm: {most:.2} MiB, promised {MOST_BEYOND_RAM_MIB} MiB");
+        ensure!(most <= MOST_BEYOND_RAM_MIB, "a vmm has {most:.2} MiB beyond guest RAM");
+        Ok(())
+    }
+
     /// Brings a fresh lab up.
     pub async fn set(dir: &LabDir, hosts: u8, with_qemu: bool, options: &StoryOptions) -> Result<Stage> {
         let config = LabConfig {
@@ -93,7 +111,8 @@ impl Stage {
             ignore_flush: options.ignore_flush,
             netns: format!("quorate-lab-{}", dir.tag()),
         };
-        let stage = Stage { dir: dir.clone(), hosts, cpus: options.cpus, started: Instant::now(), echo: true };
+        let (cpus, started, beyond_ram_mib) = (options.cpus, Instant::now(), Cell::new(None));
+        let stage = Stage { dir: dir.clone(), hosts, cpus, started, echo: true, beyond_ram_mib };
         lifecycle::up(dir, config, &lifecycle::own_directory()?, with_qemu, 180).await?;
         Ok(stage)
     }

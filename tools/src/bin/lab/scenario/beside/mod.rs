@@ -7,7 +7,6 @@
 mod console;
 mod figures;
 pub mod guest;
-mod memory;
 mod moving;
 mod peer;
 mod place;
@@ -34,8 +33,6 @@ use peer::Peer;
 
 const HOST: HostId = HostId(1);
 const VCPUS: [u32; 2] = [1, 2];
-/// DESIGN §14.
-const MOST_BEYOND_RAM_MIB: f64 = 5.0;
 /// A turn takes half a minute on a quiet machine, and several beside other work.
 const TURN_LIMIT: Duration = Duration::from_secs(900);
 /// Each look is a program in the host, which takes time from what is measured.
@@ -50,8 +47,8 @@ pub async fn tell(stage: &mut Stage, rounds: u32) -> Result<()> {
     told?;
     let most = turns.iter().filter(|turn| turn.peer == Peer::Vmm).filter_map(|turn| turn.figures.get(&Measure::PssMib));
     let most = most.copied().fold(0.0, f64::max);
-    println!("\nmost beyond guest RAM in a vmm: {most:.2} MiB, promised {MOST_BEYOND_RAM_MIB} MiB");
-    ensure!(most > 0.0 && most <= MOST_BEYOND_RAM_MIB, "a vmm has {most:.2} MiB beyond guest RAM");
+    ensure!(most > 0.0, "no vmm was weighed");
+    stage.weighed(most);
     Ok(())
 }
 

@@ -22,20 +22,21 @@ use super::figures::Figures;
 use super::figures::Measure;
 use super::guest;
 use super::guest::PROGRAM_AT_MIB;
-use super::memory::beyond_ram;
 use super::moving::move_guest;
 use super::peer::Order;
 use super::peer::Peer;
 use super::peer::RAM_MIB;
 use super::place::Disk;
 use super::place::Tap;
+use crate::scenario::memory::BeyondRam;
+use crate::scenario::memory::beyond_ram;
 
 /// In memory, as is all that a turn leaves behind.
 pub const DIRECTORY: &str = "/run/beside";
 /// For each pattern of requests, and for the network.
 const SECONDS: u64 = 3;
 /// The guest counts once a second: by then it has come to rest.
-const AT_REST: &str = " n=4 ";
+const AT_REST: &str = " n=15 ";
 const DOOR: &str = "10.77.0.1:9000";
 
 #[derive(Debug, clap::Args)]
@@ -80,6 +81,12 @@ pub fn take(options: &TurnOptions) -> Result<String> {
     Ok(serde_json::to_string(&figures)?)
 }
 
+fn memory_of(pid: u32) -> Result<BeyondRam> {
+    let path = format!("/proc/{pid}/smaps");
+    let smaps = std::fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    beyond_ram(&smaps, RAM_MIB)
+}
+
 fn measured(options: &TurnOptions, directory: &Path) -> Result<Figures> {
     let TurnOptions { peer, vcpus } = *options;
     let (first, second) = (directory.join("first"), directory.join("second"));
@@ -98,8 +105,8 @@ fn measured(options: &TurnOptions, directory: &Path) -> Result<Figures> {
     figures.insert(Measure::InitS, (up - source.started).as_secs_f64());
 
     log.until(AT_REST, &mut source.child)?;
-    let beyond = beyond_ram(source.child.id(), RAM_MIB)?;
-    figures.insert(Measure::PssMib, beyond.pss_kib as f64 / 1024.0);
+    let beyond = memory_of(source.child.id())?;
+    figures.insert(Measure::PssMib, beyond.pss_mib());
     figures.insert(Measure::PrivateMib, beyond.private_kib as f64 / 1024.0);
 
     let mut keyboard = Keyboard::of(peer, &first)?;

@@ -2,9 +2,11 @@
 //! a page of libc in five processes counts as a fifth) and of `Private_Clean` and `Private_Dirty` over all mappings but guest RAM.
 //! Guest RAM is the mapping of exactly its size; both programs ask the kernel for one of its own.
 
-use anyhow::Context;
 use anyhow::Result;
 use anyhow::ensure;
+
+/// DESIGN §14.
+pub const MOST_BEYOND_RAM_MIB: f64 = 5.0;
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct BeyondRam {
@@ -12,13 +14,15 @@ pub struct BeyondRam {
     pub private_kib: u64,
 }
 
-pub fn beyond_ram(pid: u32, ram_mib: u64) -> Result<BeyondRam> {
-    let path = format!("/proc/{pid}/smaps");
-    let smaps = std::fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-    beyond(&smaps, ram_mib << 10)
+impl BeyondRam {
+    pub fn pss_mib(self) -> f64 {
+        self.pss_kib as f64 / 1024.0
+    }
 }
 
-fn beyond(smaps: &str, ram_kib: u64) -> Result<BeyondRam> {
+/// Of a process whose smaps these are.
+pub fn beyond_ram(smaps: &str, ram_mib: u64) -> Result<BeyondRam> {
+    let ram_kib = ram_mib << 10;
     let (mut sum, mut rams, mut is_ram) = (BeyondRam::default(), 0, false);
     for line in smaps.lines() {
         let Some((name, kib)) = field(line) else { continue };
@@ -68,12 +72,12 @@ VmFlags: rd wr mr mw me ac
 
     #[test]
     fn guest_ram_is_left_out_and_all_else_counts() {
-        assert_eq!(beyond(SMAPS, 196_608).expect("sums"), BeyondRam { pss_kib: 340, private_kib: 240 });
+        assert_eq!(beyond_ram(SMAPS, 192).expect("sums"), BeyondRam { pss_kib: 340, private_kib: 240 });
     }
 
     #[test]
     fn a_process_whose_guest_ram_cannot_be_told_apart_is_not_measured() {
-        beyond(SMAPS, 131_072).expect_err("no mapping of that size");
-        beyond(&SMAPS.repeat(2), 196_608).expect_err("two mappings of that size");
+        beyond_ram(SMAPS, 128).expect_err("no mapping of that size");
+        beyond_ram(&SMAPS.repeat(2), 192).expect_err("two mappings of that size");
     }
 }
