@@ -462,7 +462,8 @@ fn wait_for_end(endings: &EndingsReceiver) -> Result<Ending, RecvError> {
         if let Some(ending) = endings.wait(intervals.present())? {
             return Ok(ending);
         }
-        tracing::debug!(bytes = program_pages::let_go(), "pages of the program are let go until they are needed");
+        let bytes = program_pages::let_go();
+        tracing::debug!(bytes, "pages of the program are let go until they are needed");
         intervals.grow();
     }
 }

@@ -8,7 +8,9 @@ use std::ffi::{c_int, c_void};
 use std::time::Duration;
 
 use rustix::mm::{Advice, madvise};
-use rustix::param::page_size;
+
+/// Of x86-64. The library would ask the kernel, which a sandbox does not allow.
+const PAGE_BYTES: usize = 4096;
 
 /// Between two times that they are let go: first when most guests have booted, then ever more rarely.
 #[derive(Debug)]
@@ -66,7 +68,7 @@ unsafe extern "C" fn advise_on(file: *mut libc::dl_phdr_info, _size: usize, advi
             continue;
         }
         let at = (file.dlpi_addr + segment.p_vaddr) as usize;
-        let Some((start, length)) = whole_pages(at, segment.p_memsz as usize, page_size()) else { continue };
+        let Some((start, length)) = whole_pages(at, segment.p_memsz as usize, PAGE_BYTES) else { continue };
         // SAFETY: the pages are mapped from a file and were never written to (text has no relocations in position-independent code), so
         // that what is read from them later is what was read before.
         if unsafe { madvise(start as *mut c_void, length, advised.advice) }.is_ok() {

@@ -182,6 +182,34 @@ fn every_thread_of_a_guest_has_given_everything_up() {
     }
 }
 
+/// KiB of the program's code and constants that are in the guest's process.
+fn resident_program_kib(vm: &TestVm) -> u64 {
+    let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", vm.pid())).unwrap();
+    let (mut inside, mut sum) = (false, 0);
+    for line in smaps.lines() {
+        if line.contains(" r-xp ") || line.contains(" r--p ") {
+            inside = line.ends_with("/vmm");
+        } else if let Some(kib) = line.strip_prefix("Rss:").filter(|_| std::mem::take(&mut inside)) {
+            sum += kib.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap();
+        }
+    }
+    sum
+}
+
+#[test]
+fn a_guest_that_has_booted_keeps_less_of_the_program_in_memory() {
+    if !flat_guests_run() {
+        return;
+    }
+    let mut vm = sandboxed(TestVm::new("counter"));
+    vm.start().wait_console("up\n.");
+    let before = resident_program_kib(&vm);
+    wait_for("pages of the program to be let go", || (resident_program_kib(&vm) < before * 9 / 10).then_some(()));
+    // And it goes on.
+    let said = vm.console().len();
+    wait_for("the guest to say more", || (vm.console().len() > said).then_some(()));
+}
+
 #[test]
 fn without_the_flag_nothing_is_given_up() {
     if !flat_guests_run() {
