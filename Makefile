@@ -43,7 +43,7 @@ lint: ## Format, clippy
 	cargo clippy --workspace --all-targets -- -D warnings
 
 shows: build ## The long runs behind docs/operations/measured.md (about an hour)
-	for story in demo join guest first-boot agent storage migrate plug restart failover lease minority recover poweroff; do $(SUDO) $(LAB) show $$story; done
+	for story in demo join guest first-boot agent storage migrate plug suspend restart failover lease minority recover poweroff; do $(SUDO) $(LAB) show $$story; done
 
 fuzz: setup ## Every fuzz target for SECONDS (60)
 	cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz

@@ -318,6 +318,11 @@ impl Config {
         self.data_dir.join("marks")
     }
 
+    /// Guests that sleep.
+    pub fn asleep_dir(&self) -> PathBuf {
+        self.data_dir.join("asleep")
+    }
+
     /// The API of root.
     pub fn socket_path(&self) -> PathBuf {
         self.run_dir.join("hostd.sock")

@@ -332,6 +332,24 @@ pub enum Command {
         cluster: ClusterId,
         policy: MigrationPolicy,
     },
+    /// Put a running guest to sleep: it becomes a file of its host.
+    VmSuspend {
+        vm: VmId,
+    },
+    /// Its host: the file is whole, of so many bytes, and the guest stands still.
+    ReportVmSuspended {
+        report: ReportId,
+        vm: VmId,
+        suspension: MigrationId,
+        bytes: u64,
+    },
+    /// Its host: it cannot be done.
+    ReportSuspensionFailed {
+        report: ReportId,
+        vm: VmId,
+        suspension: MigrationId,
+        detail: String,
+    },
 }
 
 /// What may change on a host; `None` keeps.

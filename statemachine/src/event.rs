@@ -178,6 +178,15 @@ events! {
     63 VmObservedDevice { vm: VmId, epoch: Epoch, host: HostId, counter: u64, device: String, word: DeviceWord }
     /// What the guest that runs is to make do with; all of its memory is the most.
     64 VmDesiredMemory { vm: VmId, mib: u64 }
+
+    /// A guest is to fall asleep on its host; the suspension's id is the seq of this batch.
+    65 SuspensionStarted { vm: VmId, epoch: Epoch, host: HostId }
+    /// Its host has all of it in a file, and it stands still. The batch releases its permit.
+    66 SuspensionCompleted { vm: VmId, suspension: MigrationId, host: HostId, counter: u64, bytes: u64 }
+    /// It goes on, if it is still there.
+    67 SuspensionAborted { vm: VmId, suspension: MigrationId, host: HostId, reason: AbortReason, detail: String }
+    /// What it had in memory is given up.
+    68 SuspensionDiscarded { vm: VmId, suspension: MigrationId, host: HostId }
 }
 
 /// What proved that an epoch runs no more (invariant R2).
@@ -208,6 +217,10 @@ impl Event {
             | Event::VmDesiredMemory(_)
             | Event::HostProcessorReported(_)
             | Event::ClusterMigrationPolicyChanged(_)
+            | Event::SuspensionStarted(_)
+            | Event::SuspensionCompleted(_)
+            | Event::SuspensionAborted(_)
+            | Event::SuspensionDiscarded(_)
             | Event::MigrationStarted(_)
             | Event::MigrationProgressed(_)
             | Event::MigrationCommitted(_)
@@ -265,6 +278,10 @@ impl Event {
             Event::MigrationProgressed(e) => vec![vm(&e.vm), host(&e.host)],
             Event::MigrationCommitted(e) => vec![vm(&e.vm), host(&e.from), host(&e.to)],
             Event::MigrationAborted(e) => vec![vm(&e.vm), host(&e.from), host(&e.to)],
+            Event::SuspensionStarted(e) => vec![vm(&e.vm), host(&e.host)],
+            Event::SuspensionCompleted(e) => vec![vm(&e.vm), host(&e.host)],
+            Event::SuspensionAborted(e) => vec![vm(&e.vm), host(&e.host)],
+            Event::SuspensionDiscarded(e) => vec![vm(&e.vm), host(&e.host)],
             Event::SpmGranted(e) => vec![format!("data_center/{}", e.data_center), host(&e.host)],
             Event::SpmReleased(e) => vec![format!("data_center/{}", e.data_center), host(&e.host)],
         }

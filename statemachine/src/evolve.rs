@@ -28,10 +28,13 @@ use crate::state::Pause;
 use crate::state::Permit;
 use crate::state::Plugs;
 use crate::state::RunStrategy;
+use crate::state::Saved;
 use crate::state::Site;
 use crate::state::SpmPermit;
 use crate::state::State;
 use crate::state::StopMode;
+use crate::state::Suspension;
+use crate::state::SuspensionPhase;
 use crate::state::Token;
 use crate::state::TokenStatus;
 use crate::state::Vm;
@@ -140,6 +143,11 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
             state.hosts.remove(&e.host);
             state.processors.remove(&e.host);
             state.removed_hosts.insert(e.host, at.seq);
+            // Their files are gone with it.
+            let lost = state.suspensions.iter().filter(|(_, it)| it.host == e.host).map(|(vm, _)| *vm);
+            for vm in lost.collect::<Vec<_>>() {
+                state.suspensions.remove(&vm);
+            }
         }
         Event::HostFailureDomainChanged(e) => {
             state.hosts.update(&e.host, |host| host.failure_domain = e.domain.clone());
@@ -186,6 +194,7 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
         Event::VmDeleted(e) => {
             if let Some(vm) = state.vms.remove(&e.vm) {
                 state.vm_names.remove(&vm.name);
+                state.suspensions.remove(&e.vm);
             }
         }
         Event::VmDesiredChanged(e) => state.vms.update(&e.vm, |vm| {
@@ -196,7 +205,8 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
         Event::VmPlaced(e) => state.vms.update(&e.vm, |vm| vm.placement = Some(e.explanation.clone())),
         Event::VmPermitGranted(e) => {
             let mut spec = None;
-            let settled = state.vms.get(&e.vm).and_then(|vm| settled_spec(state, vm));
+            let settled = wake(state, e.vm, Epoch::from(at.seq))
+                .or_else(|| state.vms.get(&e.vm).and_then(|vm| settled_spec(state, vm)));
             state.vms.update(&e.vm, |vm| {
                 vm.permit = Some(Permit { epoch: Epoch::from(at.seq), host: e.host, boot: e.boot, release: e.release });
                 vm.granted_spec = Some(settled.unwrap_or_else(|| vm.spec.clone()));
@@ -216,6 +226,9 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
             if arrived {
                 state.migrations.remove(&e.vm);
             }
+            if waking_in(state, e.vm, e.epoch).is_some() && e.status != GuestStatus::PoweringUp {
+                state.suspensions.remove(&e.vm);
+            }
             state.vms.update(&e.vm, |vm| {
                 vm.observed = Some(Observed { epoch: e.epoch, host: e.host, status: e.status, at: at.seq });
             });
@@ -223,6 +236,10 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
         Event::VmObservedExit(e) => {
             if !matches!(e.reason, ExitReason::HostRebooted | ExitReason::HostGone) {
                 state.hosts.update(&e.host, |host| host.report_counter = e.counter);
+            }
+            // It never ran, so its file is as good as before.
+            if let Some(saved) = waking_in(state, e.vm, e.epoch).filter(|_| e.reason == ExitReason::StartFailed) {
+                state.suspensions.update(&e.vm, |it| it.phase = SuspensionPhase::Asleep(saved));
             }
             state.vms.update(&e.vm, |vm| {
                 vm.observed = None;
@@ -329,6 +346,24 @@ pub fn evolve(state: &mut State, event: &Event, at: At) {
             state.migrations.remove(&e.vm);
         }
 
+        Event::SuspensionStarted(e) => {
+            let phase = SuspensionPhase::Saving { epoch: e.epoch };
+            state.suspensions.insert(e.vm, Suspension { id: at.seq.into(), host: e.host, phase });
+        }
+        Event::SuspensionCompleted(e) => {
+            state.hosts.update(&e.host, |host| host.report_counter = e.counter);
+            if let Some(spec) = running_spec(state, e.vm) {
+                let saved = Saved { bytes: e.bytes, spec };
+                state.suspensions.update(&e.vm, |it| it.phase = SuspensionPhase::Asleep(saved));
+            }
+        }
+        Event::SuspensionAborted(e) => {
+            state.suspensions.remove(&e.vm);
+        }
+        Event::SuspensionDiscarded(e) => {
+            state.suspensions.remove(&e.vm);
+        }
+
         Event::SpmGranted(e) => state.data_centers.update(&e.data_center, |data_center| {
             data_center.spm = Some(SpmPermit { host: e.host, token: at.seq });
         }),
@@ -367,9 +402,28 @@ fn release(state: &mut State, vm: VmId, epoch: Epoch) {
         state.disk_faults.remove(&vm);
         state.plugs.remove(&vm);
         state.memory_targets.remove(&vm);
+        if state.suspensions.get(&vm).is_some_and(|it| it.epoch() == Some(epoch)) {
+            state.suspensions.remove(&vm);
+        }
     }
     if let Some((permit, spec)) = freed {
         give_back(state, permit.host, &spec);
+    }
+}
+
+/// A guest that sleeps gets the permit of this epoch: what it is made of.
+fn wake(state: &mut State, vm: VmId, epoch: Epoch) -> Option<Arc<VmSpec>> {
+    let saved = state.suspensions.get(&vm)?.asleep()?.clone();
+    let spec = saved.spec.clone();
+    state.suspensions.update(&vm, |it| it.phase = SuspensionPhase::Waking { epoch, saved });
+    Some(spec)
+}
+
+/// The file of a guest that wakes up under this permit.
+fn waking_in(state: &State, vm: VmId, epoch: Epoch) -> Option<Saved> {
+    match &state.suspensions.get(&vm)?.phase {
+        SuspensionPhase::Waking { epoch: its, saved } if *its == epoch => Some(saved.clone()),
+        _ => None,
     }
 }
 

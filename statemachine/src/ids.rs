@@ -82,7 +82,7 @@ seq_id! {
     TokenId
 }
 seq_id! {
-    /// One attempt to move a guest: the seq of the batch that began it.
+    /// One attempt to move a guest, to another host or to sleep: the seq of the batch that began it.
     MigrationId
 }
 uuid_id! {

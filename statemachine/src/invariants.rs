@@ -13,6 +13,7 @@ use crate::state::HostUsage;
 use crate::state::MigrationPhase;
 use crate::state::Remembered;
 use crate::state::State;
+use crate::state::SuspensionPhase;
 use crate::state::Vm;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +57,7 @@ pub fn check(state: &State) -> Vec<Violation> {
         }
     }
     check_migrations(state, &mut found);
+    check_suspensions(state, &mut found);
     check_devices(state, &mut found);
     found
 }
@@ -96,6 +98,22 @@ fn check_migrations(state: &State, found: &mut Vec<Violation>) {
     }
 }
 
+/// R2: who falls asleep or wakes up does it under one permit, on the host of the file; who sleeps has none.
+fn check_suspensions(state: &State, found: &mut Vec<Violation>) {
+    for (vm, suspension) in state.suspensions.iter() {
+        let permit = state.vms.get(vm).and_then(|vm| vm.permit);
+        let holds = match suspension.phase {
+            SuspensionPhase::Asleep(_) => permit.is_none(),
+            SuspensionPhase::Saving { epoch } | SuspensionPhase::Waking { epoch, .. } => {
+                permit.is_some_and(|permit| permit.epoch == epoch && permit.host == suspension.host)
+            }
+        };
+        if !holds || !state.vms.contains(vm) || state.migrations.contains(vm) {
+            found.push(violation("R2", format!("vm {vm} has permit {permit:?} in {suspension:?}")));
+        }
+    }
+}
+
 /// R3: what permits take on a host is what the host's record says, and is within its policy.
 ///
 /// A host may shrink (memory taken out, a lower ratio) below what runs there: then nothing new fits, which
@@ -120,9 +138,9 @@ fn check_capacity(state: &State, found: &mut Vec<Violation>) {
 
 /// S2: a volume has one writer, unless it is shareable.
 fn check_volumes(state: &State, found: &mut Vec<Violation>) {
-    let granted: Vec<_> = state.vms.iter().filter_map(|(id, vm)| Some((id, vm.granted_spec.as_ref()?))).collect();
-    for (index, (vm, spec)) in granted.iter().enumerate() {
-        for (other, other_spec) in &granted[..index] {
+    let held: Vec<_> = state.vms.iter().filter_map(|(id, vm)| Some((id, state.held_spec(id, vm)?))).collect();
+    for (index, (vm, spec)) in held.iter().enumerate() {
+        for (other, other_spec) in &held[..index] {
             let others = || other_spec.disks.iter().flat_map(Disk::volumes);
             if spec.disks.iter().flat_map(Disk::volumes).any(|volume| others().any(|held| held.clashes(&volume))) {
                 found.push(violation("S2", format!("vms {vm} and {other} may both write one volume")));

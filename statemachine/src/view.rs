@@ -12,6 +12,7 @@ use crate::state::Host;
 use crate::state::Liveness;
 use crate::state::MigrationPhase;
 use crate::state::State;
+use crate::state::SuspensionPhase;
 use crate::state::Vm;
 
 /// oVirt's `VDSStatus`, as far as hosts reach it here.
@@ -38,6 +39,12 @@ pub enum VmStatus {
     MigratingFrom,
     /// The permit is the target's, which has not said yet that it runs.
     MigratingTo,
+    /// It falls asleep.
+    SavingState,
+    /// It sleeps: a file of its host.
+    Suspended,
+    /// It wakes up.
+    RestoringState,
     /// Its host does not answer; it may run.
     Unknown,
 }
@@ -66,9 +73,11 @@ pub fn host_status(host: &Host) -> HostStatus {
 }
 
 pub fn vm_status(state: &State, id: VmId, vm: &Vm) -> VmStatus {
+    let suspension = state.suspensions.get(&id).map(|suspension| &suspension.phase);
     let Some(permit) = vm.permit else {
         return match vm.desired {
             Desired::Running => VmStatus::WaitForLaunch,
+            Desired::Stopped(_) if suspension.is_some() => VmStatus::Suspended,
             Desired::Stopped(_) => VmStatus::Down,
         };
     };
@@ -79,6 +88,11 @@ pub fn vm_status(state: &State, id: VmId, vm: &Vm) -> VmStatus {
         (Some(MigrationPhase::Moving), _) => return VmStatus::MigratingFrom,
         (Some(MigrationPhase::Committed { .. }), None) => return VmStatus::MigratingTo,
         _ => {}
+    }
+    match suspension {
+        Some(SuspensionPhase::Saving { .. }) => return VmStatus::SavingState,
+        Some(SuspensionPhase::Waking { .. }) => return VmStatus::RestoringState,
+        Some(SuspensionPhase::Asleep(_)) | None => {}
     }
     match (vm.observed.map(|observed| observed.status), vm.desired) {
         (Some(GuestStatus::PausedLease | GuestStatus::PausedIo | GuestStatus::PausedUser), _) => VmStatus::Paused,

@@ -183,6 +183,10 @@ fn samples() -> Vec<Event> {
         VmObservedDevice { vm, epoch: Epoch(40), host, counter: 6, device: text(), word: DeviceWord::Kept(text()) }
             .into(),
         VmDesiredMemory { vm, mib: 512 }.into(),
+        SuspensionStarted { vm, epoch: Epoch(42), host }.into(),
+        SuspensionCompleted { vm, suspension: MigrationId(43), host, counter: 14, bytes: 200_000_000 }.into(),
+        SuspensionAborted { vm, suspension: MigrationId(43), host, reason: AbortReason::Failed, detail: text() }.into(),
+        SuspensionDiscarded { vm, suspension: MigrationId(43), host }.into(),
         HostProcessorReported {
             host,
             counter: 6,

@@ -30,6 +30,8 @@ use statemachine::state::Plugs;
 use statemachine::state::ReleaseClass;
 use statemachine::state::RunStrategy;
 use statemachine::state::StopMode;
+use statemachine::state::Suspension;
+use statemachine::state::SuspensionPhase;
 use statemachine::state::Vm;
 use statemachine::state::VmSpec;
 use statemachine::view::VmStatus;
@@ -172,7 +174,8 @@ pub struct VmView {
     #[schema(value_type = String, format = Uuid)]
     pub id: VmId,
     pub name: String,
-    /// oVirt's `VMStatus`: `Down`, `WaitForLaunch`, `PoweringUp`, `Up`, `Paused`, `PoweringDown`, `Unknown`.
+    /// oVirt's `VMStatus`: `Down`, `WaitForLaunch`, `PoweringUp`, `Up`, `Paused`, `PoweringDown`, `SavingState`, `Suspended`,
+    /// `RestoringState`, `MigratingFrom`, `MigratingTo`, `Unknown`.
     #[schema(value_type = String, example = "Up")]
     pub status: VmStatus,
     #[schema(value_type = u64)]
@@ -197,6 +200,8 @@ pub struct VmView {
     pub last_exit: Option<ExitView>,
     /// Present while it moves to another host.
     pub migration: Option<MigrationView>,
+    /// Present while it falls asleep, sleeps, or wakes up.
+    pub suspension: Option<SuspensionView>,
     /// The error of a disk that holds it. It goes on when that is mended, or at once with `resume`.
     #[schema(value_type = Option<Object>)]
     pub disk_fault: Option<DiskFault>,
@@ -211,6 +216,29 @@ pub struct VmView {
     pub devices: Vec<DeviceView>,
     /// What it is to make do with of its memory.
     pub memory_target_mib: Option<u64>,
+}
+
+/// A guest that is a file of its host, or is to be one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SuspensionView {
+    #[schema(value_type = u64)]
+    pub id: MigrationId,
+    /// The host of the file: it wakes up there alone.
+    pub host_name: String,
+    /// Of the file, once there is one.
+    pub bytes: Option<u64>,
+}
+
+impl SuspensionView {
+    fn of(state: &State, suspension: &Suspension) -> SuspensionView {
+        let bytes = match &suspension.phase {
+            SuspensionPhase::Saving { .. } => None,
+            SuspensionPhase::Asleep(saved) | SuspensionPhase::Waking { saved, .. } => Some(saved.bytes),
+        };
+        let host = state.hosts.get(&suspension.host);
+        let host_name = host.map_or_else(|| suspension.host.to_string(), |host| host.name.clone());
+        SuspensionView { id: suspension.id, host_name, bytes }
+    }
 }
 
 /// A device of a guest that runs, of which something has been said since its start.
@@ -299,6 +327,7 @@ impl VmView {
                 at: exit.at,
             }),
             migration: state.migrations.get(&id).map(|migration| MigrationView::of(state, migration)),
+            suspension: state.suspensions.get(&id).map(|suspension| SuspensionView::of(state, suspension)),
             disk_fault: state.disk_faults.get(&id).cloned(),
             guest: state.guests.get(&id).cloned(),
             spec: vm.spec.clone(),

@@ -91,6 +91,7 @@ impl Host {
         let config = AgentConfig {
             vms_dir: self.dir.path().join("vm"),
             marks_dir: self.dir.path().join("marks"),
+            asleep_dir: self.dir.path().join("asleep"),
             vmm: self.dir.path().join("vmm"),
             allowed_paths: vec![self.dir.path().to_owned()],
             stop: StopTimers::default(),

@@ -69,6 +69,10 @@ pub enum Told {
     RunsAs(Epoch),
     /// It did not get away by this migration; the words say why.
     NotCarried(MigrationId, String),
+    /// It is written down, in so many bytes; or the words say why not.
+    Saved(MigrationId, Result<u64, String>),
+    /// The process that is to take it in does not get its file.
+    NotFed(String),
     /// Why one of its devices is not as it should be.
     Device(String, String),
     /// Its process was asked to take a device, and has answered; the words say why it does not, if so.

@@ -21,6 +21,7 @@ use vmm_control::LeaseConfig;
 use vmm_control::VmmConfig;
 use vmm_control::config::MAX_MTU;
 
+use super::asleep::Asleep;
 use super::first_boot;
 use super::first_boot::FirstBootError;
 use super::group::Bounds;
@@ -114,6 +115,7 @@ pub struct Launcher {
     /// `<run_dir>/vm`.
     pub vms_dir: PathBuf,
     pub marks: Marks,
+    pub(super) asleep: Asleep,
     pub vmm: PathBuf,
     pub allowed_paths: Vec<PathBuf>,
     pub groups: Groups,

@@ -7,11 +7,13 @@
 //! - [`launcher`], [`run_dir`], [`marks`], [`group`]: one vmm a VM, started at most once an epoch, that outlives hostd.
 //! - [`adopt`]: what an earlier hostd left.
 //! - [`guest_files`]: definition -> configuration, inside the allowed paths.
+//! - [`asleep`]: guests that are files.
 //! - [`cluster`]: the door to consensus.
 //!
 //! Start reading at [`plan::plan`]; the product starts at [`spawn`].
 
 pub mod adopt;
+mod asleep;
 pub mod cluster;
 #[cfg(test)]
 mod fake_vmm;
@@ -44,6 +46,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use self::asleep::Asleep;
 use self::cluster::Cluster;
 use self::group::Groups;
 use self::launcher::Launcher;
@@ -67,6 +70,7 @@ pub struct AgentConfig {
     /// `<run_dir>/vm`.
     pub vms_dir: PathBuf,
     pub marks_dir: PathBuf,
+    pub asleep_dir: PathBuf,
     pub vmm: PathBuf,
     pub allowed_paths: Vec<PathBuf>,
     pub stop: StopTimers,
@@ -77,6 +81,7 @@ impl From<&Config> for AgentConfig {
         AgentConfig {
             vms_dir: config.vms_run_dir(),
             marks_dir: config.marks_dir(),
+            asleep_dir: config.asleep_dir(),
             vmm: config.vmm.clone(),
             allowed_paths: config.allowed_paths.clone(),
             stop: StopTimers { power_off_ms: config.timers.shutdown_ms, ..StopTimers::default() },
@@ -91,6 +96,8 @@ pub enum AgentError {
     Marks(#[from] MarkError),
     #[error("the run directories of guests cannot be read; guests are left as they are")]
     RunDirs(#[from] RunDirError),
+    #[error("the files of sleeping guests cannot be read: {0}; guests are left as they are")]
+    Asleep(#[source] std::io::Error),
     #[error("hostd is stopping")]
     Stopping,
 }
@@ -146,6 +153,7 @@ pub async fn spawn(
     let launcher = Launcher {
         vms_dir: config.vms_dir.clone(),
         marks: Marks::at(config.marks_dir),
+        asleep: Asleep::at(config.asleep_dir),
         vmm: config.vmm,
         allowed_paths: config.allowed_paths,
         groups: Groups::detect(),

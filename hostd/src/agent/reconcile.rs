@@ -32,6 +32,7 @@ use super::plan;
 use super::plan::Action;
 use super::plan::Device;
 use super::plan::Ended;
+use super::plan::Feeding;
 use super::plan::Guest;
 use super::plan::Order;
 use super::plan::Outgoing;
@@ -91,8 +92,10 @@ struct Loop {
     guests: BTreeMap<VmId, Guest>,
     /// Epochs that were, or may have been, started on this host.
     marked: BTreeSet<(VmId, Epoch)>,
+    /// Files of guests that sleep, or may, on this host.
+    asleep: BTreeSet<(VmId, MigrationId)>,
     lines: BTreeMap<VmId, Line>,
-    /// Those who bring guests to other hosts.
+    /// Those who bring guests to other hosts, or to sleep.
     carriers: BTreeMap<VmId, (MigrationId, AbortHandle)>,
     /// VMs whose files a thread is busy with.
     busy: BTreeSet<VmId>,
@@ -115,6 +118,7 @@ impl Reconciler {
             reports: Reports::new(self.cluster.host(), boot),
             guests: BTreeMap::new(),
             marked: looked.marked,
+            asleep: looked.asleep,
             lines: BTreeMap::new(),
             carriers: BTreeMap::new(),
             busy: BTreeSet::new(),
@@ -170,6 +174,7 @@ impl Loop {
             grant,
             guests: &self.guests,
             marked: &self.marked,
+            asleep: &self.asleep,
             now,
             stop: self.own.stop_timers,
         };
@@ -182,6 +187,10 @@ impl Loop {
                     let limits = fold.state.vms.get(&vm).map(|known| limits(&fold.state, known)).unwrap_or_default();
                     self.carry(vm, epoch, Journey { vm, migration, to, limits });
                 }
+                Action::Suspend { vm, epoch, suspension } => self.suspend(vm, epoch, suspension),
+                Action::Wake { vm, permit, suspension, deadline } => self.wake(fold, vm, permit, suspension, deadline),
+                Action::Feed { vm, suspension } => self.feed(vm, suspension),
+                Action::Discard { vm, suspension } => self.discard(vm, suspension),
                 Action::Plug { vm, epoch, device } => self.plug(vm, epoch, device),
                 Action::Unplug { vm, epoch, device } => self.unplug(vm, epoch, device),
                 Action::HandFiles { vm, epoch, disk } => self.hand_files(fold, vm, epoch, disk),
@@ -248,7 +257,7 @@ impl Loop {
         let Some(guest) = self.guests.get_mut(&vm) else { return };
         let migration = journey.migration;
         tracing::info!(%vm, %epoch, %migration, to = %journey.to, "the guest sets out for another host");
-        guest.outgoing = Some(Outgoing { migration, progress: None, failure: None });
+        guest.outgoing = Some(Outgoing { migration, progress: None, saved_bytes: None, failure: None });
         let (carried, told) = (self.own.processes.carry(journey), self.told.clone());
         let task = tokio::spawn(async move {
             if let Err(words) = carried.await {
@@ -257,6 +266,64 @@ impl Loop {
             }
         });
         self.carriers.insert(vm, (migration, task.abort_handle()));
+    }
+
+    fn suspend(&mut self, vm: VmId, epoch: Epoch, suspension: MigrationId) {
+        let Some(guest) = self.guests.get_mut(&vm) else { return };
+        tracing::info!(%vm, %epoch, %suspension, "the guest falls asleep");
+        guest.outgoing = Some(Outgoing { migration: suspension, progress: None, saved_bytes: None, failure: None });
+        // From here on there may be a file, whether or not somebody lives to say so.
+        self.asleep.insert((vm, suspension));
+        let (saved, told) = (self.own.processes.save(vm, suspension), self.told.clone());
+        let task = tokio::spawn(async move {
+            let _ = told.send((vm, epoch, guest::Told::Saved(suspension, saved.await))).await;
+        });
+        self.carriers.insert(vm, (suspension, task.abort_handle()));
+    }
+
+    /// As a start, but that the guest comes from its file.
+    fn wake(&mut self, fold: &Fold, vm: VmId, permit: Permit, suspension: MigrationId, deadline: Boottime) {
+        let Some(known) = fold.state.vms.get(&vm) else { return };
+        if !self.busy.insert(vm) {
+            return;
+        }
+        tracing::info!(%vm, epoch = %permit.epoch, %suspension, name = known.name, "the guest wakes up");
+        let guest = Guest::coming(suspension, permit.release);
+        let spec = known.granted_spec.clone().unwrap_or_else(|| known.spec.clone());
+        let identity = super::guest_files::GuestIdentity {
+            vm,
+            name: known.name.clone(),
+            epoch: guest.epoch,
+            release: permit.release,
+            deadline,
+            incoming: Some(suspension),
+        };
+        self.guests.insert(vm, guest);
+        self.work(vm, self.own.processes.receive(identity, spec));
+    }
+
+    fn feed(&mut self, vm: VmId, suspension: MigrationId) {
+        let Some(guest) = self.guests.get_mut(&vm) else { return };
+        guest.feeding = Some(Feeding::UnderWay);
+        let goes_by = guest.epoch;
+        let (fed, told) = (self.own.processes.feed(vm, suspension), self.told.clone());
+        tokio::spawn(async move {
+            if let Err(words) = fed.await {
+                let _ = told.send((vm, goes_by, guest::Told::NotFed(words))).await;
+            }
+        });
+    }
+
+    /// Tried once: what is left of it is found again when hostd starts.
+    fn discard(&mut self, vm: VmId, suspension: MigrationId) {
+        tracing::info!(%vm, %suspension, "the file of a guest that slept is removed");
+        self.asleep.remove(&(vm, suspension));
+        let discarded = self.own.processes.discard(vm, suspension);
+        tokio::spawn(async move {
+            if let Err(words) = discarded.await {
+                tracing::warn!(%vm, %suspension, "the file of a guest that slept is still there: {words}");
+            }
+        });
     }
 
     fn plug(&mut self, vm: VmId, epoch: Epoch, device: Device) {
@@ -301,10 +368,12 @@ impl Loop {
     fn give_up_carriers(&mut self, fold: &Fold) {
         self.carriers.retain(|vm, (migration, task)| {
             let moves = fold.state.moving(*vm).is_some_and(|moving| moving.id == *migration);
-            if !moves {
+            let suspension = fold.state.suspensions.get(vm);
+            let leaves = moves || suspension.is_some_and(|it| it.id == *migration && it.is_saving());
+            if !leaves {
                 task.abort();
             }
-            moves
+            leaves
         });
     }
 
@@ -463,6 +532,24 @@ impl Loop {
                 if let Some(outgoing) = guest.outgoing.as_mut().filter(|outgoing| outgoing.migration == migration) {
                     outgoing.failure = Some(adopt::bounded(&words));
                 }
+            }
+            guest::Told::Saved(suspension, saved) => {
+                if let Some(outgoing) = guest.outgoing.as_mut().filter(|outgoing| outgoing.migration == suspension) {
+                    match saved {
+                        Ok(bytes) => {
+                            tracing::info!(%vm, %epoch, %suspension, bytes, "the guest is written down");
+                            outgoing.saved_bytes = Some(bytes);
+                        }
+                        Err(words) => {
+                            tracing::warn!(%vm, %epoch, %suspension, "the guest cannot be written down: {words}");
+                            outgoing.failure = Some(adopt::bounded(&words));
+                        }
+                    }
+                }
+            }
+            guest::Told::NotFed(words) => {
+                tracing::warn!(%vm, "the guest does not wake up: {words}");
+                guest.feeding = Some(Feeding::Failed(adopt::bounded(&words)));
             }
             guest::Told::Device(device, words) => {
                 tracing::warn!(%vm, %epoch, device, "a device is not as it should be: {words}");

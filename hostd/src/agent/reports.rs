@@ -57,6 +57,10 @@ impl Owed {
             News::MigrationProgress(migration, progress) => {
                 Command::ReportMigrationProgress { report, vm, migration, progress }
             }
+            News::SuspensionFailed(suspension, detail) => {
+                Command::ReportSuspensionFailed { report, vm, suspension, detail }
+            }
+            News::Suspended(suspension, bytes) => Command::ReportVmSuspended { report, vm, suspension, bytes },
             News::Device(device, word) => Command::ReportVmDevice { report, vm, epoch, device, word },
             News::DiskFault(fault) => Command::ReportVmDiskFault { report, vm, epoch, fault },
             News::Facts(facts) => Command::ReportVmGuest { report, vm, epoch, facts },

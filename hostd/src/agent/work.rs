@@ -71,6 +71,8 @@ pub enum Worked {
 #[derive(Debug, Default)]
 pub struct Looked {
     pub marked: BTreeSet<(VmId, Epoch)>,
+    /// Guests that sleep here.
+    pub asleep: BTreeSet<(VmId, MigrationId)>,
     pub found: Vec<(VmId, Found)>,
 }
 
@@ -102,6 +104,15 @@ pub trait Processes: Send + Sync + 'static {
 
     /// Brings a guest of this host to its new one. Returns when its stream has ended; the words say why not all of it went.
     fn carry(&self, journey: Journey) -> BoxFuture<'static, Result<(), String>>;
+
+    /// Writes a guest of this host down. Returns the bytes of its file; from then on it stands. The words say why there is none.
+    fn save(&self, vm: VmId, suspension: MigrationId) -> BoxFuture<'static, Result<u64, String>>;
+
+    /// Gives a file to the process that waits for the guest in it. Returns when that process has taken it, or not.
+    fn feed(&self, vm: VmId, suspension: MigrationId) -> BoxFuture<'static, Result<(), String>>;
+
+    /// Removes a file.
+    fn discard(&self, vm: VmId, suspension: MigrationId) -> BoxFuture<'static, Result<(), String>>;
 
     /// Gives a running guest a device. Returns when its process has taken it on; the words say why it has not.
     fn plug(&self, vm: VmId, epoch: Epoch, device: Device) -> BoxFuture<'static, Result<(), String>>;
@@ -145,7 +156,8 @@ impl Processes for Launcher {
             let marked = launcher.marks.load()?;
             let vms = RunDir::list(&launcher.vms_dir)?;
             let found = vms.into_iter().map(|vm| (vm, adopt::inspect(&launcher, vm))).collect();
-            Ok(Looked { marked, found })
+            let asleep = launcher.asleep.look().map_err(AgentError::Asleep)?;
+            Ok(Looked { marked, asleep, found })
         });
         async move { looking.await.unwrap_or(Err(AgentError::Stopping)) }.boxed()
     }
@@ -177,6 +189,22 @@ impl Processes for Launcher {
         let socket = RunDir::of(&self.vms_dir, journey.vm).control_socket();
         let road = self.road.clone();
         async move { carry(road, &socket, journey).await.map_err(|error| error.to_string()) }.boxed()
+    }
+
+    fn save(&self, vm: VmId, suspension: MigrationId) -> BoxFuture<'static, Result<u64, String>> {
+        let (asleep, socket) = (self.asleep.clone(), RunDir::of(&self.vms_dir, vm).control_socket());
+        async move { asleep.save(&socket, vm, suspension).await.map_err(|error| error.to_string()) }.boxed()
+    }
+
+    fn feed(&self, vm: VmId, suspension: MigrationId) -> BoxFuture<'static, Result<(), String>> {
+        let (asleep, socket) = (self.asleep.clone(), RunDir::of(&self.vms_dir, vm).control_socket());
+        async move { asleep.wake(&socket, vm, suspension).await.map_err(|error| error.to_string()) }.boxed()
+    }
+
+    fn discard(&self, vm: VmId, suspension: MigrationId) -> BoxFuture<'static, Result<(), String>> {
+        let asleep = self.asleep.clone();
+        let discarding = blocking(move || asleep.discard(vm, suspension).map_err(|error| error.to_string()));
+        async move { discarding.await.unwrap_or_else(|| Err("this hostd ends".to_owned())) }.boxed()
     }
 
     fn plug(&self, vm: VmId, epoch: Epoch, device: Device) -> BoxFuture<'static, Result<(), String>> {

@@ -100,6 +100,7 @@ pub fn router(api: Api) -> Router {
         .route("/vms/{vm}/memory", post(vms::memory))
         .route("/vms/{vm}/migrate", post(vms::migrate))
         .route("/vms/{vm}/cancel-migration", post(vms::cancel_migration))
+        .route("/vms/{vm}/suspend", post(vms::suspend))
         .route("/vms/{vm}/why", get(vms::why))
         .route("/vms/{vm}/console", get(console::open))
         .route("/vms/{vm}/migrations/{migration}", get(crate::migration::door::take_in))

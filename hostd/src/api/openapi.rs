@@ -52,6 +52,7 @@ use crate::console;
         vms::reset,
         vms::migrate,
         vms::cancel_migration,
+        vms::suspend,
         vms::pause,
         vms::resume,
         vms::memory,

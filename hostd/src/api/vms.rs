@@ -152,6 +152,18 @@ pub async fn cancel_migration(
     Ok(Json(administrator.write(body.hash, Command::VmCancelMigration { vm }).await?.into()))
 }
 
+/// Has a running VM fall asleep: what it is goes into a file of its host, where `start` wakes it up.
+#[utoipa::path(post, path = "/v1/vms/{vm}/suspend", tag = "vms", params(("vm" = String, Path, description = "Name or id")),
+    request_body = NoBody, responses((status = 200, body = WriteAnswer), (status = "default", body = Problem)))]
+pub async fn suspend(
+    administrator: Administrator,
+    Path(name): Path<String>,
+    body: Body<NoBody>,
+) -> Result<Json<WriteAnswer>, Failure> {
+    let vm = known(&administrator, &name).await?;
+    Ok(Json(administrator.write(body.hash, Command::VmSuspend { vm }).await?.into()))
+}
+
 /// Has a running VM make do with so much of its memory: its balloon takes what it can get, and gives it back.
 #[utoipa::path(post, path = "/v1/vms/{vm}/memory", tag = "vms", params(("vm" = String, Path, description = "Name or id")),
     request_body = VmMemory, responses((status = 200, body = WriteAnswer), (status = "default", body = Problem)))]

@@ -119,7 +119,7 @@ async fn send(near: &mut (impl AsyncRead + Unpin), far: &mut (impl AsyncRead + A
 }
 
 /// What the vmm says of it, which knows best; a moment after its stream, which it ends before it says so.
-async fn handed_over(socket: &Path) -> Result<SaveStatus, CarryError> {
+pub async fn handed_over(socket: &Path) -> Result<SaveStatus, CarryError> {
     let said = async || {
         let status = VmmClient::connect(socket).await?.status().await?;
         match status.saving {

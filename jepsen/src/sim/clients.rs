@@ -67,6 +67,8 @@ pub struct Clients {
     pub wishes: bool,
     /// Among them, that guests move.
     pub moves: bool,
+    /// Or that they sleep.
+    pub sleeps: bool,
 }
 
 fn key(request: &Request) -> &str {
@@ -123,6 +125,25 @@ fn wish_move(dice: &mut Dice, fold: &Fold) -> Option<Command> {
     dice.pick(&up).map(|vm| Command::VmMigrate { vm: *vm, host: None })
 }
 
+/// A guest that is up should sleep, or one that sleeps should go on, or be given up.
+fn wish_sleep(dice: &mut Dice, fold: &Fold) -> Option<Command> {
+    let asleep: Vec<_> =
+        fold.state.suspensions.iter().filter(|(_, it)| it.asleep().is_some()).map(|(vm, _)| *vm).collect();
+    let wakes = dice.one_in(2);
+    if let Some(vm) = dice.pick(&asleep).copied().filter(|_| wakes) {
+        return Some(match dice.one_in(6) {
+            true => Command::VmStop { vm, mode: StopMode::PowerOff },
+            false => Command::VmStart { vm, host: None },
+        });
+    }
+    if !dice.one_in(3) {
+        return None;
+    }
+    let up = |vm: &Vm| vm.observed.is_some_and(|observed| observed.status == GuestStatus::Up);
+    let up: Vec<_> = fold.state.vms.iter().filter(|(_, vm)| up(vm)).map(|(id, _)| *id).collect();
+    dice.pick(&up).map(|vm| Command::VmSuspend { vm: *vm })
+}
+
 impl Clients {
     pub fn ask(&mut self, command: Command, now_ms: u64) {
         let id = self.next;
@@ -157,7 +178,8 @@ impl Clients {
             // Now and then many at once, so that a leader has several entries in flight when something breaks.
             for _ in 0..if dice.one_in(12) { BURST } else { 1 } {
                 let moved = if self.moves { wish_move(dice, &checker.fold) } else { None };
-                let command = moved.unwrap_or_else(|| wish(dice, &checker.fold, self.next));
+                let slept = if self.sleeps { wish_sleep(dice, &checker.fold) } else { None };
+                let command = moved.or(slept).unwrap_or_else(|| wish(dice, &checker.fold, self.next));
                 self.ask(command, now_ms);
             }
             if dice.one_in(3) {

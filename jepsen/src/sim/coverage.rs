@@ -38,13 +38,15 @@ pub enum Met {
     PullersTakenIn,
     /// Guests that went on running on another host.
     Migrations,
-    /// Guests that stood still for a migration, and went on where they were.
+    /// Guests that went on from a file.
+    Wakings,
+    /// Guests that stood still for a migration or a suspension, and went on where they were.
     MigrationsUndone,
 }
 
 impl Met {
     /// A campaign fails while one of these is zero.
-    pub const REQUIRED: [Met; 18] = [
+    pub const REQUIRED: [Met; 19] = [
         Met::LeaderChanges,
         Met::RestoredLeaders,
         Met::RefusedProposals,
@@ -62,6 +64,7 @@ impl Met {
         Met::PulledBatches,
         Met::PullersTakenIn,
         Met::Migrations,
+        Met::Wakings,
         Met::MigrationsUndone,
     ];
 }

@@ -32,7 +32,7 @@ pub struct Vmm {
     pub state: VmmState,
     /// True time at which it will have obeyed the power button.
     pub off_at_ms: Option<u64>,
-    /// The migration for which it stands still.
+    /// The migration or suspension for which it stands still.
     pub stands_for: Option<MigrationId>,
 }
 
@@ -96,6 +96,12 @@ pub enum Sight {
         vm: VmId,
         epoch: Epoch,
     },
+    /// From the file of this suspension.
+    Woke {
+        vm: VmId,
+        epoch: Epoch,
+        suspension: MigrationId,
+    },
     /// It stood still for a migration that came to nothing.
     WentOn {
         vm: VmId,
@@ -120,6 +126,8 @@ pub struct Machine {
     pub launches: Vec<Launch>,
     /// Used epochs, on a disk that survives.
     pub marks: BTreeSet<(VmId, Epoch)>,
+    /// Files of guests that sleep, on the same disk.
+    pub asleep: BTreeSet<(VmId, MigrationId)>,
     /// Exit reports and configurations, in `/run`: gone after a reboot.
     pub remains: BTreeMap<VmId, (Epoch, ReleaseClass, Ended)>,
     pub sights: Vec<Sight>,
@@ -212,7 +220,11 @@ impl Machine {
         let Some(vmm) = self.vmms.get_mut(&vm).filter(|vmm| vmm.epoch == migration) else { return };
         if vmm.state == (VmmState::Incoming { loaded: true }) && self.marks.insert((vm, epoch)) {
             (vmm.epoch, vmm.deadline, vmm.state) = (epoch, deadline, VmmState::Running);
-            self.sights.push(Sight::Arrived { vm, epoch });
+            let suspension = MigrationId(migration.0);
+            self.sights.push(match self.asleep.contains(&(vm, suspension)) {
+                true => Sight::Woke { vm, epoch, suspension },
+                false => Sight::Arrived { vm, epoch },
+            });
         }
     }
 

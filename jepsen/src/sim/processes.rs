@@ -141,6 +141,45 @@ async fn carry(from: StandIns, journey: Journey) -> Result<(), String> {
     Ok(())
 }
 
+/// The guest stands, then its file is on the disk, then that is known: hostd or its machine may be gone at each step, and now and then there
+/// is no space.
+async fn save(hardware: Hardware, vm: VmId, suspension: MigrationId) -> Result<u64, String> {
+    match hardware.machine().vmms.get_mut(&vm) {
+        Some(vmm) if vmm.state == VmmState::Running => vmm.stands_for = Some(suspension),
+        _ => return Err("it does not run".to_owned()),
+    }
+    tokio::time::sleep(some_ms(20, 800)).await;
+    if Seeded.next_u64().is_multiple_of(8) {
+        return Err("no space".to_owned());
+    }
+    let is_there = |machine: &Machine| machine.vmms.get(&vm).is_some_and(|vmm| vmm.stands_for == Some(suspension));
+    {
+        let mut machine = hardware.machine();
+        if !is_there(&machine) {
+            return Err("its process is gone".to_owned());
+        }
+        machine.asleep.insert((vm, suspension));
+    }
+    tokio::time::sleep(some_ms(1, 60)).await;
+    Ok(1)
+}
+
+/// The process that was started for it takes the guest in.
+async fn feed(hardware: Hardware, vm: VmId, suspension: MigrationId) -> Result<(), String> {
+    tokio::time::sleep(some_ms(20, 800)).await;
+    let mut machine = hardware.machine();
+    if !machine.asleep.contains(&(vm, suspension)) {
+        return Err("no such file".to_owned());
+    }
+    match machine.vmms.get_mut(&vm).filter(|vmm| vmm.epoch == Epoch(suspension.0)) {
+        Some(vmm) if vmm.state == VmmState::Incoming { loaded: false } => {
+            vmm.state = VmmState::Incoming { loaded: true };
+            Ok(())
+        }
+        _ => Err("no process waits for it".to_owned()),
+    }
+}
+
 impl Processes for StandIns {
     fn look(&self) -> BoxFuture<'static, Result<Looked, AgentError>> {
         let machine = self.hardware.machine();
@@ -149,7 +188,7 @@ impl Processes for StandIns {
         vms.sort_unstable();
         vms.dedup();
         let found = vms.into_iter().map(|vm| (vm, found(&machine, vm))).collect();
-        let looked = Looked { marked: machine.marks.clone(), found };
+        let looked = Looked { marked: machine.marks.clone(), asleep: machine.asleep.clone(), found };
         futures::future::ready(Ok(looked)).boxed()
     }
 
@@ -163,6 +202,19 @@ impl Processes for StandIns {
 
     fn carry(&self, journey: Journey) -> BoxFuture<'static, Result<(), String>> {
         carry(self.clone(), journey).boxed()
+    }
+
+    fn save(&self, vm: VmId, suspension: MigrationId) -> BoxFuture<'static, Result<u64, String>> {
+        save(self.hardware.clone(), vm, suspension).boxed()
+    }
+
+    fn feed(&self, vm: VmId, suspension: MigrationId) -> BoxFuture<'static, Result<(), String>> {
+        feed(self.hardware.clone(), vm, suspension).boxed()
+    }
+
+    fn discard(&self, vm: VmId, suspension: MigrationId) -> BoxFuture<'static, Result<(), String>> {
+        self.hardware.machine().asleep.remove(&(vm, suspension));
+        future::ready(Ok(())).boxed()
     }
 
     /// All hosts of the simulation are alike, and none says so.

@@ -6,6 +6,7 @@
 use super::Context;
 use super::Decided;
 use super::form;
+use super::suspension;
 use super::vm;
 use super::vm::find;
 use super::vm::wrong_state;
@@ -50,6 +51,7 @@ pub(super) fn follow(
         let why = format!("it is on its way to another host; wait, or `quorate vm cancel-migration {}`", known.name);
         return Err(wrong_state(known, why));
     }
+    suspension::check_awake(context, vm, known)?;
     place(granted, wanted)?;
     let plug = Devices {
         disks: wanted.disks.iter().filter(|disk| is_new(&disk.id)).cloned().collect(),

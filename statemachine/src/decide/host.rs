@@ -4,6 +4,7 @@ use super::Context;
 use super::Decided;
 use super::form;
 use super::migration;
+use super::suspension;
 use crate::command::HostCandidate;
 use crate::command::HostChange;
 use crate::command::HostFacts;
@@ -169,6 +170,13 @@ pub(super) fn remove(context: &Context<'_>, host: HostId) -> Result<Decided, Rej
     if known.usage.vms > 0 {
         return refused(format!("{} VMs still hold a permit on it; stop them first", known.usage.vms));
     }
+    let sleeper = context.state.suspensions.iter().find(|(_, it)| it.host == host);
+    if let Some(name) = sleeper.and_then(|(vm, _)| Some(&context.state.vms.get(vm)?.name)) {
+        return refused(format!(
+            "{name} is suspended on it; wake it up there, `quorate vm start {name}`, \
+             or throw its memory away, `quorate vm stop {name} --power-off`"
+        ));
+    }
     if context.state.data_centers.values().any(|dc| dc.spm.is_some_and(|spm| spm.host == host)) {
         return refused(
             "it is the storage manager and gives that up within seconds of maintenance; try again".to_owned(),
@@ -251,6 +259,7 @@ pub(super) fn report(context: &Context<'_>, report: &ReportId, facts: &HostFacts
     events.extend(migration::abort_into(context.state, report.host, AbortReason::TargetLost));
     for (vm, known, permit) in context.state.permits_on(report.host) {
         events.extend(migration::abort(context.state, vm, AbortReason::SourceLost));
+        events.extend(suspension::abort(context.state, vm, AbortReason::SourceLost));
         let exit = VmObservedExit {
             vm,
             epoch: permit.epoch,

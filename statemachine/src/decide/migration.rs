@@ -17,6 +17,7 @@ use super::Context;
 use super::Decided;
 use super::form;
 use super::host;
+use super::suspension;
 use super::vm::find;
 use super::vm::wrong_state;
 use crate::command::ReportId;
@@ -61,7 +62,7 @@ pub(super) fn start(context: &Context<'_>, vm: VmId, pinned: Option<HostId>) -> 
             let why = format!("it is on its way already; wait, or `quorate vm cancel-migration {}`", known.name);
             return Err(wrong_state(known, why));
         }
-        None => {}
+        None => suspension::check_awake(context, vm, known)?,
     }
     let observed = known.observed.map(|observed| observed.status);
     if !matches!(observed, Some(GuestStatus::Up | GuestStatus::PausedUser)) {

@@ -1,7 +1,7 @@
 //! The rules: a request against the state becomes events, or a rejection in words.
 //!
 //! Pure and run by the leader alone; the log carries the events, so replay never decides again
-//! (DESIGN §3). Each family of commands has a file: [`site`], [`host`], [`vm`], [`spm`], [`recover`]; who may ask
+//! (DESIGN §3). Each family of commands has a file: [`site`], [`host`], [`vm`], [`migration`], [`suspension`], ...; who may ask
 //! for what is [`permission`]; the form of names, paths and sizes is [`form`].
 
 mod devices;
@@ -12,6 +12,7 @@ mod permission;
 mod recover;
 mod site;
 mod spm;
+mod suspension;
 mod vm;
 
 pub use self::host::HOSTS_MAX;
@@ -141,6 +142,14 @@ fn judge(context: &Context<'_>) -> Result<Decided, Rejection> {
         Command::ReportMigrationLoaded { report, vm, migration } => migration::loaded(context, report, *vm, *migration),
         Command::ReportMigrationFailed { report, vm, migration, detail } => {
             migration::failed(context, report, *vm, *migration, detail)
+        }
+
+        Command::VmSuspend { vm } => suspension::start(context, *vm),
+        Command::ReportVmSuspended { report, vm, suspension, bytes } => {
+            suspension::completed(context, report, *vm, *suspension, *bytes)
+        }
+        Command::ReportSuspensionFailed { report, vm, suspension, detail } => {
+            suspension::failed(context, report, *vm, *suspension, detail)
         }
 
         Command::VoterCount { voters } => site::voter_count(context, *voters),

@@ -31,7 +31,9 @@ fn needs(command: &Command) -> Needs {
         | Command::ReportProcessor { report, .. }
         | Command::ReportMigrationProgress { report, .. }
         | Command::ReportMigrationLoaded { report, .. }
-        | Command::ReportMigrationFailed { report, .. } => Needs::Itself(report.host),
+        | Command::ReportMigrationFailed { report, .. }
+        | Command::ReportVmSuspended { report, .. }
+        | Command::ReportSuspensionFailed { report, .. } => Needs::Itself(report.host),
         Command::CertificateIssue { .. }
         | Command::HostSuspect { .. }
         | Command::HostLost { .. }
@@ -60,6 +62,7 @@ fn needs(command: &Command) -> Needs {
         | Command::VmReset { .. }
         | Command::VmPause { .. }
         | Command::VmMemory { .. }
+        | Command::VmSuspend { .. }
         | Command::ClusterMigrationPolicy { .. }
         | Command::VmCancelMigration { .. } => Needs::Administrator,
     }

@@ -5,6 +5,7 @@ use super::Decided;
 use super::form;
 use super::migration;
 use super::site::FEATURE_LEVEL;
+use super::suspension;
 use crate::event::Event;
 use crate::event::FeatureLevelActivated;
 use crate::event::HostRemoved;
@@ -50,10 +51,11 @@ pub(super) fn site(context: &Context<'_>, generation: u32, ca: Fingerprint) -> R
     let hosts = context.state.hosts.iter().map(|(id, _)| *id);
     for gone in hosts.filter(|id| *id != context.request.origin && id.0 < before.0) {
         for (vm, known, permit) in context.state.permits_on(gone) {
-            if events.len() + 4 > EVENTS_MAX {
+            if events.len() + 5 > EVENTS_MAX {
                 return Ok(Decided::many(events));
             }
             events.extend(migration::abort(context.state, vm, AbortReason::SourceLost));
+            events.extend(suspension::abort(context.state, vm, AbortReason::SourceLost));
             events.extend(released(vm, known, permit));
         }
         let managed = context.state.data_centers.iter().filter(|(_, it)| it.spm.is_some_and(|spm| spm.host == gone));

@@ -8,6 +8,7 @@ use super::devices;
 use super::form;
 use super::host;
 use super::migration;
+use super::suspension;
 use crate::command::ReportId;
 use crate::command::VmChange;
 use crate::event::Event;
@@ -121,6 +122,7 @@ pub(super) fn change(context: &Context<'_>, vm: VmId, change: &VmChange) -> Resu
         if let Some(desired) = desired.filter(|desired| is_news(known, *desired)) {
             if matches!(desired, Desired::Stopped(_)) {
                 events.extend(migration::abort(context.state, vm, AbortReason::Cancelled));
+                events.extend(suspension::abort(context.state, vm, AbortReason::Cancelled));
             }
             events.push(VmDesiredChanged { vm, desired }.into());
         }
@@ -137,9 +139,9 @@ fn check_macs(context: &Context<'_>, vm: VmId, spec: &VmSpec) -> Result<(), Reje
             return Err(form::invalid("nic mac", format!("{mac} is listed twice")));
         }
         for (id, other) in context.state.vms.iter().filter(|(id, _)| **id != vm) {
-            // What it runs with keeps its address until it stops.
-            let granted = other.granted_spec.iter().flat_map(|spec| &spec.nics);
-            if other.spec.nics.iter().chain(granted).any(|nic| same(&nic, *id)) {
+            // What it runs or sleeps with keeps its address until it stops.
+            let held = context.state.held_spec(id, other).into_iter().flat_map(|spec| &spec.nics);
+            if other.spec.nics.iter().chain(held).any(|nic| same(&nic, *id)) {
                 return Err(Rejection::MacInUse { mac: mac.to_string(), holder: other.name.clone() });
             }
         }
@@ -198,9 +200,19 @@ pub(super) fn place(context: &Context<'_>, vm: VmId) -> Result<Decided, Rejectio
 
 /// Chooses a host and grants the permit, in one batch: the choice holds on exactly the state it was made on.
 fn permit(context: &Context<'_>, vm: VmId, known: &Vm, pinned: Option<HostId>) -> Result<Vec<Event>, Rejection> {
-    check_disks(context, vm, &known.name, &known.spec.disks)?;
+    let (mut known, mut pinned) = (known.clone(), pinned);
+    if let Some((suspension, saved)) = context.state.suspensions.get(&vm).and_then(|it| Some((it, it.asleep()?))) {
+        let home = host::find(context, suspension.host)?;
+        if pinned.is_some_and(|host| host != suspension.host) {
+            return Err(wrong_state(&known, format!("it is suspended on {}, and wakes up there alone", home.name)));
+        }
+        pinned = Some(suspension.host);
+        known.granted_spec = Some(saved.spec.clone());
+    }
+    let spec = known.granted_spec.as_ref().unwrap_or(&known.spec);
+    check_disks(context, vm, &known.name, &spec.disks)?;
     let decided_on = Seq(context.seq.0 - 1);
-    let explanation = scheduler::place(context.state, known, pinned, decided_on).map_err(|explanation| {
+    let explanation = scheduler::place(context.state, &known, pinned, decided_on).map_err(|explanation| {
         Rejection::NoHostFits { name: known.name.clone(), explanation: Box::new(explanation) }
     })?;
     let Some((host, boot)) = explanation.chosen.and_then(|id| Some((id, context.state.hosts.get(&id)?.facts.boot)))
@@ -217,9 +229,9 @@ fn permit(context: &Context<'_>, vm: VmId, known: &Vm, pinned: Option<HostId>) -
 /// Refuses what would give a volume a second writer (S2).
 pub(super) fn check_disks(context: &Context<'_>, vm: VmId, name: &str, disks: &[Disk]) -> Result<(), Rejection> {
     for (other_id, other) in context.state.vms.iter() {
-        let Some(granted) = other.granted_spec.as_ref().filter(|_| *other_id != vm) else { continue };
+        let Some(held) = context.state.held_spec(other_id, other).filter(|_| *other_id != vm) else { continue };
         for volume in disks.iter().flat_map(Disk::volumes) {
-            if granted.disks.iter().flat_map(Disk::volumes).any(|held| held.clashes(&volume)) {
+            if held.disks.iter().flat_map(Disk::volumes).any(|held| held.clashes(&volume)) {
                 return Err(Rejection::DiskInUse {
                     name: name.to_owned(),
                     path: volume.path.to_owned(),
@@ -235,6 +247,7 @@ pub(super) fn check_disks(context: &Context<'_>, vm: VmId, name: &str, disks: &[
 pub(super) fn stop(context: &Context<'_>, vm: VmId, mode: StopMode) -> Result<Decided, Rejection> {
     let known = find(context, vm)?;
     let mut events: Vec<Event> = Vec::new();
+    events.extend(suspension::stop(context, vm, known, mode)?);
     if known.run_strategy == RunStrategy::Always {
         events.push(VmRunStrategyChanged { vm, run_strategy: RunStrategy::Halted }.into());
     }
@@ -256,6 +269,7 @@ pub(super) fn reset(context: &Context<'_>, vm: VmId) -> Result<Decided, Rejectio
         let why = format!("it is on its way to another host; wait, or `quorate vm cancel-migration {}`", known.name);
         return Err(wrong_state(known, why));
     }
+    suspension::check_awake(context, vm, known)?;
     Ok(Decided::one(VmDesiredReset { vm }))
 }
 
@@ -266,6 +280,7 @@ pub(super) fn pause(context: &Context<'_>, vm: VmId, paused: bool) -> Result<Dec
         let why = format!("only a running VM can be paused or resumed; `quorate vm start {}`", known.name);
         return Err(wrong_state(known, why));
     }
+    suspension::check_awake(context, vm, known)?;
     let wanted = context.state.pauses.get(&vm).is_some_and(|pause| pause.wanted);
     let held = known.observed.is_some_and(|observed| observed.status == GuestStatus::PausedIo);
     match wanted == paused && (paused || !held) {
@@ -356,6 +371,7 @@ pub(super) fn report_exited(
         VmObservedExit { vm, epoch, host: report.host, counter: report.counter, reason, detail: detail.to_owned() };
     let mut events: Vec<Event> = Vec::new();
     events.extend(migration::abort(context.state, vm, AbortReason::GuestEnded));
+    events.extend(suspension::abort(context.state, vm, AbortReason::GuestEnded));
     events.push(exit.into());
     events.push(VmPermitReleased { vm, epoch, evidence: ReleaseEvidence::Host }.into());
     if known.desired == Desired::Running && !known.restarts_after(reason) {

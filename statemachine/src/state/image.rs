@@ -21,6 +21,7 @@ use super::Remembered;
 use super::RememberedKey;
 use super::Site;
 use super::State;
+use super::Suspension;
 use super::Token;
 use super::Vm;
 use crate::digest::DigestMap;
@@ -50,14 +51,16 @@ pub struct Newer {
     memory_targets: Vec<(VmId, u64)>,
     processors: Vec<(HostId, HostProcessor)>,
     migration_policies: Vec<(ClusterId, MigrationPolicy)>,
+    suspensions: Vec<(VmId, Suspension)>,
 }
 
 impl Newer {
     fn is_empty(&self) -> bool {
-        let Newer { facts, migrations, pauses, disk_faults, plugs, memory_targets, processors, migration_policies } =
-            self;
+        let Newer { facts, migrations, pauses, disk_faults, plugs, memory_targets, .. } = self;
+        let Newer { processors, migration_policies, suspensions, .. } = self;
         let of_guests = facts.is_empty() && migrations.is_empty() && pauses.is_empty() && disk_faults.is_empty();
         of_guests
+            && suspensions.is_empty()
             && plugs.is_empty()
             && memory_targets.is_empty()
             && processors.is_empty()
@@ -98,6 +101,7 @@ impl From<&State> for StateImage {
             memory_targets: state.memory_targets.to_entries(),
             processors: state.processors.to_entries(),
             migration_policies: state.migration_policies.to_entries(),
+            suspensions: state.suspensions.to_entries(),
         };
         match (state.site.clone(), newer.is_empty()) {
             (None, true) => StateImage::WithoutSite(Box::new(entries)),
@@ -131,6 +135,7 @@ impl From<StateImage> for State {
             memory_targets: DigestMap::from_entries("memory_target", newer.memory_targets),
             processors: DigestMap::from_entries("processor", newer.processors),
             migration_policies: DigestMap::from_entries("migration_policy", newer.migration_policies),
+            suspensions: DigestMap::from_entries("suspension", newer.suspensions),
             remembered_order: entries.remembered.iter().map(|(key, remembered)| (remembered.seq, *key)).collect(),
             remembered: DigestMap::from_entries("remembered", entries.remembered),
         }
@@ -148,6 +153,7 @@ mod tests {
     use crate::state::Fingerprint;
     use crate::state::MigrationPhase;
     use crate::state::MigrationProgress;
+    use crate::state::SuspensionPhase;
 
     /// As the image was before it had layouts.
     #[derive(Serialize)]
@@ -209,7 +215,11 @@ mod tests {
             let fault = DiskFault { disk: "root".to_owned(), what: "no space".to_owned(), no_space: true };
             state.disk_faults.insert(VmId::default(), fault);
         };
-        let known: [&dyn Fn(&mut State); 4] = [&said, &moves, &stands, &waits];
+        let sleeps = |state: &mut State| {
+            let phase = SuspensionPhase::Saving { epoch: Epoch(7) };
+            state.suspensions.insert(VmId::default(), Suspension { id: MigrationId(9), host: HostId(1), phase });
+        };
+        let known: [&dyn Fn(&mut State); 5] = [&said, &moves, &stands, &waits, &sleeps];
         for (site, known) in [false, true].into_iter().flat_map(|site| known.map(|known| (site, known))) {
             let mut state = state(site);
             known(&mut state);

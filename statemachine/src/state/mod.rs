@@ -12,6 +12,7 @@ mod plugs;
 mod site;
 mod spec;
 mod standstill;
+mod suspension;
 mod vm;
 
 pub use guest_facts::*;
@@ -22,6 +23,7 @@ pub use plugs::*;
 pub use site::*;
 pub use spec::*;
 pub use standstill::*;
+pub use suspension::*;
 pub use vm::*;
 
 use std::sync::Arc;
@@ -66,6 +68,8 @@ pub struct State {
     pub processors: DigestMap<HostId, HostProcessor>,
     /// How the guests of clusters may be moved. Level 3.
     pub migration_policies: DigestMap<ClusterId, MigrationPolicy>,
+    /// Guests that fall asleep, sleep or wake up. Level 3.
+    pub suspensions: DigestMap<VmId, Suspension>,
     pub remembered: DigestMap<RememberedKey, Remembered>,
     /// Insertion order of `remembered`, so that it can be bounded. An index: neither digested nor written down.
     pub remembered_order: OrdMap<Seq, RememberedKey>,
@@ -90,6 +94,7 @@ impl Default for State {
             memory_targets: DigestMap::new("memory_target"),
             processors: DigestMap::new("processor"),
             migration_policies: DigestMap::new("migration_policy"),
+            suspensions: DigestMap::new("suspension"),
             remembered: DigestMap::new("remembered"),
             remembered_order: OrdMap::new(),
         }
@@ -117,6 +122,7 @@ impl State {
         // Without entries a map adds nothing, so one of a later level is not seen before that level.
         sum!(total, data_centers, clusters, hosts, removed_hosts, tokens, vms, vm_names, remembered);
         sum!(total, guests, migrations, pauses, disk_faults, plugs, memory_targets, processors, migration_policies);
+        sum!(total, suspensions);
         total
     }
 
@@ -145,6 +151,12 @@ impl State {
     /// All of those.
     pub fn all_moving(&self) -> impl Iterator<Item = (VmId, &Migration)> {
         self.migrations.iter().filter(|(_, migration)| migration.is_moving()).map(|(vm, migration)| (*vm, migration))
+    }
+
+    /// What a guest may have open, or relies on while it sleeps: nobody else may write to its volumes, or have the addresses of its cards.
+    pub fn held_spec<'a>(&'a self, id: &VmId, vm: &'a Vm) -> Option<&'a Arc<VmSpec>> {
+        let asleep = || Some(&self.suspensions.get(id)?.asleep()?.spec);
+        vm.granted_spec.as_ref().or_else(asleep)
     }
 
     /// How this VM may be moved: as it says itself, or its cluster, or as everybody's guests.

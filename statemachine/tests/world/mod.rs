@@ -42,6 +42,8 @@ use statemachine::state::Nic;
 use statemachine::state::RunStrategy;
 use statemachine::state::State;
 use statemachine::state::StopMode;
+use statemachine::state::Suspension;
+use statemachine::state::SuspensionPhase;
 use statemachine::state::TokenPurpose;
 use statemachine::state::VmSpec;
 use uuid::Uuid;
@@ -56,7 +58,7 @@ pub struct Step {
 }
 
 pub fn step() -> impl Strategy<Value = Step> {
-    (0..68u8, any::<u16>(), any::<u16>(), prop::bool::weighted(0.2)).prop_map(|(action, a, b, keyed)| Step {
+    (0..73u8, any::<u16>(), any::<u16>(), prop::bool::weighted(0.2)).prop_map(|(action, a, b, keyed)| Step {
         action,
         a,
         b,
@@ -143,7 +145,7 @@ impl World {
         // Rare ways need many steps.
         let action = match action {
             60..=63 => 41,
-            64.. => 45,
+            64..=67 => 45,
             other => other,
         };
         let hosts: Vec<HostId> = state.hosts.iter().map(|(id, _)| *id).collect();
@@ -267,9 +269,14 @@ impl World {
                 Command::ReportVmStatus { report: holder_report, vm: about, epoch, status }
             }),
             34..=36 => (Actor::Host(holder), holder, {
-                let all =
-                    [ExitReason::GuestPoweredOff, ExitReason::PoweredOff, ExitReason::GuestFault, ExitReason::Lost];
-                let reason = all[usize::from(b % 4)];
+                let all = [
+                    ExitReason::GuestPoweredOff,
+                    ExitReason::PoweredOff,
+                    ExitReason::GuestFault,
+                    ExitReason::Lost,
+                    ExitReason::StartFailed,
+                ];
+                let reason = all[usize::from(b % 5)];
                 Command::ReportVmExited { report: holder_report, vm: about, epoch, reason, detail: String::new() }
             }),
             37 => {
@@ -298,6 +305,9 @@ impl World {
             }
             45..=48 => {
                 migration_step(state, step, self.counter).unwrap_or((root, leader, Command::VmCancelMigration { vm }))
+            }
+            68..=72 => {
+                suspension_step(state, step, self.counter).unwrap_or((root, leader, Command::VmSuspend { vm: about }))
             }
             53..=59 => match devices::step(state, step, about, epoch, holder_report) {
                 devices::Said::User(command) => (root, leader, command),
@@ -369,6 +379,40 @@ fn migration_step(state: &State, step: &Step, counter: u64) -> Option<(Actor, Ho
         }
     };
     Some((Actor::Host(host), host, command))
+}
+
+/// What becomes of a guest that falls asleep, sleeps, or wakes up.
+fn suspension_step(state: &State, step: &Step, counter: u64) -> Option<(Actor, HostId, Command)> {
+    let Step { a, b, .. } = *step;
+    let all: Vec<(VmId, Suspension)> = state.suspensions.iter().map(|(vm, it)| (*vm, it.clone())).collect();
+    // Sometimes another one is begun.
+    let (vm, Suspension { id, host, phase }) = all.get(usize::from(a) % (all.len() + 1))?.clone();
+    let leader = *state.hosts.iter().next()?.0;
+    // Sometimes an older one, and sometimes the wrong host.
+    let suspension = if b.is_multiple_of(11) { MigrationId(id.0.saturating_sub(1)) } else { id };
+    let host = if b.is_multiple_of(13) { leader } else { host };
+    let boot = state.hosts.get(&host).map_or(BootId::default(), |host| host.facts.boot);
+    let report = ReportId { host, boot, counter };
+    let (actor, origin, command) = match (phase, b % 4) {
+        (SuspensionPhase::Saving { .. }, 0) => (Actor::Host(host), host, {
+            Command::ReportSuspensionFailed { report, vm, suspension, detail: "no space".to_owned() }
+        }),
+        (SuspensionPhase::Saving { .. }, _) => {
+            (Actor::Host(host), host, Command::ReportVmSuspended { report, vm, suspension, bytes: 1 << 20 })
+        }
+        (SuspensionPhase::Asleep(_), 0) => {
+            (Actor::Root(leader), leader, Command::VmStop { vm, mode: StopMode::PowerOff })
+        }
+        (SuspensionPhase::Asleep(_), _) => (Actor::Root(leader), leader, Command::VmStart { vm, host: None }),
+        (SuspensionPhase::Waking { epoch, .. }, 0) => (Actor::Host(host), host, {
+            let reason = ExitReason::StartFailed;
+            Command::ReportVmExited { report, vm, epoch, reason, detail: "another kernel".to_owned() }
+        }),
+        (SuspensionPhase::Waking { epoch, .. }, _) => {
+            (Actor::Host(host), host, Command::ReportVmStatus { report, vm, epoch, status: GuestStatus::Up })
+        }
+    };
+    Some((actor, origin, command))
 }
 
 /// Of some of what a guest is made of.

@@ -162,6 +162,10 @@ impl Client {
         self.post(&["v1", "vms", vm, "cancel-migration"], &NoBody {}).await
     }
 
+    pub async fn vm_suspend(&self, vm: &str) -> Result<WriteAnswer, ClientError> {
+        self.post(&["v1", "vms", vm, "suspend"], &NoBody {}).await
+    }
+
     pub async fn vm_pause(&self, vm: &str) -> Result<WriteAnswer, ClientError> {
         self.post(&["v1", "vms", vm, "pause"], &NoBody {}).await
     }

@@ -93,13 +93,22 @@ impl Retry {
     }
 }
 
-/// A guest on its way to another host.
+/// A guest on its way to another host, or to sleep.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outgoing {
     pub migration: MigrationId,
     pub progress: Option<MigrationProgress>,
+    /// Of one that falls asleep: its file is whole, and so long.
+    pub saved_bytes: Option<u64>,
     /// Why it is not under way any more.
     pub failure: Option<String>,
+}
+
+/// The file of a guest on its way to the process that takes the guest in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Feeding {
+    UnderWay,
+    Failed(String),
 }
 
 /// A guest that this host has, or had and not yet reported.
@@ -143,6 +152,8 @@ pub struct Guest {
     pub memory_told: Option<u64>,
     /// The migration by which it comes, until it runs here.
     pub incoming: Option<MigrationId>,
+    /// Of one that wakes up: its file, once that was sent on its way.
+    pub feeding: Option<Feeding>,
     /// The carrier's word of the migration by which it leaves.
     pub outgoing: Option<Outgoing>,
     /// The migration for which its process has sent it, or failed to, and may stand still, by the process's own word.
@@ -172,6 +183,7 @@ impl Guest {
             file_tries: BTreeMap::new(),
             memory_told: None,
             incoming: None,
+            feeding: None,
             outgoing: None,
             stands_for: None,
         }
@@ -249,6 +261,7 @@ impl Guest {
     pub fn runs_as(&mut self, epoch: Epoch) {
         self.epoch = epoch;
         self.incoming = None;
+        self.feeding = None;
         self.phase = Phase::Launching;
         self.handing.clear();
     }

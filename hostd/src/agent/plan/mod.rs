@@ -9,7 +9,8 @@
 //! - **End** what is superseded: a guest whose epoch is not the permit, once applied state has reached that epoch.
 //! - **An exit is reported** only of a guest that the shell found gone: lock free and control group empty. The shell marks the
 //!   epoch first, so no epoch is ever started after its exit was reported.
-//! - **Migrations** have rules of their own ([`moving`]), and so have **devices** that come and leave ([`devices`]).
+//! - **Migrations** have rules of their own ([`moving`]), and so have **sleep** ([`sleeping`]) and **devices** that come and leave
+//!   ([`devices`]).
 //! - **A marked epoch without a guest** is looked into, never guessed about; and, like a permit that is not wanted, only once
 //!   applied state has caught up with a grant: hostd begins with the state of its last snapshot.
 
@@ -17,6 +18,7 @@ mod devices;
 mod files;
 mod guest;
 mod moving;
+mod sleeping;
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
@@ -44,6 +46,7 @@ use statemachine::state::Vm;
 
 pub use devices::Device;
 pub use guest::Ended;
+pub use guest::Feeding;
 pub use guest::Guest;
 pub use guest::Order;
 pub use guest::Outgoing;
@@ -77,6 +80,9 @@ pub enum News {
     Exited(Ended),
     MigrationFailed(MigrationId, String),
     MigrationLoaded(MigrationId),
+    SuspensionFailed(MigrationId, String),
+    /// The bytes of its file.
+    Suspended(MigrationId, u64),
     Status(GuestStatus),
     DiskFault(Option<DiskFault>),
     Device(String, DeviceWord),
@@ -90,6 +96,8 @@ pub enum NewsKind {
     Exited,
     MigrationFailed,
     MigrationLoaded,
+    SuspensionFailed,
+    Suspended,
     Status,
     DiskFault,
     Device,
@@ -103,6 +111,8 @@ impl News {
             News::Exited(_) => NewsKind::Exited,
             News::MigrationFailed(..) => NewsKind::MigrationFailed,
             News::MigrationLoaded(_) => NewsKind::MigrationLoaded,
+            News::SuspensionFailed(..) => NewsKind::SuspensionFailed,
+            News::Suspended(..) => NewsKind::Suspended,
             News::MigrationProgress(..) => NewsKind::MigrationProgress,
             News::Status(_) => NewsKind::Status,
             News::DiskFault(_) => NewsKind::DiskFault,
@@ -152,6 +162,29 @@ pub enum Action {
         migration: MigrationId,
         to: HostId,
     },
+    /// It is to fall asleep: write it down.
+    Suspend {
+        vm: VmId,
+        epoch: Epoch,
+        suspension: MigrationId,
+    },
+    /// A guest that sleeps here has a permit again: start a process that takes it in.
+    Wake {
+        vm: VmId,
+        permit: Permit,
+        suspension: MigrationId,
+        deadline: Boottime,
+    },
+    /// That process waits for what is in the file.
+    Feed {
+        vm: VmId,
+        suspension: MigrationId,
+    },
+    /// Nobody wakes up from this file any more.
+    Discard {
+        vm: VmId,
+        suspension: MigrationId,
+    },
     /// The guest is to get a device while it runs.
     Plug {
         vm: VmId,
@@ -187,6 +220,8 @@ pub struct View<'a> {
     pub guests: &'a BTreeMap<VmId, Guest>,
     /// Epochs that were, or may have been, started on this host.
     pub marked: &'a BTreeSet<(VmId, Epoch)>,
+    /// Files of guests that sleep, on this host.
+    pub asleep: &'a BTreeSet<(VmId, MigrationId)>,
     pub now: Boottime,
     pub stop: StopTimers,
 }
@@ -209,6 +244,7 @@ pub fn plan(view: &View<'_>) -> Vec<Action> {
         plan_guest(view, *vm, guest, &mut actions);
     }
     moving::receive(view, &mut actions);
+    sleeping::discard(view, &mut actions);
     for (vm, known, permit) in view.fold.state.permits_on(view.host) {
         if permit.boot == view.boot && !view.guests.contains_key(&vm) {
             actions.extend(plan_permit(view, vm, known, permit));
@@ -233,7 +269,11 @@ fn plan_permit(view: &View<'_>, vm: VmId, known: &Vm, permit: Permit) -> Option<
                 true => view.grant?,
                 false => view.allows(permit.epoch)?,
             };
-            Some(Action::Start { vm, permit, deadline: grant.deadline })
+            let deadline = grant.deadline;
+            Some(match sleeping::waking(view, vm, permit) {
+                Some(suspension) => Action::Wake { vm, permit, suspension, deadline },
+                None => Action::Start { vm, permit, deadline },
+            })
         }
     }
 }

@@ -24,6 +24,7 @@ use super::guest::Guest;
 use super::guest::Order;
 use super::guest::Outgoing;
 use super::guest::Phase;
+use super::sleeping;
 
 /// Guests that are on their way here, and for which nothing was begun.
 pub(super) fn receive(view: &View<'_>, actions: &mut Vec<Action>) {
@@ -42,7 +43,9 @@ fn comes_here(view: &View<'_>, migration: &Migration) -> bool {
 /// A process that takes in a guest. True when there is nothing more to say of it.
 pub(super) fn take_in(view: &View<'_>, vm: VmId, guest: &Guest, id: MigrationId, actions: &mut Vec<Action>) -> bool {
     let known = view.fold.state.migrations.get(&vm);
-    let Some(migration) = known.filter(|known| known.id == id && comes_here(view, known)) else { return false };
+    let Some(migration) = known.filter(|known| known.id == id && comes_here(view, known)) else {
+        return sleeping::take_in(view, vm, guest, id, actions);
+    };
     let report = |news| Action::Report { vm, epoch: guest.epoch, news };
     match (&guest.phase, migration.phase) {
         (Phase::Gone(ended), MigrationPhase::Moving) => {
@@ -75,6 +78,9 @@ pub(super) fn take_in(view: &View<'_>, vm: VmId, guest: &Guest, id: MigrationId,
 
 /// A guest of this host under its permit: whether it is to leave, or to go on after it was not let go.
 pub(super) fn leave(view: &View<'_>, vm: VmId, known: &Vm, guest: &Guest, actions: &mut Vec<Action>) {
+    if sleeping::fall_asleep(view, vm, guest, actions) {
+        return;
+    }
     let (epoch, desired_at) = (guest.epoch, known.desired_at);
     let report = |news| Action::Report { vm, epoch, news };
     let moving = view.fold.state.moving(vm).filter(|moving| moving.from == view.host && moving.epoch == epoch);

@@ -121,7 +121,8 @@ fn a_guest_leaves_once_and_its_carriers_words_are_told() {
     let to = agent.there();
     assert_eq!(agent.plan(), [Action::Carry { vm, epoch, migration: id, to }]);
     let outgoing = |agent: &mut Agent, progress, failure| {
-        agent.guests.get_mut(&vm).unwrap().outgoing = Some(Outgoing { migration: id, progress, failure });
+        agent.guests.get_mut(&vm).unwrap().outgoing =
+            Some(Outgoing { migration: id, progress, saved_bytes: None, failure });
     };
     outgoing(&mut agent, None, None);
     assert_eq!(agent.plan(), []);
@@ -139,7 +140,7 @@ fn a_guest_that_stands_still_goes_on_only_when_the_abort_is_applied() {
     let before = agent.fold.clone();
     let stand = |agent: &mut Agent| {
         let guest = agent.guests.get_mut(&vm).unwrap();
-        guest.outgoing = Some(Outgoing { migration: id, progress: None, failure: None });
+        guest.outgoing = Some(Outgoing { migration: id, progress: None, saved_bytes: None, failure: None });
         guest.stands_for = Some(id);
     };
     stand(&mut agent);

@@ -78,6 +78,7 @@ impl World {
             grant: agent.grant.as_ref(),
             guests: &agent.guests,
             marked: &agent.marked,
+            asleep: &agent.asleep,
             now: agent.now,
             stop: StopTimers::default(),
         };
@@ -157,6 +158,10 @@ impl World {
             Action::Report { .. } => {}
             // Its guests do not move, and keep their devices.
             Action::Receive { .. } | Action::Carry { .. } | Action::Plug { .. } | Action::Unplug { .. } => {
+                unreachable!("nobody asked for it")
+            }
+            // Nor do they sleep.
+            Action::Suspend { .. } | Action::Wake { .. } | Action::Feed { .. } | Action::Discard { .. } => {
                 unreachable!("nobody asked for it")
             }
         }

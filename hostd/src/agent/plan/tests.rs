@@ -15,6 +15,8 @@ mod file_stories;
 mod moving_stories;
 #[path = "property_tests.rs"]
 mod property;
+#[path = "sleeping_tests.rs"]
+mod sleeping_stories;
 #[path = "standstill_tests.rs"]
 mod standstill;
 
@@ -26,6 +28,7 @@ struct Agent {
     grant: Option<ConfirmedGrant>,
     guests: BTreeMap<VmId, Guest>,
     marked: BTreeSet<(VmId, Epoch)>,
+    asleep: BTreeSet<(VmId, MigrationId)>,
     now: Boottime,
 }
 
@@ -33,8 +36,8 @@ impl Agent {
     fn new() -> Agent {
         let site = Site::with_hosts(2);
         let fold = site.now();
-        let (guests, marked) = (BTreeMap::new(), BTreeSet::new());
-        Agent { site, fold, grant: None, guests, marked, now: Boottime::from_ms(1_000) }
+        let (guests, marked, asleep) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
+        Agent { site, fold, grant: None, guests, marked, asleep, now: Boottime::from_ms(1_000) }
     }
 
     fn host(&self) -> HostId {
@@ -49,6 +52,7 @@ impl Agent {
             grant: self.grant.as_ref(),
             guests: &self.guests,
             marked: &self.marked,
+            asleep: &self.asleep,
             now: self.now,
             stop: StopTimers::default(),
         })
@@ -165,6 +169,7 @@ fn a_permit_of_an_earlier_incarnation_is_left_alone() {
         grant: agent.grant.as_ref(),
         guests: &agent.guests,
         marked: &agent.marked,
+        asleep: &agent.asleep,
         now: agent.now,
         stop: StopTimers::default(),
     };

@@ -26,6 +26,13 @@ impl Checker {
                     self.coverage.add(Met::Migrations, 1);
                     self.launched(host, vm, epoch);
                 }
+                Sight::Woke { vm, epoch, suspension } => {
+                    self.coverage.add(Met::Wakings, 1);
+                    self.launched(host, vm, epoch);
+                    if !self.woken.insert((vm, suspension)) {
+                        self.violate("R1", format!("vm {vm} woke up twice from the file of suspension {suspension}"));
+                    }
+                }
                 Sight::WentOn { .. } => self.coverage.add(Met::MigrationsUndone, 1),
                 Sight::Lapsed { .. } => self.coverage.add(Met::LapsedLeases, 1),
                 Sight::Resumed { .. } => self.coverage.add(Met::ResumedLeases, 1),

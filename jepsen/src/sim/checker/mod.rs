@@ -18,6 +18,7 @@ use statemachine::Seq;
 use statemachine::batch::ChainHash;
 use statemachine::digest::Digest;
 use statemachine::ids::Epoch;
+use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
 
 use crate::sim::coverage::Coverage;
@@ -81,6 +82,8 @@ pub struct Checker {
     unproven: BTreeMap<Seq, String>,
     seen: BTreeMap<HostId, Seen>,
     launched: BTreeSet<(VmId, Epoch)>,
+    /// Files that guests went on from.
+    woken: BTreeSet<(VmId, MigrationId)>,
     /// Which life of which host led in a term.
     led: BTreeMap<u64, (HostId, u64)>,
     members: Vec<HostId>,
@@ -103,6 +106,7 @@ impl Default for Checker {
             unproven: BTreeMap::new(),
             seen: BTreeMap::new(),
             launched: BTreeSet::new(),
+            woken: BTreeSet::new(),
             led: BTreeMap::new(),
             members: Vec::new(),
             coverage: Coverage::default(),

@@ -1,6 +1,7 @@
 //! What must be so when the faults have ended (L1).
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use futures::FutureExt;
 use statemachine::HostId;
@@ -84,6 +85,17 @@ impl Checker {
         !matches!(self.fold.decide(&request, self.fold.stamp.wall_ms), Decision::Rejected(_))
     }
 
+    /// Each guest that sleeps on this host has its file, and nothing else is kept.
+    fn files_are_sleepers(&self, host: &Host) -> Result<(), String> {
+        let sleepers = self.fold.state.suspensions.iter().filter(|(_, it)| it.host == host.id && it.asleep().is_some());
+        let sleepers: BTreeSet<_> = sleepers.map(|(vm, it)| (*vm, it.id)).collect();
+        let files = host.hardware.machine().asleep.clone();
+        match sleepers == files {
+            true => Ok(()),
+            false => Err(format!("on host {} sleep {sleepers:?}, and there are files of {files:?}", host.id)),
+        }
+    }
+
     fn observed_is_desired(&self, hosts: &BTreeMap<HostId, Host>) -> Result<(), String> {
         for (id, host) in self.fold.state.hosts.iter() {
             if host.liveness != Liveness::Alive {
@@ -92,6 +104,7 @@ impl Checker {
         }
         let mut running = BTreeMap::new();
         for host in hosts.values() {
+            self.files_are_sleepers(host)?;
             let machine = host.hardware.machine();
             let moves = |vmm: &Vmm| vmm.stands_for.is_some() || matches!(vmm.state, VmmState::Incoming { .. });
             if let Some((vm, _)) = machine.vmms.iter().find(|(_, vmm)| moves(vmm)) {

@@ -102,6 +102,7 @@ impl World {
         self.clients.wishes = true;
         // The others draw as they did before guests moved.
         self.clients.moves = self.seed % 3 == 1;
+        self.clients.sleeps = self.seed % 6 == 5;
         self.storm(&planned, until_ms);
         self.rest();
         let mut coverage = self.checker.coverage.clone();

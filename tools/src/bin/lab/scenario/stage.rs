@@ -102,16 +102,16 @@ impl Stage {
     }
 
     /// Brings a fresh lab up.
-    pub async fn set(dir: &LabDir, hosts: u8, with_qemu: bool, options: &StoryOptions) -> Result<Stage> {
+    pub async fn set(dir: &LabDir, hosts: u8, cpus: u32, with_qemu: bool, options: &StoryOptions) -> Result<Stage> {
         let config = LabConfig {
             hosts,
             accelerator: options.accel.resolve()?,
             memory_mib: 2048,
-            cpus: options.cpus,
+            cpus,
             ignore_flush: options.ignore_flush,
             netns: format!("quorate-lab-{}", dir.tag()),
         };
-        let (cpus, started, beyond_ram_mib) = (options.cpus, Instant::now(), Cell::new(None));
+        let (started, beyond_ram_mib) = (Instant::now(), Cell::new(None));
         let stage = Stage { dir: dir.clone(), hosts, cpus, started, echo: true, beyond_ram_mib };
         lifecycle::up(dir, config, &lifecycle::own_directory()?, with_qemu, 180).await?;
         Ok(stage)

@@ -39,7 +39,7 @@ pub enum VmCommand {
     /// Everything about a VM
     #[command(after_help = "Example:\n  quorate vm show web1 -o yaml")]
     Show { vm: String },
-    /// Start a VM; the scheduler chooses the host
+    /// Start a VM, or wake it up; the scheduler chooses the host
     #[command(after_help = "Example:\n  quorate vm start web1 --wait")]
     Start {
         vm: String,
@@ -53,7 +53,7 @@ pub enum VmCommand {
     #[command(after_help = "Examples:\n  quorate vm stop web1 --wait\n  quorate vm stop web1 --power-off")]
     Stop {
         vm: String,
-        /// As pulling the plug: the guest is not asked
+        /// As pulling the plug: the guest is not asked; of a suspended one, its memory is thrown away
         #[arg(long)]
         power_off: bool,
         #[command(flatten)]
@@ -75,6 +75,13 @@ pub enum VmCommand {
     /// Let a VM stay that is on its way to another host
     #[command(after_help = "Example:\n  quorate vm cancel-migration web1")]
     CancelMigration { vm: String },
+    /// Write a running VM down into a file of its host, and end it; `start` has it go on where it was
+    #[command(after_help = "Example:\n  quorate vm suspend web1 --wait && quorate vm start web1 --wait")]
+    Suspend {
+        vm: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
     /// Stop a VM's processors; it keeps its memory and its place
     #[command(after_help = "Example:\n  quorate vm pause web1 && quorate vm resume web1")]
     Pause { vm: String },

@@ -56,6 +56,7 @@ pub async fn run(context: &Context, command: VmCommand) -> Result<(), Failure> {
             let answer = client.vm_cancel_migration(&vm).await?;
             output::done(context.format, &answer, &format!("vm {vm} stays where it is (seq {})", answer.seq))
         }
+        VmCommand::Suspend { vm, wait } => suspend(context, &vm, wait).await,
         VmCommand::Plug { vm, disk, nic, wait } => {
             devices::plug(context, &vm, PlugBody { disks: disk, nics: nic }, wait).await
         }
@@ -242,6 +243,18 @@ async fn migrate(context: &Context, vm: &str, host: Option<String>, wait: Wait) 
     )
 }
 
+async fn suspend(context: &Context, vm: &str, wait: Wait) -> Result<(), Failure> {
+    let answer = context.client.vm_suspend(vm).await?;
+    if !wait.wait {
+        return output::done(context.format, &answer, &format!("vm {vm} falls asleep (seq {})", answer.seq));
+    }
+    let asleep = wait_for(context, vm, &answer, wait, is_suspended).await?;
+    let file =
+        asleep.suspension.map(|it| format!(", {} MiB on host {}", it.bytes.unwrap_or_default() >> 20, it.host_name));
+    let words = format!("vm {} is Suspended{} (seq {})", asleep.name, file.unwrap_or_default(), answer.seq);
+    output::done(context.format, &answer, &words)
+}
+
 pub(super) async fn wait_for(
     context: &Context,
     vm: &str,
@@ -267,6 +280,10 @@ fn runs(vm: &VmView, since: Seq) -> Look<()> {
     let ended = vm.last_exit.as_ref().filter(|exit| exit.at > since);
     match (vm.status, ended) {
         (VmStatus::Up, _) => Look::Done(()),
+        (VmStatus::Suspended, Some(exit)) => {
+            let why = output::exit_line(exit);
+            Look::Never(format!("vm {} did not wake up: {why}; what it was is kept", vm.name))
+        }
         (VmStatus::Down, Some(exit)) => Look::Never(format!("vm {} ended: {}", vm.name, output::exit_line(exit))),
         (VmStatus::Down, None) if vm.desired != DesiredView::Running => {
             Look::Never(format!("vm {} was stopped by another command", vm.name))
@@ -308,6 +325,17 @@ fn has_moved(vm: &VmView, since: Seq) -> Look<()> {
             );
             Look::NotYet(far)
         }
+    }
+}
+
+fn is_suspended(vm: &VmView, since: Seq) -> Look<()> {
+    match (vm.status, &vm.suspension) {
+        (VmStatus::Suspended, _) => Look::Done(()),
+        (status, Some(_)) => Look::NotYet(format!("it is {status}")),
+        (status, None) => Look::Never(format!(
+            "vm {name} is {status} and was not suspended; `quorate events --entity vm/{name} --from {since}` says why",
+            name = vm.name
+        )),
     }
 }
 

@@ -30,6 +30,7 @@ fn vm(status: VmStatus, desired: DesiredView) -> VmView {
         observed: None,
         last_exit: None,
         migration: None,
+        suspension: None,
         disk_fault: None,
         guest: None,
         spec: std::sync::Arc::new(VmSpecBody::default().into_spec()),
@@ -49,6 +50,19 @@ fn waiting_for_a_start_ends_when_the_guest_ended_and_says_how() {
     let failed = VmView { last_exit: exit_at(12), ..vm(VmStatus::Down, DesiredView::PowerOff) };
     let Look::Never(why) = runs(&failed, Seq(10)) else { panic!("it waits on") };
     assert!(why.contains("start_failed") && why.contains("no such kernel"), "{why}");
+}
+
+#[test]
+fn a_guest_that_does_not_wake_up_is_said_to_sleep_on() {
+    let failed = VmView { last_exit: exit_at(12), ..vm(VmStatus::Suspended, DesiredView::Shutdown) };
+    let Look::Never(why) = runs(&failed, Seq(10)) else { panic!("it waits on") };
+    assert!(why.contains("did not wake up") && why.contains("no such kernel"), "{why}");
+    let asleep = VmView { last_exit: exit_at(5), ..failed };
+    assert!(matches!(runs(&asleep, Seq(10)), Look::NotYet(_)), "its permit is on its way");
+    assert!(matches!(is_suspended(&asleep, Seq(10)), Look::Done(())));
+    let gave_up = vm(VmStatus::Up, DesiredView::Running);
+    let Look::Never(why) = is_suspended(&gave_up, Seq(10)) else { panic!("it waits on") };
+    assert!(why.contains("quorate events"), "{why}");
 }
 
 #[test]

@@ -80,6 +80,10 @@ impl Show for Item<VmView> {
             let far = migration.progress.map(|it| format!(", round {}, {} MiB sent", it.round, it.sent_bytes >> 20));
             table.field("moves", format!("from {} to {}{}", migration.from, migration.to, far.unwrap_or_default()));
         }
+        if let Some(suspension) = &vm.suspension {
+            let file = suspension.bytes.map(|bytes| format!(", a file of {} MiB", bytes >> 20)).unwrap_or_default();
+            table.field("sleeps", format!("on host {}{file}", suspension.host_name));
+        }
         if let Some(fault) = &vm.disk_fault {
             let cause = if fault.no_space { "no space left" } else { "an error" };
             table.field("stands still", format!("{cause} on disk {}: {}", fault.disk, fault.what));
