@@ -93,7 +93,11 @@ impl Asleep {
                 Some(sleeper) => {
                     known.insert(sleeper);
                 }
-                None if path.extension().is_some_and(|extension| extension == PART) => fs::remove_file(&path)?,
+                None if path.extension().is_some_and(|extension| extension == PART) => {
+                    if let Err(error) = fs::remove_file(&path) {
+                        tracing::warn!("{} is not whole and cannot be removed: {error}", path.display());
+                    }
+                }
                 None => tracing::warn!("{} is no sleeping guest, and is left alone", path.display()),
             }
         }
@@ -120,9 +124,15 @@ impl Asleep {
         }
     }
 
+    /// The directory, and its name in the one above, as lasting as what will lie in it.
+    fn make(&self) -> io::Result<()> {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)?;
+        self.dir.parent().map_or(Ok(()), |above| fs::File::open(above)?.sync_all())
+    }
+
     async fn write(&self, socket: &Path, suspension: MigrationId, part: &Path) -> Result<u64, SleepError> {
         let failed = |source| SleepError::Write { path: part.to_owned(), source };
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).map_err(failed)?;
+        self.make().map_err(failed)?;
         let mut options = OpenOptions::new();
         let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(part).await.map_err(failed)?;
         let call = Call::SaveAttach { migration: Some(suspension.0), live: None };

@@ -81,7 +81,11 @@ pub enum Told {
     FilesHanded(String, Option<String>),
     /// An order did not take effect; it may be planned again.
     Undone(Order),
-    Gone(Ended),
+    Gone {
+        ended: Ended,
+        /// The epochs of its VM that are marked, read when nothing of it was left.
+        marked: Vec<Epoch>,
+    },
 }
 
 /// A guest as its vmm describes it.
@@ -259,8 +263,8 @@ impl GuestTask {
                 }
             }
             let exited = process.as_ref().is_none_or(has_exited);
-            if exited && let Some(ended) = self.look_for_end().await {
-                self.tell(Told::Gone(ended)).await?;
+            if exited && let Some((ended, marked)) = self.look_for_end().await {
+                self.tell(Told::Gone { ended, marked }).await?;
                 return Ok(());
             }
             self.wait_unconnected(process.as_ref()).await?;
@@ -436,10 +440,22 @@ impl GuestTask {
         }
     }
 
-    /// Its end, if it has ended.
-    async fn look_for_end(&self) -> Option<Ended> {
+    /// Its end, if it has ended, and then what is marked.
+    async fn look_for_end(&self) -> Option<(Ended, Vec<Epoch>)> {
         let (launcher, vm) = (self.launcher.clone(), self.vm);
-        let found = tokio::task::spawn_blocking(move || adopt::inspect(&launcher, vm)).await.ok()?;
+        let look = move || (adopt::inspect(&launcher, vm), launcher.marks.of(vm));
+        let (found, marked) = tokio::task::spawn_blocking(look).await.ok()?;
+        let ended = self.end_of(found)?;
+        match marked {
+            Ok(marked) => Some((ended, marked)),
+            Err(error) => {
+                tracing::warn!(%vm, "a guest has ended, and it cannot be told which of its epochs were used: {error}");
+                None
+            }
+        }
+    }
+
+    fn end_of(&self, found: Found) -> Option<Ended> {
         match found {
             Found::Alive { .. } => None,
             Found::Unclear(why) => {

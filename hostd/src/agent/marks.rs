@@ -57,10 +57,14 @@ impl Marks {
     pub fn load(&self) -> Result<BTreeSet<(VmId, Epoch)>, MarkError> {
         let mut marks = BTreeSet::new();
         for vm in names::<VmId>(&self.dir)? {
-            let epochs = names::<Epoch>(&self.dir.join(vm.to_string()))?;
-            marks.extend(epochs.into_iter().map(|epoch| (vm, epoch)));
+            marks.extend(self.of(vm)?.into_iter().map(|epoch| (vm, epoch)));
         }
         Ok(marks)
+    }
+
+    /// The epochs of one VM that were used here.
+    pub fn of(&self, vm: VmId) -> Result<Vec<Epoch>, MarkError> {
+        names(&self.dir.join(vm.to_string()))
     }
 
     /// Makes the directory in which the vmm will leave its mark, durably, and drops marks that are long over.

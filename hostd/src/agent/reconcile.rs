@@ -182,13 +182,14 @@ impl Loop {
         for action in plan::plan(&view) {
             match action {
                 Action::Start { vm, permit, deadline } => self.start(fold, vm, permit, deadline),
-                Action::Receive { vm, migration } => self.receive(fold, vm, migration),
+                Action::Receive { vm, migration } | Action::Wake { vm, suspension: migration } => {
+                    self.receive(fold, vm, migration);
+                }
                 Action::Carry { vm, epoch, migration, to } => {
                     let limits = fold.state.vms.get(&vm).map(|known| limits(&fold.state, known)).unwrap_or_default();
                     self.carry(vm, epoch, Journey { vm, migration, to, limits });
                 }
                 Action::Suspend { vm, epoch, suspension } => self.suspend(vm, epoch, suspension),
-                Action::Wake { vm, permit, suspension, deadline } => self.wake(fold, vm, permit, suspension, deadline),
                 Action::Feed { vm, suspension } => self.feed(vm, suspension),
                 Action::Discard { vm, suspension } => self.discard(vm, suspension),
                 Action::Plug { vm, epoch, device } => self.plug(vm, epoch, device),
@@ -238,6 +239,7 @@ impl Loop {
         if !self.busy.insert(vm) {
             return;
         }
+        // From another host, or from a file of this one.
         tracing::info!(%vm, %migration, name = known.name, from = %permit.host, "a guest is on its way here");
         let guest = Guest::coming(migration, permit.release);
         let spec = known.granted_spec.clone().unwrap_or_else(|| known.spec.clone());
@@ -279,27 +281,6 @@ impl Loop {
             let _ = told.send((vm, epoch, guest::Told::Saved(suspension, saved.await))).await;
         });
         self.carriers.insert(vm, (suspension, task.abort_handle()));
-    }
-
-    /// As a start, but that the guest comes from its file.
-    fn wake(&mut self, fold: &Fold, vm: VmId, permit: Permit, suspension: MigrationId, deadline: Boottime) {
-        let Some(known) = fold.state.vms.get(&vm) else { return };
-        if !self.busy.insert(vm) {
-            return;
-        }
-        tracing::info!(%vm, epoch = %permit.epoch, %suspension, name = known.name, "the guest wakes up");
-        let guest = Guest::coming(suspension, permit.release);
-        let spec = known.granted_spec.clone().unwrap_or_else(|| known.spec.clone());
-        let identity = super::guest_files::GuestIdentity {
-            vm,
-            name: known.name.clone(),
-            epoch: guest.epoch,
-            release: permit.release,
-            deadline,
-            incoming: Some(suspension),
-        };
-        self.guests.insert(vm, guest);
-        self.work(vm, self.own.processes.receive(identity, spec));
     }
 
     fn feed(&mut self, vm: VmId, suspension: MigrationId) {
@@ -571,8 +552,13 @@ impl Loop {
             guest::Told::Undone(_) => {
                 self.undone.insert(vm);
             }
-            guest::Told::Gone(ended) => {
+            guest::Told::Gone { ended, marked } => {
                 let release = guest.release;
+                if guest.incoming.is_some() {
+                    // What it was told to run it may not have run, and what an earlier hostd told it, it may: its marks know.
+                    self.marked.retain(|(other, _)| *other != vm);
+                    self.marked.extend(marked.into_iter().map(|epoch| (vm, epoch)));
+                }
                 self.set_gone(vm, epoch, release, ended);
             }
         }

@@ -342,7 +342,7 @@ impl Attendant {
             }
             let by = self.epoch;
             let Some(news) = self.news() else { continue };
-            let gone = matches!(news, Told::Gone(_));
+            let gone = matches!(news, Told::Gone { .. });
             if self.told.send((self.vm, by, news)).await.is_err() || gone {
                 return;
             }
@@ -381,7 +381,9 @@ impl Attendant {
         let Some(vmm) = machine.vmms.get(&self.vm).filter(|vmm| vmm.epoch == self.epoch) else {
             let ended = machine.remains.get(&self.vm).filter(|(epoch, _, _)| *epoch == self.epoch);
             let lost = || Ended { reason: ExitReason::Lost, detail: "no trace of it is left".to_owned() };
-            return Some(Told::Gone(ended.map_or_else(lost, |(_, _, ended)| ended.clone())));
+            let ended = ended.map_or_else(lost, |(_, _, ended)| ended.clone());
+            let marked = machine.marks.iter().filter(|(vm, _)| *vm == self.vm).map(|(_, epoch)| *epoch).collect();
+            return Some(Told::Gone { ended, marked });
         };
         let quiesced = vmm.state == VmmState::Lapsed;
         let deadline_ns = Some(vmm.deadline.as_ns());

@@ -171,9 +171,7 @@ pub enum Action {
     /// A guest that sleeps here has a permit again: start a process that takes it in.
     Wake {
         vm: VmId,
-        permit: Permit,
         suspension: MigrationId,
-        deadline: Boottime,
     },
     /// That process waits for what is in the file.
     Feed {
@@ -271,7 +269,7 @@ fn plan_permit(view: &View<'_>, vm: VmId, known: &Vm, permit: Permit) -> Option<
             };
             let deadline = grant.deadline;
             Some(match sleeping::waking(view, vm, permit) {
-                Some(suspension) => Action::Wake { vm, permit, suspension, deadline },
+                Some(suspension) => Action::Wake { vm, suspension },
                 None => Action::Start { vm, permit, deadline },
             })
         }

@@ -71,10 +71,13 @@ pub(super) fn take_in(view: &View<'_>, vm: VmId, guest: &Guest, id: MigrationId,
     let order = |order| Action::Order { vm, epoch: guest.epoch, order, desired_at: Seq::from(epoch) };
     match (&guest.phase, &guest.feeding) {
         (Phase::Gone(ended), feeding) => {
+            let end = |reason, words: &str| Ended { reason, detail: words.to_owned() };
             let ended = match (view.marked.contains(&(vm, epoch)), feeding) {
+                // It ran, whatever is told of a process that took a guest in: from here on the file is a past.
+                (true, _) if ended.reason == ExitReason::StartFailed => end(ExitReason::Lost, &ended.detail),
                 (true, _) => ended.clone(),
-                (false, Some(Feeding::Failed(words))) => never_ran(words),
-                (false, _) => never_ran(&ended.detail),
+                (false, Some(Feeding::Failed(words))) => end(ExitReason::StartFailed, words),
+                (false, _) => end(ExitReason::StartFailed, &ended.detail),
             };
             actions.push(Action::Report { vm, epoch, news: News::Exited(ended) });
         }
@@ -89,10 +92,6 @@ pub(super) fn take_in(view: &View<'_>, vm: VmId, guest: &Guest, id: MigrationId,
         (Phase::Incoming { loaded: false } | Phase::Launching | Phase::Alive { .. }, _) => {}
     }
     true
-}
-
-fn never_ran(words: &str) -> Ended {
-    Ended { reason: ExitReason::StartFailed, detail: words.to_owned() }
 }
 
 /// Files of guests that do not sleep here any more.

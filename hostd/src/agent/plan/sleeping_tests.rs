@@ -91,12 +91,11 @@ fn it_is_written_down_again_by_a_hostd_that_knows_of_no_file() {
 fn a_guest_wakes_up_under_a_grant_from_its_file_and_runs_under_one() {
     let mut agent = Agent::new();
     let (vm, epoch, id) = agent.waking();
-    let permit = agent.fold.state.vms.get(&vm).unwrap().permit.unwrap();
     let granted = agent.grant.take();
     assert_eq!(agent.plan(), [], "R4: no grant names it");
     agent.grant = granted;
     let deadline = agent.grant.as_ref().unwrap().deadline;
-    assert_eq!(agent.plan(), [Action::Wake { vm, permit, suspension: id, deadline }]);
+    assert_eq!(agent.plan(), [Action::Wake { vm, suspension: id }]);
     agent.take_in_from_file(vm, id, false);
     assert_eq!(agent.plan(), [Action::Feed { vm, suspension: id }]);
     agent.guest(vm).feeding = Some(Feeding::UnderWay);
@@ -130,6 +129,9 @@ fn what_did_not_run_may_wake_up_again_and_what_may_have_run_may_not() {
     assert_eq!(agent.plan(), exited(vm, epoch, ExitReason::StartFailed), "it never ran");
     agent.marked.insert((vm, epoch));
     agent.guest(vm).phase = ended(ExitReason::Lost);
+    assert_eq!(agent.plan(), exited(vm, epoch, ExitReason::Lost));
+    // Its files still speak of the process that takes it in, and its mark of the guest that ran.
+    agent.guest(vm).phase = ended(ExitReason::StartFailed);
     assert_eq!(agent.plan(), exited(vm, epoch, ExitReason::Lost));
     // A hostd that was started since knows of no process, and looks into the used epoch.
     agent.guests.clear();
