@@ -22,7 +22,7 @@ help: ## What can be made
 
 setup: $(STAMP) ## Install what this project needs (Debian packages, cargo-nextest)
 
-$(STAMP): lab/packages.txt
+$(STAMP): lab/packages.txt lab/setup.sh
 	@lab/setup.sh "$(SUDO)"
 	@mkdir -p target && touch $@
 
