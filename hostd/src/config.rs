@@ -13,6 +13,7 @@ use statemachine::VmId;
 use thiserror::Error;
 
 use crate::duties::retention::Retention;
+use crate::migration::lanes::MAX_LANES;
 
 /// Where `hostd` looks when nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/quorate/hostd.toml";
@@ -55,6 +56,8 @@ pub struct Config {
     pub raft: Raft,
     #[serde(default)]
     pub events: Events,
+    #[serde(default)]
+    pub migration: Migration,
     #[serde(default)]
     pub log: Log,
     #[serde(default)]
@@ -216,6 +219,29 @@ impl Raft {
     }
 }
 
+/// How guests leave this host. What they may cost is a matter of the cluster and the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Migration {
+    /// Over so many a guest goes at once: one is encrypted by one processor.
+    pub connections: u16,
+}
+
+impl Default for Migration {
+    fn default() -> Self {
+        Migration { connections: 4 }
+    }
+}
+
+impl Migration {
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        match (1..=MAX_LANES).contains(&self.connections) {
+            true => Ok(()),
+            false => Err(("migration.connections", format!("write 1 to {MAX_LANES}"))),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Log {
@@ -300,6 +326,7 @@ impl Config {
         }
         self.raft.check()?;
         self.events.check()?;
+        self.migration.check()?;
         self.timers.check()
     }
 
@@ -377,6 +404,7 @@ mod tests {
             (format!("{MINIMAL}[timers]\nelection_min_ms = 150\n"), "timers.election_min_ms"),
             (format!("{MINIMAL}[timers]\nlost_ms = 4000\n"), "timers.lost_ms"),
             (format!("{MINIMAL}[raft]\nsnapshot_every_entries = 1\n"), "raft.snapshot_every_entries"),
+            (format!("{MINIMAL}[migration]\nconnections = 0\n"), "migration.connections"),
             (format!("{MINIMAL}data_dir = \"state\"\n"), "data_dir"),
             (format!("{MINIMAL}run_dir = \"/{}\"\n", "r".repeat(80)), "run_dir"),
             ("name = \"h1\"\naddress = \"0.0.0.0:7443\"\n".to_owned(), "address"),

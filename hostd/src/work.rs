@@ -29,6 +29,7 @@ use crate::lease::LeaseConfig;
 use crate::lease::LeaseHandle;
 use crate::member::Member;
 use crate::migration::MemberRoad;
+use crate::migration::door::Arrivals;
 use crate::watchdog::Watchdog;
 use crate::watchdog::WatchdogError;
 
@@ -48,6 +49,8 @@ pub struct Work {
     pub lease: LeaseHandle,
     pub grants: Arc<Grants>,
     pub duties: DutiesHandle,
+    /// Guests from other hosts that are on their way in.
+    pub arrivals: Arc<Arrivals>,
     /// Feeds the watchdog until cancelled.
     pub watchdog: Option<CancellationToken>,
     /// Open as long as the agent may ask.
@@ -67,7 +70,7 @@ pub async fn start(config: &Config, member: &Arc<Member>) -> Result<Work, WorkEr
     let lease_config = LeaseConfig::new(config, facts.boot, watchdog.is_some());
     let lease = lease::spawn(lease_config, cluster.clone(), guests.clone());
     let (facts_sender, facts) = watch::channel(facts);
-    let road = Arc::new(MemberRoad(member.clone()));
+    let road = Arc::new(MemberRoad { member: member.clone(), lanes: config.migration.connections });
     let agent = agent::spawn(AgentConfig::from(config), road, cluster.clone(), facts, lease.grant(), publish).await?;
     let watchdog = watchdog.map(|watchdog| watchdog.spawn(guests));
     Ok(Work {
@@ -75,6 +78,7 @@ pub async fn start(config: &Config, member: &Arc<Member>) -> Result<Work, WorkEr
         lease,
         grants,
         duties: duties::spawn(cluster, config.events.retention()),
+        arrivals: Arc::default(),
         watchdog,
         _facts: facts_sender,
     })

@@ -23,6 +23,7 @@ use crate::grants::keeper::Timers;
 use crate::lease;
 use crate::lease::LeaseConfig;
 use crate::lease::LeaseHandle;
+use crate::migration::Lane;
 use crate::migration::Obstacle;
 use crate::migration::Stream;
 use crate::test_site::Site;
@@ -37,7 +38,17 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct NoRoad;
 
 impl Road for NoRoad {
-    fn open(&self, _: HostId, _: VmId, _: MigrationId) -> BoxFuture<'static, Result<Box<dyn Stream>, Obstacle>> {
+    fn lanes(&self) -> u16 {
+        1
+    }
+
+    fn open(
+        &self,
+        _: HostId,
+        _: VmId,
+        _: MigrationId,
+        _: Lane,
+    ) -> BoxFuture<'static, Result<Box<dyn Stream>, Obstacle>> {
         futures::future::ready(Err(Obstacle::Never("there is no other host".to_owned()))).boxed()
     }
 }

@@ -44,6 +44,7 @@ use crate::console;
 use crate::daemon::Daemon;
 use crate::member::Member;
 pub use extract::Asked;
+pub use extract::Params;
 pub use failure::Failure;
 
 /// What handlers share.

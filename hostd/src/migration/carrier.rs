@@ -1,33 +1,28 @@
 //! The source's side: carries one guest's stream.
 
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use backon::ConstantBuilder;
 use backon::Retryable;
+use futures::future::try_join_all;
 use statemachine::ids::HostId;
 use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
 use statemachine::state::State;
 use statemachine::state::Vm;
 use thiserror::Error;
-use tokio::io::AsyncRead;
-use tokio::io::AsyncReadExt;
-use tokio::io::AsyncWrite;
-use tokio::io::AsyncWriteExt;
-use tokio::io::BufReader;
-use tokio::io::copy;
-use tokio::io::copy_buf;
-use tokio::io::sink;
 use vmm_control::Call;
 use vmm_control::LiveLimits;
 use vmm_control::SaveState;
 use vmm_control::SaveStatus;
 
+use super::Lane;
 use super::Obstacle;
 use super::Road;
+use super::Stream;
+use super::lanes::spread;
 use crate::agent::vmm_client::ClientError;
 use crate::agent::vmm_client::VmmClient;
 use crate::agent::vmm_client::raw_stream;
@@ -40,9 +35,6 @@ const SAID_EVERY: Duration = Duration::from_millis(50);
 const SAID_TRIES: usize = 600;
 /// A small guest needs it too, on a busy host.
 const LEAST_TIME_MS: u64 = 30_000;
-/// Guest memory comes in large frames; answers are a few small ones.
-const OUT_BYTES: usize = 1 << 20;
-const ANSWERS_MAX: u64 = 64 << 10;
 
 #[derive(Debug, Error)]
 pub enum CarryError {
@@ -82,13 +74,19 @@ pub fn limits(state: &State, vm: &Vm) -> LiveLimits {
 /// only the log says whether it goes on here.
 pub async fn carry(road: Arc<dyn Road>, socket: &Path, journey: Journey) -> Result<(), CarryError> {
     let Journey { vm, migration, to, limits } = journey;
-    let open = || road.open(to, vm, migration);
-    let patience = ConstantBuilder::default().with_delay(READY_EVERY).with_max_times(READY_TRIES);
-    let opened = open.retry(patience).when(|obstacle| matches!(obstacle, Obstacle::NotYet(_))).await;
-    let mut far = opened.map_err(|(Obstacle::NotYet(words) | Obstacle::Never(words))| CarryError::NoRoad(words))?;
+    let of = road.lanes();
+    let open = async |lane| {
+        let patience = ConstantBuilder::default().with_delay(READY_EVERY).with_max_times(READY_TRIES);
+        let opening = (|| road.open(to, vm, migration, Lane { lane, of })).retry(patience);
+        let opened = opening.when(|obstacle| matches!(obstacle, Obstacle::NotYet(_))).await;
+        opened.map_err(|(Obstacle::NotYet(words) | Obstacle::Never(words))| CarryError::NoRoad(words))
+    };
+    // The first finds the process that waits; the others find the first.
+    let mut lanes: Vec<Box<dyn Stream>> = vec![open(0).await?];
+    lanes.extend(try_join_all((1..of).map(open)).await?);
     let call = Call::SaveAttach { migration: Some(migration.0), live: Some(limits) };
     let mut near = raw_stream(socket, call).await?;
-    let sent = send(&mut near, &mut far).await;
+    let sent = spread(&mut near, lanes).await;
     // While it is open the vmm may hope that somebody takes the rest.
     drop(near);
     // The vmm that sent it knows best. Whether all of it arrived is the target's to say: it asks for the commit, or reports why not.
@@ -97,6 +95,7 @@ pub async fn carry(road: Arc<dyn Road>, socket: &Path, journey: Journey) -> Resu
     tracing::info!(
         %vm,
         %migration,
+        lanes = of,
         rounds = round,
         throttle_percent,
         sent_mib = bytes_sent >> 20,
@@ -108,14 +107,6 @@ pub async fn carry(road: Arc<dyn Road>, socket: &Path, journey: Journey) -> Resu
         tracing::info!(%vm, %migration, "the stream ended badly after all of the guest was sent: {error}");
     }
     Ok(())
-}
-
-/// Everything that the vmm gives out; then the target's answers until it hangs up, which tell it that nobody waits for more.
-async fn send(near: &mut (impl AsyncRead + Unpin), far: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Result<()> {
-    let mut buffered = BufReader::with_capacity(OUT_BYTES, near);
-    copy_buf(&mut buffered, far).await?;
-    far.shutdown().await?;
-    copy(&mut far.take(ANSWERS_MAX), &mut sink()).await.map(|_| ())
 }
 
 /// What the vmm says of it, which knows best; a moment after its stream, which it ends before it says so.

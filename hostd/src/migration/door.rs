@@ -1,4 +1,14 @@
-//! The target's side: lets the host that a guest leaves reach the process that waits for it.
+//! The target's side: lets the host that a guest leaves reach the process that waits for it. The first connection finds that process,
+//! the others find the first; when all are here, what comes over them is put together for it.
+
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::time::Duration;
 
 use axum::extract::Path as UrlPath;
 use axum::extract::Request;
@@ -8,45 +18,140 @@ use axum::response::IntoResponse;
 use axum::response::Response;
 use hostd_api::Problem;
 use hostd_api::problem::Code;
+use hyper::upgrade::OnUpgrade;
+use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use statemachine::Fold;
 use statemachine::ids::HostId;
 use statemachine::ids::MigrationId;
 use statemachine::ids::VmId;
-use tokio::io::BufReader;
-use tokio::io::copy_bidirectional_with_sizes;
-use tokio::net::UnixStream;
+use tokio::io::AsyncRead;
+use tokio::io::AsyncWrite;
+use tokio::io::AsyncWriteExt;
+use tokio::io::copy;
+use tokio::io::sink;
+use tokio::io::split;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
 use vmm_control::Call;
 
+use super::Lane;
 use super::MIGRATION_PROTOCOL;
+use super::lanes::MAX_LANES;
+use super::lanes::gather;
 use crate::agent::vmm_client::raw_stream;
 use crate::api::Asked;
 use crate::api::Failure;
+use crate::api::Params;
 use crate::auth::Caller;
 
-const IN_BYTES: usize = 1 << 20;
-const BACK_BYTES: usize = 16 << 10;
+/// Between the first connection and the last.
+const ALL_WITHIN: Duration = Duration::from_secs(30);
 
-/// `GET /v1/vms/{vm}/migrations/{migration}`, upgraded: the guest's stream, from the host that the log names.
+type Far = TokioIo<Upgraded>;
+
+/// Guests whose first connection is here, and that wait for the others.
+pub struct Arrivals<L = Far> {
+    waiting: Mutex<HashMap<MigrationId, mpsc::Sender<(u16, L)>>>,
+}
+
+impl<L> Default for Arrivals<L> {
+    fn default() -> Self {
+        Arrivals { waiting: Mutex::default() }
+    }
+}
+
+/// One of them; forgotten when this is dropped.
+struct Arrival<L = Far> {
+    arrivals: Arc<Arrivals<L>>,
+    migration: MigrationId,
+    of: u16,
+    give: mpsc::Sender<(u16, L)>,
+    take: mpsc::Receiver<(u16, L)>,
+}
+
+impl<L> Arrivals<L> {
+    fn waiting(&self) -> MutexGuard<'_, HashMap<MigrationId, mpsc::Sender<(u16, L)>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first is here.
+    fn expect(self: &Arc<Self>, migration: MigrationId, of: u16) -> Arrival<L> {
+        let (give, take) = mpsc::channel(usize::from(MAX_LANES));
+        self.waiting().insert(migration, give.clone());
+        Arrival { arrivals: self.clone(), migration, of, give, take }
+    }
+
+    fn first(&self, migration: MigrationId) -> Option<mpsc::Sender<(u16, L)>> {
+        self.waiting().get(&migration).cloned()
+    }
+}
+
+impl<L> Arrival<L> {
+    /// Waits for the others.
+    async fn all(&mut self, first: L) -> io::Result<Vec<L>> {
+        let mut lanes = BTreeMap::from([(0, first)]);
+        while lanes.len() < usize::from(self.of) {
+            // Never `None`: `give` is ours too.
+            let Some((nth, lane)) = self.take.recv().await else { break };
+            if nth >= self.of || lanes.insert(nth, lane).is_some() {
+                return Err(io::Error::other(format!("connection {nth} of {} came, or came again", self.of)));
+            }
+        }
+        Ok(lanes.into_values().collect())
+    }
+}
+
+impl<L> Drop for Arrival<L> {
+    fn drop(&mut self) {
+        let mut waiting = self.arrivals.waiting();
+        // The next attempt may have begun.
+        if waiting.get(&self.migration).is_some_and(|give| give.same_channel(&self.give)) {
+            waiting.remove(&self.migration);
+        }
+    }
+}
+
+/// `GET /v1/vms/{vm}/migrations/{migration}?lane=N&of=N`, upgraded: the guest's stream, from the host that the log names.
 pub async fn take_in(
     asked: Asked,
     UrlPath((vm, migration)): UrlPath<(VmId, MigrationId)>,
+    Params(lane): Params<Lane>,
     mut request: Request,
 ) -> Result<Response, Failure> {
     let Asked { member, caller } = asked;
     may_send(&member.fold(), caller, member.own(), vm, migration)?;
+    let Lane { lane, of } = lane;
+    if of > MAX_LANES || lane >= of {
+        let words = format!("connection {lane} of {of}: they are counted from 0, and {MAX_LANES} is the most");
+        return Err(Problem::new(Code::BadRequest, words).into());
+    }
     let not_yet = |why: &str| Problem::new(Code::Retry, format!("vm {vm} cannot be taken in yet: {why}"));
-    let socket = member.work().and_then(|work| work.agent.incoming_socket(vm, migration));
-    let socket = socket.ok_or_else(|| not_yet("no process waits for it"))?;
+    let work = member.work().ok_or_else(|| not_yet("this host is starting"))?;
     let upgrade = hyper::upgrade::on(&mut request);
-    let guest = raw_stream(&socket, Call::RestoreAttach).await.map_err(|error| not_yet(&error.to_string()))?;
     let cancel = member.cancel().clone();
-    tokio::spawn(async move {
-        let joined = cancel.run_until_cancelled(join(upgrade, guest));
-        if let Some(Err(error)) = joined.await {
-            tracing::warn!(%vm, %migration, "the stream of a guest that comes here broke: {error}");
-        }
-    });
+    if lane == 0 {
+        let socket = work.agent.incoming_socket(vm, migration).ok_or_else(|| not_yet("no process waits for it"))?;
+        let guest = raw_stream(&socket, Call::RestoreAttach).await.map_err(|error| not_yet(&error.to_string()))?;
+        let arrival = work.arrivals.expect(migration, of);
+        tokio::spawn(async move {
+            let arrived = cancel.run_until_cancelled(arrive(upgrade, arrival, guest));
+            if let Some(Err(error)) = arrived.await {
+                tracing::warn!(%vm, %migration, "the stream of a guest that comes here broke: {error}");
+            }
+        });
+    } else {
+        let first = work.arrivals.first(migration).ok_or_else(|| not_yet("its first connection is not here"))?;
+        tokio::spawn(cancel.run_until_cancelled_owned(async move {
+            match upgrade.await {
+                // Its first connection may have ended meanwhile, and this ends with it.
+                Ok(upgraded) => drop(first.send((lane, TokioIo::new(upgraded))).await),
+                Err(error) => {
+                    tracing::warn!(%vm, %migration, lane, "a connection of a guest that comes here broke: {error}")
+                }
+            }
+        }));
+    }
     let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, MIGRATION_PROTOCOL)];
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
 }
@@ -68,10 +173,29 @@ fn may_send(fold: &Fold, caller: Caller, own: HostId, vm: VmId, migration: Migra
     }
 }
 
-async fn join(upgrade: hyper::upgrade::OnUpgrade, mut guest: BufReader<UnixStream>) -> std::io::Result<()> {
-    let upgraded = upgrade.await.map_err(std::io::Error::other)?;
-    let mut source = TokioIo::new(upgraded);
-    copy_bidirectional_with_sizes(&mut source, &mut guest, IN_BYTES, BACK_BYTES).await.map(|_| ())
+async fn arrive(upgrade: OnUpgrade, mut arrival: Arrival, guest: impl AsyncRead + AsyncWrite) -> io::Result<()> {
+    let first = TokioIo::new(upgrade.await.map_err(io::Error::other)?);
+    let lanes = timeout(ALL_WITHIN, arrival.all(first)).await;
+    let lanes = lanes.map_err(|_| io::Error::other("not all of its connections came"))??;
+    drop(arrival);
+    hand_over(lanes, guest).await
+}
+
+/// From the source's connections to the process that waits. What that answers is not for the source, which asks its own; that it hangs
+/// up early is: the connections end with it.
+async fn hand_over<L>(lanes: Vec<L>, guest: impl AsyncRead + AsyncWrite) -> io::Result<()>
+where
+    L: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let (mut answers, mut out) = split(guest);
+    let (mut nowhere, sent) = (sink(), async {
+        gather(lanes, &mut out).await?;
+        out.shutdown().await
+    });
+    tokio::select! {
+        sent = sent => sent,
+        ended = copy(&mut answers, &mut nowhere) => ended.map(|_| ()),
+    }
 }
 
 #[cfg(test)]
@@ -83,6 +207,44 @@ mod tests {
     use super::*;
     use crate::test_site::Site;
     use crate::test_site::spec;
+
+    const MIGRATION: MigrationId = MigrationId(7);
+
+    /// Connections of the numbers `0` and `others`, of so many; what is waiting at the end too.
+    fn arrived(of: u16, others: &[u16]) -> (Option<io::Result<Vec<u16>>>, usize) {
+        let arrivals: Arc<Arrivals<u16>> = Arc::default();
+        assert!(arrivals.first(MIGRATION).is_none(), "the first finds the process");
+        let mut arrival = arrivals.expect(MIGRATION, of);
+        for nth in others {
+            arrivals.first(MIGRATION).unwrap().try_send((*nth, *nth)).unwrap();
+        }
+        let all = futures::FutureExt::now_or_never(arrival.all(0));
+        // A second attempt is not forgotten with the first.
+        let again = arrivals.expect(MIGRATION, of);
+        drop(arrival);
+        assert!(arrivals.first(MIGRATION).is_some());
+        drop(again);
+        let left = arrivals.waiting().len();
+        (all, left)
+    }
+
+    #[test]
+    fn a_guest_is_put_together_when_all_of_its_connections_are_here() {
+        assert!(matches!(arrived(1, &[]), (Some(Ok(lanes)), 0) if lanes == [0]));
+        assert!(matches!(arrived(3, &[2, 1]), (Some(Ok(lanes)), 0) if lanes == [0, 1, 2]));
+        assert!(matches!(arrived(3, &[2]), (None, 0)));
+        for others in [&[1, 1][..], &[3], &[0]] {
+            assert!(matches!(arrived(3, others), (Some(Err(_)), 0)), "{others:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_process_that_hangs_up_ends_the_connections() {
+        let (_source, lane) = tokio::io::duplex(64);
+        let (process, guest) = tokio::io::duplex(64);
+        drop(process);
+        hand_over(vec![lane], guest).await.unwrap();
+    }
 
     #[test]
     fn only_the_host_that_a_guest_leaves_may_send_it_and_only_while_it_leaves() {

@@ -172,9 +172,10 @@ async fn last_boot(stage: &Stage, guest: &Guest) -> Result<Option<String>> {
     Ok(stamp)
 }
 
-/// All hosts vote, the guest is up, and nothing is on its way.
+/// All hosts vote and are up, the guest is up, and nothing is on its way.
 async fn settle(stage: &Stage, guest: &Guest) -> Result<()> {
     stage.voters_reach(stage.host_count()).await?;
+    stage.hosts_are_up().await?;
     stage
         .until("the guest is up and stays where it is", SETTLES_WITHIN, async || {
             let shown = guest.show(stage, HostId(1)).await?;

@@ -348,6 +348,16 @@ impl Stage {
         .await
     }
 
+    /// No host is missed by the leader: each can be given a guest.
+    pub async fn hosts_are_up(&self) -> Result<()> {
+        self.until("all hosts are up", Duration::from_secs(60), async || {
+            let listed = self.query(HostId(1), &["host", "list"]).await?;
+            let hosts = listed["items"].as_array().context("`host list` lists nothing")?;
+            Ok(hosts.iter().all(|host| host["status"] == "Up").then_some(()))
+        })
+        .await
+    }
+
     /// The host that leads, as `asked` sees it.
     pub async fn leader(&self, asked: HostId) -> Result<HostId> {
         self.until("there is a leader", Duration::from_secs(30), async || {
