@@ -4,9 +4,10 @@
 //! - [`load`]: clients in a closed loop, and what they measured. [`site`]: three processes and a door to them.
 //! - [`quorate`], [`etcd`]: the two kinds of site.
 //! - [`compare`] (commits and reads), [`watch`], [`failover`], [`syncs`]: what is measured beside the peer; [`replay`]: one host alone with a long log.
-//! - [`newcomer`]: a fourth host over a slow link. [`network`]: slow links.
+//! - [`newcomer`]: a fourth host over a slow link. [`carry`]: a guest's bytes from host to host. [`network`]: slow links.
 //! - [`followers`]: a site of hundreds of hosts in this process. [`words`]: what the last two say to a log.
 
+pub mod carry;
 pub mod compare;
 pub mod etcd;
 pub mod failover;
@@ -67,6 +68,8 @@ enum Bench {
     Newcomer(newcomer::NewcomerArgs),
     /// From the leader's SIGKILL to the next acknowledged commit
     Failover(failover::FailoverArgs),
+    /// A guest's bytes from host to host over 1, 2, 4 and 8 connections
+    Carry(carry::CarryArgs),
 }
 
 pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
@@ -75,6 +78,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
     match &args.bench {
         Bench::Newcomer(newcomer) => newcomer.narrow_network()?,
         Bench::Failover(failover) => failover.delay_network()?,
+        Bench::Carry(carry) => carry.delay_network()?,
         _ => {}
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
@@ -90,6 +94,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<bool> {
             Bench::Followers(followers) => followers::run(followers, &args.dir).await,
             Bench::Newcomer(newcomer) => newcomer::run(newcomer, &args.dir).await,
             Bench::Failover(failover) => failover::run(failover, &args.dir, args.peer).await,
+            Bench::Carry(carry) => carry::run(carry).await,
         }
     })?;
     Ok(true)
