@@ -63,13 +63,26 @@ pub fn preamble() -> Vec<u8> {
 
 /// A frame of any kind and body, with the right checksum.
 pub fn frame(kind: u32, sequence: u32, body: &[u8]) -> Vec<u8> {
+    frame_of(kind, sequence, body, &[])
+}
+
+/// A frame of pages with right checksums.
+pub fn pages_frame(sequence: u32, run: [u64; 2], pages: &[u8]) -> Vec<u8> {
+    let sum = xxhash_rust::xxh64::xxh64(pages, 0);
+    let head: Vec<u8> = [run[0], run[1], sum].into_iter().flat_map(u64::to_le_bytes).collect();
+    frame_of(6, sequence, &head, pages)
+}
+
+/// The frame's sum covers the body, and not the rest behind it.
+fn frame_of(kind: u32, sequence: u32, body: &[u8], rest: &[u8]) -> Vec<u8> {
     let mut frame = Vec::new();
     frame.extend(kind.to_le_bytes());
     frame.extend(sequence.to_le_bytes());
-    frame.extend((body.len() as u32).to_le_bytes());
+    frame.extend(((body.len() + rest.len()) as u32).to_le_bytes());
     let sum = crc32c::crc32c_append(crc32c::crc32c(&frame), body);
     frame.extend(sum.to_le_bytes());
     frame.extend(body);
+    frame.extend(rest);
     frame
 }
 

@@ -14,6 +14,7 @@ use fuzz::saved::fixture;
 use fuzz::saved::frame;
 use fuzz::saved::here;
 use fuzz::saved::layout;
+use fuzz::saved::pages_frame;
 use fuzz::saved::preamble;
 use libfuzzer_sys::fuzz_target;
 use vm_memory::Bytes;
@@ -54,7 +55,7 @@ const SKIPS: u8 = 64;
 const DAMAGED: u8 = 128;
 
 const HEADER_KIND: u32 = 1;
-const PAGES_KIND: u32 = 2;
+const OLD_PAGES_KIND: u32 = 2;
 const ZEROS_KIND: u32 = 3;
 const STATE_KIND: u32 = 4;
 const END_KIND: u32 = 5;
@@ -163,12 +164,19 @@ impl Stream {
             OTHER_HEADER => self.frame(HEADER_KIND, fields.rest()),
             PAGES => {
                 let address = address(&mut fields);
-                let (pages, lie) = (usize::from(fields.u8()) % MOST_PAGES, u64::from(fields.u8()));
+                let (how, lie) = (usize::from(fields.u8()), u64::from(fields.u8()));
+                let pages = how % MOST_PAGES;
                 let seed = fields.rest();
                 let data: Vec<u8> =
                     seed.iter().chain(&[0]).cycle().take(pages * PAGE_BYTES as usize).copied().collect();
                 self.pages += pages as u64;
-                self.run(PAGES_KIND, address, (pages as u64).wrapping_add(lie << (8 * (lie % 8))), &data);
+                let said = (pages as u64).wrapping_add(lie << (8 * (lie % 8)));
+                if how & MOST_PAGES == 0 {
+                    self.bytes.extend(pages_frame(self.sequence, [address, said], &data));
+                    self.sequence = self.sequence.wrapping_add(1);
+                } else {
+                    self.run(OLD_PAGES_KIND, address, said, &data);
+                }
             }
             ZEROS => {
                 let (address, pages) = (address(&mut fields), fields.u64());
@@ -217,7 +225,8 @@ fn samples() -> Vec<Vec<u8>> {
         pieces.push((END, end.to_vec()));
         joined(pieces.iter().map(|(tag, body)| (*tag, body.as_slice())))
     };
-    let run = || vec![pages(1, 2, 7), zeros(2, 3), pages(1, 1, 8), pages(63, 1, 9)];
+    let old = MOST_PAGES as u8;
+    let run = || vec![pages(1, 2, 7), zeros(2, 3), pages(1, old | 1, 8), pages(63, 1, 9)];
     let header = String::from_utf8(fixture().header.encode()).expect("JSON is text");
     let short = header.replace(&serde_json::to_string(&fixture().header.cpuid).expect("JSON"), "[]");
     vec![

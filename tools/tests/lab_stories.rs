@@ -1,4 +1,4 @@
-//! The product as a whole, in emulated hosts: what `lab demo` and `lab show guest` promise, as tests.
+//! The product as a whole, in emulated hosts: what `lab demo` and the shorter stories of `lab show` promise, as tests.
 //!
 //! They need root (a network namespace) and the programs beside this one: `make test` builds them first. The long
 //! stories (20 and 50 runs) are `make shows`.
@@ -33,4 +33,24 @@ fn three_hosts_form_a_cluster_run_a_guest_and_lose_their_leader() {
 #[test]
 fn a_debian_kernel_runs_with_console_disk_and_acpi_on_any_host() {
     tell(&["show", "guest"], "guest: ok");
+}
+
+#[test]
+fn a_debian_root_disk_takes_name_key_and_address_from_its_seed() {
+    tell(&["show", "first-boot"], "first-boot: ok");
+}
+
+#[test]
+fn a_guest_moves_between_hosts_while_it_writes() {
+    tell(&["show", "migrate", "--runs", "2"], "migrate: ok");
+}
+
+#[test]
+fn a_disk_and_a_card_come_to_a_running_guest_move_with_it_and_leave() {
+    tell(&["show", "plug"], "plug: ok");
+}
+
+#[test]
+fn a_guest_sleeps_through_a_loss_of_power_of_its_host() {
+    tell(&["show", "suspend"], "suspend: ok");
 }

@@ -90,7 +90,13 @@ pub async fn carry(road: Arc<dyn Road>, socket: &Path, journey: Journey) -> Resu
     // While it is open the vmm may hope that somebody takes the rest.
     drop(near);
     // The vmm that sent it knows best. Whether all of it arrived is the target's to say: it asks for the commit, or reports why not.
-    let saved = handed_over(socket).await?;
+    let saved = match (handed_over(socket).await, &sent) {
+        // Why nobody takes it any more the vmm does not know.
+        (Err(error), Err(broken)) => {
+            return Err(CarryError::NotHandedOver(format!("{error} (its connections: {broken})")));
+        }
+        (saved, _) => saved?,
+    };
     let SaveStatus { round, throttle_percent, bytes_sent, settled_us, downtime_us, .. } = saved;
     tracing::info!(
         %vm,

@@ -1,9 +1,12 @@
-//! The target's side: lets the host that a guest leaves reach the process that waits for it. The first connection finds that process,
-//! the others find the first; when all are here, what comes over them is put together for it.
+//! The target's side: lets the host that a guest leaves reach the process that waits for it. The first connection is let in when that
+//! process waits, the others when the first is here. Only when all are, the process is given what comes over them: it takes one stream,
+//! and ends with it.
 
 use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::io;
+use std::io::ErrorKind;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
@@ -39,14 +42,15 @@ use super::Lane;
 use super::MIGRATION_PROTOCOL;
 use super::lanes::MAX_LANES;
 use super::lanes::gather;
+use crate::agent::vmm_client::VmmClient;
 use crate::agent::vmm_client::raw_stream;
 use crate::api::Asked;
 use crate::api::Failure;
 use crate::api::Params;
 use crate::auth::Caller;
 
-/// Between the first connection and the last.
-const ALL_WITHIN: Duration = Duration::from_secs(30);
+/// Between the first connection and the last: longer than the source tries.
+const ALL_WITHIN: Duration = Duration::from_secs(90);
 
 type Far = TokioIo<Upgraded>;
 
@@ -92,11 +96,12 @@ impl<L> Arrival<L> {
     async fn all(&mut self, first: L) -> io::Result<Vec<L>> {
         let mut lanes = BTreeMap::from([(0, first)]);
         while lanes.len() < usize::from(self.of) {
-            // Never `None`: `give` is ours too.
-            let Some((nth, lane)) = self.take.recv().await else { break };
-            if nth >= self.of || lanes.insert(nth, lane).is_some() {
-                return Err(io::Error::other(format!("connection {nth} of {} came, or came again", self.of)));
+            let Some((nth, lane)) = self.take.recv().await else { return Err(ErrorKind::BrokenPipe.into()) };
+            if nth == 0 || nth >= self.of {
+                return Err(io::Error::other(format!("connection {nth} came, and there are {}", self.of)));
             }
+            // One that comes again has not heard that it was let in.
+            lanes.insert(nth, lane);
         }
         Ok(lanes.into_values().collect())
     }
@@ -132,10 +137,10 @@ pub async fn take_in(
     let cancel = member.cancel().clone();
     if lane == 0 {
         let socket = work.agent.incoming_socket(vm, migration).ok_or_else(|| not_yet("no process waits for it"))?;
-        let guest = raw_stream(&socket, Call::RestoreAttach).await.map_err(|error| not_yet(&error.to_string()))?;
+        VmmClient::connect(&socket).await.map_err(|error| not_yet(&error.to_string()))?;
         let arrival = work.arrivals.expect(migration, of);
         tokio::spawn(async move {
-            let arrived = cancel.run_until_cancelled(arrive(upgrade, arrival, guest));
+            let arrived = cancel.run_until_cancelled(arrive(upgrade, arrival, &socket));
             if let Some(Err(error)) = arrived.await {
                 tracing::warn!(%vm, %migration, "the stream of a guest that comes here broke: {error}");
             }
@@ -173,29 +178,31 @@ fn may_send(fold: &Fold, caller: Caller, own: HostId, vm: VmId, migration: Migra
     }
 }
 
-async fn arrive(upgrade: OnUpgrade, mut arrival: Arrival, guest: impl AsyncRead + AsyncWrite) -> io::Result<()> {
+async fn arrive(upgrade: OnUpgrade, mut arrival: Arrival, socket: &Path) -> io::Result<()> {
     let first = TokioIo::new(upgrade.await.map_err(io::Error::other)?);
     let lanes = timeout(ALL_WITHIN, arrival.all(first)).await;
     let lanes = lanes.map_err(|_| io::Error::other("not all of its connections came"))??;
     drop(arrival);
+    let guest = raw_stream(socket, Call::RestoreAttach).await.map_err(io::Error::other)?;
     hand_over(lanes, guest).await
 }
 
-/// From the source's connections to the process that waits. What that answers is not for the source, which asks its own; that it hangs
-/// up early is: the connections end with it.
+/// From the source's connections to the process that waits, until that hangs up. What it answers is not for the source, which asks its
+/// own; that it hangs up early is: the connections end with it.
 async fn hand_over<L>(lanes: Vec<L>, guest: impl AsyncRead + AsyncWrite) -> io::Result<()>
 where
     L: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let (mut answers, mut out) = split(guest);
-    let (mut nowhere, sent) = (sink(), async {
-        gather(lanes, &mut out).await?;
-        out.shutdown().await
-    });
+    let mut nowhere = sink();
+    let mut said = Box::pin(copy(&mut answers, &mut nowhere));
     tokio::select! {
-        sent = sent => sent,
-        ended = copy(&mut answers, &mut nowhere) => ended.map(|_| ()),
+        biased;
+        gathered = gather(lanes, &mut out) => gathered?,
+        _ = &mut said => return Err(io::Error::other("its process takes no more")),
     }
+    out.shutdown().await?;
+    said.await.map(|_| ())
 }
 
 #[cfg(test)]
@@ -204,6 +211,9 @@ mod tests {
     use statemachine::state::GuestStatus;
     use statemachine::state::ReleaseClass;
 
+    use tokio::io::AsyncReadExt;
+
+    use super::super::lanes::spread;
     use super::*;
     use crate::test_site::Site;
     use crate::test_site::spec;
@@ -233,17 +243,37 @@ mod tests {
         assert!(matches!(arrived(1, &[]), (Some(Ok(lanes)), 0) if lanes == [0]));
         assert!(matches!(arrived(3, &[2, 1]), (Some(Ok(lanes)), 0) if lanes == [0, 1, 2]));
         assert!(matches!(arrived(3, &[2]), (None, 0)));
-        for others in [&[1, 1][..], &[3], &[0]] {
+        assert!(matches!(arrived(3, &[1, 1, 2]), (Some(Ok(lanes)), 0) if lanes == [0, 1, 2]));
+        for others in [&[3][..], &[0]] {
             assert!(matches!(arrived(3, others), (Some(Err(_)), 0)), "{others:?}");
         }
     }
 
     #[tokio::test]
     async fn a_process_that_hangs_up_ends_the_connections() {
-        let (_source, lane) = tokio::io::duplex(64);
+        let (mut source, lane) = tokio::io::duplex(64);
         let (process, guest) = tokio::io::duplex(64);
         drop(process);
-        hand_over(vec![lane], guest).await.unwrap();
+        assert!(hand_over(vec![lane], guest).await.unwrap_err().to_string().contains("takes no more"));
+        assert_eq!(source.read(&mut [0]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_process_has_all_the_time_that_it_needs_for_its_answer() {
+        let (source, lane) = tokio::io::duplex(64);
+        let (mut process, guest) = tokio::io::duplex(64);
+        let takes = async {
+            let mut came = Vec::new();
+            process.read_to_end(&mut came).await.unwrap();
+            process.write_all(b"loaded").await.unwrap();
+            drop(process);
+            came
+        };
+        let (handed, sent, came) =
+            tokio::join!(hand_over(vec![lane], guest), spread(&b"a guest"[..], vec![source]), takes);
+        handed.unwrap();
+        sent.unwrap();
+        assert_eq!(came, b"a guest");
     }
 
     #[test]

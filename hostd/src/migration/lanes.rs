@@ -69,9 +69,12 @@ where
     L: AsyncRead + AsyncWrite + Send + 'static,
 {
     let count = lanes.len();
+    if count == 0 {
+        return Err(broken("a stream needs a lane"));
+    }
     let (give, take) = mpsc::channel(1);
     let take = Arc::new(Mutex::new(take));
-    // Tasks of their own: encryption is what a lane costs. They end with this future.
+    // Tasks of their own: encryption is what a lane costs. They are aborted with this future.
     let mut tasks = JoinSet::new();
     for lane in lanes {
         tasks.spawn(send_lane(lane, take.clone()));
@@ -81,7 +84,7 @@ where
         let mut records = 0;
         loop {
             let mut bytes = BytesMut::with_capacity(RECORD_BYTES);
-            if input.read_buf(&mut bytes).await? == 0 {
+            if (&mut input).take(RECORD_BYTES as u64).read_buf(&mut bytes).await? == 0 {
                 break;
             }
             if give.send(Piece::Record { number: records, bytes: bytes.freeze() }).await.is_err() {
@@ -115,15 +118,19 @@ where
 async fn send_lane<L: AsyncRead + AsyncWrite>(lane: L, take: Arc<Mutex<mpsc::Receiver<Piece>>>) -> io::Result<()> {
     let (mut answers, mut out) = split(lane);
     let hung_up = |what: io::Result<u64>| match what {
+        Ok(said) if said >= ANSWERS_MAX => broken("the other end talks too much"),
         Ok(_) => io::Error::new(ErrorKind::ConnectionReset, "the other end takes no more"),
         Err(error) => error,
     };
     let mut said = Box::pin(until_it_hangs_up(&mut answers));
     tokio::select! {
+        biased;
         sent = send_pieces(&mut out, take) => sent?,
         what = &mut said => return Err(hung_up(what)),
     }
-    said.await.map(|_| ())
+    // All of it is out, and other lanes may not be so far: how this one is closed says nothing, and what has arrived the target judges.
+    let _ = said.await;
+    Ok(())
 }
 
 async fn until_it_hangs_up<L: AsyncRead>(answers: &mut ReadHalf<L>) -> io::Result<u64> {
@@ -155,6 +162,9 @@ where
     L: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let (give, mut take) = mpsc::channel(1);
+    if lanes.is_empty() {
+        return Err(broken("a stream needs a lane"));
+    }
     let mut due = 0;
     let (next, _) = watch::channel(due);
     let mut tasks = JoinSet::new();
@@ -184,7 +194,9 @@ where
         }
     }
     if !early.is_empty() || ends.iter().any(|records| *records != due) {
-        return Err(broken(format!("record {due} is missing: the lanes count {ends:?}")));
+        return Err(broken(format!(
+            "{due} records came in their order, and the lanes count {ends:?}: some are missing"
+        )));
     }
     output.flush().await
 }
@@ -196,8 +208,14 @@ async fn receive_lane(
     mut next: watch::Receiver<u64>,
 ) -> io::Result<u64> {
     let mut least = 0;
+    let broke_off = |error: io::Error, least: u64| match error.kind() {
+        ErrorKind::UnexpectedEof => {
+            io::Error::new(error.kind(), format!("a lane broke off before record {least} or a later one"))
+        }
+        _ => error,
+    };
     loop {
-        let number = lane.read_u64_le().await?;
+        let number = lane.read_u64_le().await.map_err(|error| broke_off(error, least))?;
         let length = lane.read_u32_le().await? as usize;
         if length == 0 {
             // Who sent it may be gone: it needs no answer.

@@ -8,7 +8,8 @@
 use std::io::{self, Read, Write};
 
 use super::frame::{
-    FrameError, FrameKind, FrameReader, FrameWriter, MAX_RUN_PAGES, MAX_STATE_BYTES, PAGE_BYTES, RUN_HEAD_BYTES,
+    FrameError, FrameKind, FrameReader, FrameWriter, MAX_RUN_PAGES, MAX_STATE_BYTES, PAGE_BYTES, PAGES_HEAD_BYTES,
+    RUN_HEAD_BYTES,
 };
 use super::header::{Header, HeaderError};
 use super::payload::Payload;
@@ -75,7 +76,7 @@ impl<W: Write> GuestWriter<W> {
     /// At most [`MAX_RUN_PAGES`] whole pages.
     pub fn pages(&mut self, address: u64, data: &[u8]) -> Result<(), StreamError> {
         let pages = data.len() as u64 / PAGE_BYTES;
-        self.frames.write(FrameKind::Pages, &[&run_head(address, pages), data])?;
+        self.frames.write_pages(run_head(address, pages), data)?;
         self.totals.pages += pages;
         Ok(())
     }
@@ -176,9 +177,9 @@ impl<R: Read> GuestReader<R> {
         let place = self.place;
         let (kind, body) = self.frames.read()?;
         match (kind, place) {
-            (FrameKind::Pages, Place::Memory) => {
+            (FrameKind::Pages | FrameKind::OldPages, Place::Memory) => {
                 let (address, pages) = two_words(body).ok_or(StreamError::Length { kind, length: body.len() })?;
-                let data = &body[RUN_HEAD_BYTES..];
+                let data = &body[if kind == FrameKind::Pages { PAGES_HEAD_BYTES } else { RUN_HEAD_BYTES }..];
                 if pages > MAX_RUN_PAGES || data.len() as u64 != pages * PAGE_BYTES {
                     return Err(StreamError::Length { kind, length: body.len() });
                 }
@@ -343,11 +344,13 @@ mod tests {
 
     #[test]
     fn lengths_totals_and_sizes_are_checked() {
-        let short = write(|w| w.frames.write(FrameKind::Pages, &[&run_head(0, 1), &[0; 4095]]).unwrap());
+        let short = write(|w| w.frames.write_pages(run_head(0, 1), &[0; 4095]).unwrap());
+        assert!(matches!(read(&short), Err(StreamError::Length { .. })));
+        let short = write(|w| w.frames.write(FrameKind::OldPages, &[&run_head(0, 1), &[0; 4095]]).unwrap());
         assert!(matches!(read(&short), Err(StreamError::Length { .. })));
         let headless = write(|w| w.frames.write(FrameKind::Zeros, &[&[0; 15]]).unwrap());
         assert!(matches!(read(&headless), Err(StreamError::Length { .. })));
-        let huge = write(|w| w.frames.write(FrameKind::Pages, &[&run_head(0, 1 << 52)]).unwrap());
+        let huge = write(|w| w.frames.write_pages(run_head(0, 1 << 52), &[]).unwrap());
         assert!(matches!(read(&huge), Err(StreamError::Length { .. })));
         let liar = write(|w| {
             w.state(&state()).unwrap();
@@ -391,15 +394,18 @@ mod tests {
         /// Frames that are whole but make no sense: an error at the latest at the end, never a panic.
         #[test]
         fn hostile_frames_are_survived(
-            frames in proptest::collection::vec((0usize..5, any::<u64>(), 0u64..1 << 14, 0usize..9000), 0..6)
+            frames in proptest::collection::vec((0usize..6, any::<u64>(), 0u64..1 << 14, 0usize..9000), 0..6)
         ) {
             let bytes = write(|w| {
                 for (kind, address, pages, len) in frames {
                     use FrameKind::*;
-                    let kind = [Header, Pages, Zeros, State, End][kind];
+                    let kind = [Header, OldPages, Zeros, State, End, Pages][kind];
                     let head = run_head(address & (MEMORY | 0xfff_ffff), pages);
-                    let body = vec![0; if matches!(kind, Pages | State) { len } else { 0 }];
-                    w.frames.write(kind, &[&head, &body]).unwrap();
+                    let body = vec![0; if matches!(kind, Pages | OldPages | State) { len } else { 0 }];
+                    match kind {
+                        Pages => w.frames.write_pages(head, &body).unwrap(),
+                        _ => w.frames.write(kind, &[&head, &body]).unwrap(),
+                    }
                 }
             });
             prop_assert!(read(&bytes).is_err());
