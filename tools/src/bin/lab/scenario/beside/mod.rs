@@ -32,6 +32,7 @@ use figures::Turn;
 use peer::Peer;
 
 const HOST: HostId = HostId(1);
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 const VCPUS: [u32; 2] = [1, 2];
 /// A turn takes half a minute on a quiet machine, and several beside other work.
 const TURN_LIMIT: Duration = Duration::from_secs(900);
@@ -73,7 +74,7 @@ async fn take_turns(stage: &Stage, rounds: u32, turns: &mut Vec<Turn>) -> Result
 async fn take_turn(stage: &Stage, peer: Peer, vcpus: u32) -> Result<Figures> {
     for _ in 0..TRIES {
         let boot = boot_id(stage).await?;
-        let error = match attempt(stage, peer, vcpus).await {
+        let error = match attempt(stage, peer, vcpus, boot.trim()).await {
             Ok(figures) => return Ok(figures),
             Err(error) => error,
         };
@@ -91,10 +92,10 @@ async fn take_turn(stage: &Stage, peer: Peer, vcpus: u32) -> Result<Figures> {
 }
 
 async fn boot_id(stage: &Stage) -> Result<String> {
-    stage.sh(HOST, "cat /proc/sys/kernel/random/boot_id").await
+    stage.sh(HOST, &format!("cat {BOOT_ID}")).await
 }
 
-async fn attempt(stage: &Stage, peer: Peer, vcpus: u32) -> Result<Figures> {
+async fn attempt(stage: &Stage, peer: Peer, vcpus: u32, boot: &str) -> Result<Figures> {
     let (name, directory) = (peer.name(), turn::DIRECTORY);
     // Where the image has a hostd, it would be a third program beside two.
     let quiet = "[ -x /usr/bin/hostd ] && /sbin/service hostd stop; rm -rf";
@@ -108,9 +109,12 @@ async fn attempt(stage: &Stage, peer: Peer, vcpus: u32) -> Result<Figures> {
     let deadline = Instant::now() + TURN_LIMIT;
     let code = loop {
         tokio::time::sleep(LOOK_EVERY).await;
-        let code = stage.sh(HOST, &format!("cat {directory}.code 2>/dev/null; true")).await?;
+        // In one question: each look is a program in the host.
+        let seen = stage.sh(HOST, &format!("cat {BOOT_ID}; cat {directory}.code 2>/dev/null; true")).await?;
+        let (now, code) = seen.split_once('\n').unwrap_or((&seen, ""));
+        ensure!(now == boot, "{HOST} has booted again");
         if !code.trim().is_empty() {
-            break code;
+            break code.to_owned();
         }
         ensure!(Instant::now() < deadline, "the turn of {name} did not end in {} s", TURN_LIMIT.as_secs());
     };
