@@ -219,9 +219,12 @@ fn samples() -> Vec<Vec<u8>> {
         vec![start(0), device(0, 129), bar(0, 20, write_1, 0), device(0, 200), bar(0, 20, 0, 0), start(0), step(MOVE)],
         // The window into the BAR.
         vec![(PORTS, vec![0xa4, 0, 1, 0x80, 4, 5, 20]), (PORTS, vec![0x10, 0, 1, 0x80, 4, 5, 255, 255, 255, 255])],
+        // Both sides of the end of the table of vectors.
         vec![
             bar(2, 0x4000, 7, u64::MAX),
             bar(2, 0x402c, write_4, 0),
+            bar(2, 0x4030, write_4, 0),
+            bar(2, 0x4030, 6, 0),
             bar(2, 0x5000, 6, 0),
             bar(2, 0x1000, 0, 0),
             (ANYWHERE, vec![7; 17]),

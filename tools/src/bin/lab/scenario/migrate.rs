@@ -133,6 +133,7 @@ async fn back_and_forth(stage: &mut Stage, guest: &Guest, runs: usize, legs: &mu
 /// The cluster has started the guest again, or not lost it; the story goes on from one of its two homes.
 async fn settle(stage: &Stage, guest: &Guest) -> Result<()> {
     stage.voters_reach(stage.host_count()).await?;
+    stage.hosts_are_up().await?;
     stage.sh(ASKER, "kill -INT $(pidof ping); true").await?;
     guest.reaches(stage, ASKER, "Up", WITHIN).await?;
     if !HOMES.contains(&guest.home(stage, ASKER).await?) {

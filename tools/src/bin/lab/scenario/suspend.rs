@@ -52,6 +52,7 @@ pub async fn tell(stage: &mut Stage) -> Result<()> {
     stage.power(HOME, PowerAction::On).await?;
     stage.hostd_answers(HOME).await?;
     stage.voters_reach(stage.host_count()).await?;
+    stage.hosts_are_up().await?;
     ensure!(guest.status(stage, ASKER).await? == "Suspended", "it does not sleep on");
     nothing_runs(stage).await?;
 
