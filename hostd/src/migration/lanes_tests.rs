@@ -17,7 +17,7 @@ fn run<T>(what: impl Future<Output = T>) -> T {
 }
 
 fn some_bytes(length: usize) -> Vec<u8> {
-    (0..length).map(|at| (at / 7 ^ at) as u8).collect()
+    (0..length).map(|at| ((at / 7) ^ at) as u8).collect()
 }
 
 /// Records as a stranger may send them: numbers and lengths, and an end or none.
