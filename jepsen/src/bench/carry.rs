@@ -3,6 +3,8 @@
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
+use std::time::SystemTime;
+use std::time::UNIX_EPOCH;
 
 use anyhow::Context;
 use clap::Args;
@@ -32,8 +34,6 @@ use uuid::Uuid;
 use super::network;
 
 const CONNECTIONS: [u16; 4] = [1, 2, 4, 8];
-/// Certificates are of then.
-const NOW_MS: u64 = 1_763_000_000_000;
 const ALPN: &[&[u8]] = &[b"http/1.1"];
 
 #[derive(Debug, Args)]
@@ -88,10 +88,11 @@ struct Road {
 impl Road {
     async fn build() -> anyhow::Result<Road> {
         let site = SiteId(Uuid::from_u128(1));
-        let ca = ClusterCa::create(site, NOW_MS)?;
+        let now_ms = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64;
+        let ca = ClusterCa::create(site, now_ms)?;
         let identity = |host: HostId| -> anyhow::Result<Identity> {
             let key = HostKey::generate()?;
-            let issued = ca.sign_request(&key.signing_request()?, host, &[], NOW_MS)?;
+            let issued = ca.sign_request(&key.signing_request()?, host, &[], now_ms)?;
             Ok(Identity::new(ca.certificate_pem(), &issued.certificate_pem, &key.to_pem())?)
         };
         let (source, target) = (HostId(1), HostId(2));
