@@ -223,13 +223,14 @@ impl Raft {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Migration {
-    /// Over so many a guest goes at once: one is encrypted by one processor.
+    /// Over so many a guest goes at once. One keeps one processor at each end busy, so by default they are half of this host's, at most 4.
     pub connections: u16,
 }
 
 impl Default for Migration {
     fn default() -> Self {
-        Migration { connections: 4 }
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Migration { connections: (processors / 2).clamp(1, 4) as u16 }
     }
 }
 
