@@ -161,10 +161,10 @@ pub async fn gather<L>(lanes: Vec<L>, output: &mut (impl AsyncWrite + Unpin)) ->
 where
     L: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let (give, mut take) = mpsc::channel(1);
     if lanes.is_empty() {
         return Err(broken("a stream needs a lane"));
     }
+    let (give, mut take) = mpsc::channel(1);
     let mut due = 0;
     let (next, _) = watch::channel(due);
     let mut tasks = JoinSet::new();
