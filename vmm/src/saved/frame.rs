@@ -40,6 +40,9 @@ pub const RUN_HEAD_BYTES: usize = 16;
 /// What is before pages: the head of their run, and their sum.
 pub const PAGES_HEAD_BYTES: usize = RUN_HEAD_BYTES + 8;
 
+/// Room that a reader makes before anything of a body is here.
+const FIRST_ROOM_BYTES: usize = 64 << 10;
+
 /// What is in a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FrameKind {
@@ -226,6 +229,7 @@ impl<W: Write> FrameWriter<W> {
 pub struct FrameReader<R> {
     input: R,
     sequence: u32,
+    /// The last body, and room behind it.
     body: Vec<u8>,
     bytes: u64,
 }
@@ -275,18 +279,13 @@ impl<R: Read> FrameReader<R> {
             return Err(FrameError::TooLong { sequence: expected, kind, length: length.into(), limit });
         }
         let mut body = std::mem::take(&mut self.body);
-        body.clear();
-        // Room grows with what arrives: a length alone takes no memory.
-        let got = (&mut self.input).take(u64::from(length)).read_to_end(&mut body).map_err(read_error)?;
-        if got < length as usize {
-            return Err(FrameError::Truncated);
-        }
-        self.bytes += u64::from(length);
+        self.fill(&mut body, length as usize)?;
+        let all = &body[..length as usize];
         let is_summed = |part: &[u8]| crc32c::crc32c_append(crc32c::crc32c(&head[..12]), part) == sum;
-        let is_whole = match (kind, body.split_at_checked(PAGES_HEAD_BYTES)) {
+        let is_whole = match (kind, all.split_at_checked(PAGES_HEAD_BYTES)) {
             (FrameKind::Pages, Some((head, pages))) => is_summed(head) && head[RUN_HEAD_BYTES..] == pages_sum(pages),
             (FrameKind::Pages, None) => false,
-            _ => is_summed(&body),
+            _ => is_summed(all),
         };
         if !is_whole {
             return Err(FrameError::Damaged { sequence: expected, kind });
@@ -296,7 +295,21 @@ impl<R: Read> FrameReader<R> {
         }
         self.sequence = expected.wrapping_add(1);
         self.body = body;
-        Ok((kind, &self.body))
+        Ok((kind, &self.body[..length as usize]))
+    }
+
+    /// Reads so many bytes to the front of `body`. Its room grows with what arrives: a length alone takes no memory.
+    fn fill(&mut self, body: &mut Vec<u8>, length: usize) -> Result<(), FrameError> {
+        let mut got = 0;
+        while got < length {
+            if body.len() == got {
+                body.resize(length.min((2 * got).max(FIRST_ROOM_BYTES)), 0);
+            }
+            let end = length.min(body.len());
+            self.take(&mut body[got..end])?;
+            got = end;
+        }
+        Ok(())
     }
 
     /// Bytes read so far.
@@ -370,6 +383,18 @@ mod tests {
         let too_long = vec![0; MAX_WORDS_BYTES as usize + 1];
         let refused = FrameWriter::answers(Vec::new()).write(FrameKind::Refused, &[&too_long]);
         assert!(matches!(refused, Err(FrameError::TooLong { .. })));
+    }
+
+    #[test]
+    fn a_body_that_does_not_arrive_takes_little_memory() {
+        let mut bytes = write(&[(FrameKind::State, vec![1; MAX_STATE_BYTES as usize])]);
+        for (arrives, most) in [(200 << 10, 512 << 10), (10, FIRST_ROOM_BYTES)] {
+            bytes.truncate(PREAMBLE_BYTES + HEAD_BYTES + arrives);
+            let mut reader = FrameReader::new(&bytes[..]).unwrap();
+            let mut body = Vec::new();
+            assert!(matches!(reader.fill(&mut body, MAX_STATE_BYTES as usize), Err(FrameError::Truncated)));
+            assert!(body.capacity() <= most, "{} for {arrives}", body.capacity());
+        }
     }
 
     #[test]

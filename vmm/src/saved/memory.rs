@@ -1,15 +1,26 @@
 //! Guest RAM, to and from a stream.
+//!
+//! The guest may write to a page while it is looked at, or copied: what of it arrives then is unimportant, as the dirty log has the page
+//! sent again. What is summed and sent is always a copy.
 
 use std::io::Write;
 
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
+use vm_memory::bitmap::{AtomicBitmap, BS};
+use vm_memory::{
+    Address, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, VolatileMemory,
+    VolatileMemoryError, VolatileSlice,
+};
 
 use super::dirty::PageRun;
 use super::frame::{MAX_RUN_PAGES, PAGE_BYTES};
 use super::stream::{GuestWriter, StreamError};
 use crate::memory::GuestMemory;
 
-static ZERO_PAGE: [u8; PAGE_BYTES as usize] = [0; PAGE_BYTES as usize];
+const PAGE: usize = PAGE_BYTES as usize;
+static ZERO_PAGE: [u8; PAGE] = [0; PAGE];
+/// The C library copies more than this in one string instruction, which is as fast as any on a real processor and four times slower than
+/// words on an emulated one: 145 ms for 64 MiB, not 32.
+const PIECE: usize = 2048;
 
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryCopyError {
@@ -25,6 +36,12 @@ pub enum MemoryCopyError {
     GivenUp,
 }
 
+/// Whole pages of guest memory that follow each other, where they lie.
+struct Pages<'a> {
+    address: u64,
+    slice: VolatileSlice<'a, BS<'a, AtomicBitmap>>,
+}
+
 /// Pages that follow each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Run {
@@ -33,36 +50,71 @@ struct Run {
     is_zero: bool,
 }
 
-/// The runs of some whole pages: each as long as it can be.
-fn runs(data: &[u8]) -> Vec<Run> {
-    let mut runs: Vec<Run> = Vec::new();
-    for (first, page) in data.chunks_exact(PAGE_BYTES as usize).enumerate() {
-        let is_zero = page == ZERO_PAGE;
-        match runs.last_mut() {
-            Some(run) if run.is_zero == is_zero => run.pages += 1,
-            _ => runs.push(Run { first, pages: 1, is_zero }),
+impl<'a> Pages<'a> {
+    fn at(memory: &'a GuestMemory, address: u64, bytes: usize) -> Result<Self, MemoryCopyError> {
+        let failed = |source| MemoryCopyError::Memory { address, source };
+        Ok(Self { address, slice: memory.get_slice(GuestAddress(address), bytes).map_err(failed)? })
+    }
+
+    fn part(&self, offset: usize, bytes: usize) -> Result<VolatileSlice<'a, BS<'a, AtomicBitmap>>, MemoryCopyError> {
+        let failed = |error: VolatileMemoryError| MemoryCopyError::Memory {
+            address: self.address + offset as u64,
+            source: error.into(),
+        };
+        self.slice.subslice(offset, bytes).map_err(failed)
+    }
+
+    /// A page that is not zero is mostly known by its first words.
+    fn is_zero(&self, page: usize) -> Result<bool, MemoryCopyError> {
+        let failed =
+            |error: VolatileMemoryError| MemoryCopyError::Memory { address: self.address, source: error.into() };
+        let words = self.slice.get_array_ref::<u64>(page * PAGE, PAGE / 8).map_err(failed)?;
+        Ok((0..words.len()).all(|nth| words.load(nth) == 0))
+    }
+
+    /// The runs of these pages: each as long as it can be.
+    fn runs(&self) -> Result<Vec<Run>, MemoryCopyError> {
+        let mut runs: Vec<Run> = Vec::new();
+        for first in 0..self.slice.len() / PAGE {
+            let is_zero = self.is_zero(first)?;
+            match runs.last_mut() {
+                Some(run) if run.is_zero == is_zero => run.pages += 1,
+                _ => runs.push(Run { first, pages: 1, is_zero }),
+            }
         }
+        Ok(runs)
     }
-    runs
+
+    /// A copy of a run in `buffer`, which has room for it.
+    fn copy<'b>(&self, run: Run, buffer: &'b mut [u8]) -> Result<&'b [u8], MemoryCopyError> {
+        let (start, data) = (run.first * PAGE, &mut buffer[..run.pages * PAGE]);
+        for (nth, piece) in data.chunks_mut(PIECE).enumerate() {
+            self.part(start + nth * PIECE, piece.len())?.copy_to(piece);
+        }
+        Ok(data)
+    }
+
+    fn fill(&self, data: &[u8]) -> Result<(), MemoryCopyError> {
+        for (nth, piece) in data.chunks(PIECE).enumerate() {
+            self.part(nth * PIECE, piece.len())?.copy_from(piece);
+        }
+        Ok(())
+    }
 }
 
-/// Sends what some whole pages hold that is not zero: the target's memory is fresh.
-fn send_pages<W: Write>(writer: &mut GuestWriter<W>, address: u64, data: &[u8]) -> Result<(), StreamError> {
-    for run in runs(data).into_iter().filter(|run| !run.is_zero) {
-        let start = run.first * PAGE_BYTES as usize;
-        writer.pages(address + start as u64, &data[start..start + run.pages * PAGE_BYTES as usize])?;
-    }
-    Ok(())
+fn buffer() -> Vec<u8> {
+    vec![0; (MAX_RUN_PAGES * PAGE_BYTES) as usize]
 }
 
-/// Sends all of memory. `go_on` is told how many pages were looked at, and says whether somebody still wants them.
+/// Sends all of memory that is not zero: the target's is fresh. `go_on` is told how many pages were looked at, and says whether somebody
+/// still wants them.
 pub fn send_all<W: Write>(
     memory: &GuestMemory,
     writer: &mut GuestWriter<W>,
     mut go_on: impl FnMut(u64, &GuestWriter<W>) -> bool,
 ) -> Result<(), MemoryCopyError> {
     let mut seen = 0;
-    let mut buffer = vec![0; (MAX_RUN_PAGES * PAGE_BYTES) as usize];
+    let mut buffer = buffer();
     for region in memory.iter() {
         let base = region.start_addr().raw_value();
         let pages = region.len() / PAGE_BYTES;
@@ -71,11 +123,10 @@ pub fn send_all<W: Write>(
                 return Err(MemoryCopyError::GivenUp);
             }
             let now = (pages - first).min(MAX_RUN_PAGES);
-            let at = base + first * PAGE_BYTES;
-            let data = &mut buffer[..(now * PAGE_BYTES) as usize];
-            let failed = |source| MemoryCopyError::Memory { address: at, source };
-            memory.read_slice(data, GuestAddress(at)).map_err(failed)?;
-            send_pages(writer, at, data)?;
+            let found = Pages::at(memory, base + first * PAGE_BYTES, now as usize * PAGE)?;
+            for run in found.runs()?.into_iter().filter(|run| !run.is_zero) {
+                writer.pages(found.address + (run.first * PAGE) as u64, found.copy(run, &mut buffer)?)?;
+            }
             seen += now;
         }
     }
@@ -92,19 +143,17 @@ pub fn send_again<W: Write>(
     mut go_on: impl FnMut(u64, &GuestWriter<W>) -> bool,
 ) -> Result<(), MemoryCopyError> {
     let mut seen = 0;
-    let mut buffer = vec![0; (MAX_RUN_PAGES * PAGE_BYTES) as usize];
+    let mut buffer = buffer();
     for PageRun { address, pages } in pages {
         if !go_on(seen, writer) {
             return Err(MemoryCopyError::GivenUp);
         }
-        let data = &mut buffer[..(pages * PAGE_BYTES) as usize];
-        let failed = |source| MemoryCopyError::Memory { address, source };
-        memory.read_slice(data, GuestAddress(address)).map_err(failed)?;
-        for run in runs(data) {
-            let start = run.first * PAGE_BYTES as usize;
+        let found = Pages::at(memory, address, pages as usize * PAGE)?;
+        for run in found.runs()? {
+            let at = address + (run.first * PAGE) as u64;
             match run.is_zero {
-                true => writer.zeros(address + start as u64, run.pages as u64)?,
-                false => writer.pages(address + start as u64, &data[start..start + run.pages * PAGE_BYTES as usize])?,
+                true => writer.zeros(at, run.pages as u64)?,
+                false => writer.pages(at, found.copy(run, &mut buffer)?)?,
             }
         }
         seen += pages;
@@ -115,17 +164,15 @@ pub fn send_again<W: Write>(
 
 /// Puts pages in their place. The stream has checked that it is one.
 pub fn put_pages(memory: &GuestMemory, address: u64, data: &[u8]) -> Result<(), MemoryCopyError> {
-    memory.write_slice(data, GuestAddress(address)).map_err(|source| MemoryCopyError::Memory { address, source })
+    Pages::at(memory, address, data.len())?.fill(data)
 }
 
 /// Clears pages. One that is zero already is only read, which takes no memory from the host.
 pub fn put_zeros(memory: &GuestMemory, address: u64, pages: u64) -> Result<(), MemoryCopyError> {
-    let mut page = [0; PAGE_BYTES as usize];
-    for at in (0..pages).map(|nth| address + nth * PAGE_BYTES) {
-        let failed = |source| MemoryCopyError::Memory { address: at, source };
-        memory.read_slice(&mut page, GuestAddress(at)).map_err(failed)?;
-        if page != ZERO_PAGE {
-            memory.write_slice(&ZERO_PAGE, GuestAddress(at)).map_err(failed)?;
+    for nth in 0..pages {
+        let page = Pages::at(memory, address + nth * PAGE_BYTES, PAGE)?;
+        if !page.is_zero(0)? {
+            page.fill(&ZERO_PAGE)?;
         }
     }
     Ok(())
@@ -134,14 +181,13 @@ pub fn put_zeros(memory: &GuestMemory, address: u64, pages: u64) -> Result<(), M
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use vm_memory::Bytes;
 
     use super::super::header::tests::header;
     use super::super::payload::{Payload, PayloadKind};
     use super::super::stream::{GuestReader, Item};
     use super::*;
     use crate::machine::layout::Layout;
-
-    const PAGE: usize = PAGE_BYTES as usize;
 
     fn memory(layout: &Layout) -> GuestMemory {
         let ranges: Vec<_> = layout.ram().iter().map(|w| (GuestAddress(w.base), w.size as usize)).collect();
@@ -211,7 +257,8 @@ mod tests {
             let source = memory(&layout);
             let fill = |changes: &[(usize, u8)]| {
                 for (page, value) in changes {
-                    source.write_slice(&[*value; PAGE], GuestAddress((page * PAGE) as u64)).unwrap();
+                    let content: [u8; PAGE] = std::array::from_fn(|at| value.wrapping_mul((at / 1000 + 1) as u8));
+                    source.write_slice(&content, GuestAddress((page * PAGE) as u64)).unwrap();
                 }
             };
             fill(&first);

@@ -1,7 +1,7 @@
 //! When a guest that is copied while it runs may stop: the decisions of pre-copy, pure. No clock, no memory, no socket.
 //!
 //! A round sends what was dirty when it began, and leaves what the guest has written meanwhile. The guest stops for the last of it once
-//! that can be sent within the downtime that was granted. Where rounds do not shrink, the vCPUs are slowed down, step by step, as by QEMU's
+//! that can be sent within the downtime that was granted; not at once, while another round makes that shorter still. Where rounds do not shrink, the vCPUs are slowed down, step by step, as by QEMU's
 //! auto-converge; where that does not help either, the copy is given up and the guest goes on where it is. The bounds in time are
 //! KubeVirt's defaults: 150 seconds without progress, 800 seconds for each GiB in total.
 
@@ -12,6 +12,8 @@ const SMALL_BYTES: u64 = 1 << 20;
 const NO_PROGRESS: Duration = Duration::from_secs(150);
 const SECONDS_PER_GIB: u64 = 800;
 const LEAST_TOTAL: Duration = Duration::from_secs(150);
+/// Rounds after what is left could be sent within the downtime: each makes it half as much at least, or was the last.
+const SHORTENING_ROUNDS: u32 = 2;
 /// A round that leaves more than this share of what it began with has not shrunk it.
 const SHRUNK_OF_EIGHT: u64 = 7;
 /// Rounds that may fail to shrink before the first step of the throttle.
@@ -82,6 +84,8 @@ pub struct Precopy {
     /// The least that any round has left, and when.
     least_bytes: u64,
     least_at: Duration,
+    /// Rounds that were taken though the guest could have stopped.
+    shortening_rounds: u32,
     /// Rounds that did not shrink what was dirty.
     stubborn_rounds: u32,
     throttle_percent: u8,
@@ -95,6 +99,7 @@ impl Precopy {
             dirty_bytes: memory_bytes,
             least_bytes: memory_bytes,
             least_at: Duration::ZERO,
+            shortening_rounds: 0,
             stubborn_rounds: 0,
             throttle_percent: 0,
         }
@@ -110,10 +115,15 @@ impl Precopy {
     pub fn after(&mut self, round: Round) -> Next {
         let Round { sent_bytes, took, dirty_bytes } = round;
         self.elapsed = self.elapsed.saturating_add(took);
+        let overtime = self.overtime(Duration::ZERO);
         if dirty_bytes < SMALL_BYTES || fits(dirty_bytes, sent_bytes, took, self.limits.downtime) {
-            return Next::Final;
+            let shrinks = dirty_bytes <= self.dirty_bytes / 2 && self.shortening_rounds < SHORTENING_ROUNDS;
+            if dirty_bytes < SMALL_BYTES || !shrinks || overtime.is_some() {
+                return Next::Final;
+            }
+            self.shortening_rounds += 1;
         }
-        if let Some(reason) = self.overtime(Duration::ZERO) {
+        if let Some(reason) = overtime {
             return Next::GiveUp(reason);
         }
         if dirty_bytes < self.least_bytes {
@@ -166,13 +176,29 @@ mod tests {
     #[test]
     fn a_guest_that_hardly_writes_stops_after_the_first_round() {
         assert_eq!(precopy().after(round(1024, 1000, 0)), Next::Final);
-        assert_eq!(precopy().after(round(1024, 1000, 300)), Next::Final);
         assert_eq!(precopy().after(round(1024, 1000, 310)), Next::Round { throttle_percent: 0 });
         // Nothing is known of the bandwidth, and it does not matter.
         let little = Round { dirty_bytes: MIB - 1, ..round(0, 1000, 0) };
         assert_eq!(precopy().after(little), Next::Final);
         assert_eq!(precopy().after(round(0, 0, 2)), Next::Round { throttle_percent: 0 });
+        // All of it was written meanwhile, and goes in no time.
         assert_eq!(precopy().after(round(1, 0, 1024)), Next::Final);
+    }
+
+    #[test]
+    fn a_guest_that_could_stop_is_copied_on_while_that_halves_what_is_left() {
+        let on = Next::Round { throttle_percent: 0 };
+        let mut halving = precopy();
+        assert_eq!(halving.after(round(1024, 1000, 300)), on);
+        assert_eq!(halving.after(round(300, 300, 150)), on);
+        assert_eq!(halving.after(round(150, 150, 75)), Next::Final, "not for ever");
+
+        let mut steady = precopy();
+        assert_eq!(steady.after(round(1024, 1000, 300)), on);
+        assert_eq!(steady.after(round(300, 300, 160)), Next::Final);
+
+        let mut late = precopy();
+        assert_eq!(late.after(round(8192, 801_000, 2)), Next::Final, "what can end now is not given up");
     }
 
     #[test]
