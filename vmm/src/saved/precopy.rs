@@ -1,9 +1,10 @@
 //! When a guest that is copied while it runs may stop: the decisions of pre-copy, pure. No clock, no memory, no socket.
 //!
 //! A round sends what was dirty when it began, and leaves what the guest has written meanwhile. The guest stops for the last of it once
-//! that can be sent within the downtime that was granted; not at once, while another round makes that shorter still. Where rounds do not shrink, the vCPUs are slowed down, step by step, as by QEMU's
-//! auto-converge; where that does not help either, the copy is given up and the guest goes on where it is. The bounds in time are
-//! KubeVirt's defaults: 150 seconds without progress, 800 seconds for each GiB in total.
+//! that can be sent within the downtime that was granted; not at once, while another round makes the stop shorter still. Where rounds do
+//! not shrink, the vCPUs are slowed down, step by step, as by QEMU's auto-converge; where that does not help either, the copy is given up
+//! and the guest goes on where it is. The bounds in time are KubeVirt's defaults: 150 seconds without progress, 800 seconds for each GiB
+//! in total.
 
 use std::time::Duration;
 

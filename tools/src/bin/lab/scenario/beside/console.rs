@@ -20,7 +20,7 @@ use super::wire;
 
 /// The time of a line is known this well.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
-const PATIENCE: Duration = Duration::from_secs(240);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Typed as two words, so that only the answer is one.
 const TYPED_END: &str = "all-''done";

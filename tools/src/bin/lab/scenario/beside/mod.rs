@@ -13,6 +13,7 @@ mod place;
 pub mod turn;
 mod wire;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -38,13 +39,19 @@ const VCPUS: [u32; 2] = [1, 2];
 const TURN_LIMIT: Duration = Duration::from_secs(900);
 /// Each look is a program in the host, which takes time from what is measured.
 const LOOK_EVERY: Duration = Duration::from_secs(3);
-/// The emulator stops a host now and then in the boot of a nested guest (docs/operations/lab.md).
+/// The emulator stops a host now and then in the boot of a nested guest, or the guest itself (docs/operations/lab.md).
 const TRIES: u32 = 4;
 
+/// Turns that broke off, by program.
+type Broken = BTreeMap<&'static str, u32>;
+
 pub async fn tell(stage: &mut Stage, rounds: u32) -> Result<()> {
-    let mut turns = Vec::new();
-    let told = take_turns(stage, rounds, &mut turns).await;
+    let (mut turns, mut broken) = (Vec::new(), BTreeMap::new());
+    let told = take_turns(stage, rounds, &mut turns, &mut broken).await;
     println!("\n{}", figures::table(&turns));
+    for (peer, times) in broken {
+        println!("turns of {peer} that broke off and were taken again: {times}");
+    }
     told?;
     let most = turns.iter().filter(|turn| turn.peer == Peer::Vmm).filter_map(|turn| turn.figures.get(&Measure::PssMib));
     let most = most.copied().fold(0.0, f64::max);
@@ -54,14 +61,14 @@ pub async fn tell(stage: &mut Stage, rounds: u32) -> Result<()> {
 }
 
 /// Who begins changes from round to round: a machine that grows slower, or has other work for a while, then favours nobody.
-async fn take_turns(stage: &Stage, rounds: u32, turns: &mut Vec<Turn>) -> Result<()> {
+async fn take_turns(stage: &Stage, rounds: u32, turns: &mut Vec<Turn>, broken: &mut Broken) -> Result<()> {
     for round in 0..rounds {
         for vcpus in VCPUS {
             let mut order = Peer::ALL;
             order.rotate_left(round as usize % Peer::ALL.len());
             for peer in order {
                 stage.say(&format!("round {} of {rounds}: {} with {vcpus} vCPUs", round + 1, peer.name()));
-                let figures = take_turn(stage, peer, vcpus).await?;
+                let figures = take_turn(stage, peer, vcpus, broken).await?;
                 println!("  {}", figures::line(&figures));
                 turns.push(Turn { round, peer, vcpus, figures });
             }
@@ -70,25 +77,21 @@ async fn take_turns(stage: &Stage, rounds: u32, turns: &mut Vec<Turn>) -> Result
     Ok(())
 }
 
-/// A turn of a host that the emulator stopped meanwhile is taken again.
-async fn take_turn(stage: &Stage, peer: Peer, vcpus: u32) -> Result<Figures> {
+/// Each turn has a host that has just booted: in one that has run guests before, a guest of any program takes a third longer to start. A
+/// turn that breaks off is taken again, and counted: the table is of whole turns, and says how many were none.
+async fn take_turn(stage: &Stage, peer: Peer, vcpus: u32, broken: &mut Broken) -> Result<Figures> {
     for _ in 0..TRIES {
+        stage.power(HOST, PowerAction::Off).await?;
+        stage.power(HOST, PowerAction::On).await?;
         let boot = boot_id(stage).await?;
         let error = match attempt(stage, peer, vcpus, boot.trim()).await {
             Ok(figures) => return Ok(figures),
             Err(error) => error,
         };
-        if boot_id(stage).await.is_ok_and(|now| now == boot) {
-            return Err(error);
-        }
-        println!(
-            "  the emulator stopped {HOST} ({}); its power is cycled, and the turn taken again",
-            first_line(&error)
-        );
-        stage.power(HOST, PowerAction::Off).await?;
-        stage.power(HOST, PowerAction::On).await?;
+        *broken.entry(peer.name()).or_default() += 1;
+        println!("  broke off ({}); the turn is taken again", first_line(&error));
     }
-    bail!("the emulator stopped {HOST} in each of {TRIES} tries of a turn of {}", peer.name())
+    bail!("each of {TRIES} tries of a turn of {} broke off", peer.name())
 }
 
 async fn boot_id(stage: &Stage) -> Result<String> {
