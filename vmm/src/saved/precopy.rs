@@ -117,9 +117,12 @@ impl Precopy {
         let Round { sent_bytes, took, dirty_bytes } = round;
         self.elapsed = self.elapsed.saturating_add(took);
         let overtime = self.overtime(Duration::ZERO);
-        if dirty_bytes < SMALL_BYTES || fits(dirty_bytes, sent_bytes, took, self.limits.downtime) {
-            let shrinks = dirty_bytes <= self.dirty_bytes / 2 && self.shortening_rounds < SHORTENING_ROUNDS;
-            if dirty_bytes < SMALL_BYTES || !shrinks || overtime.is_some() {
+        if dirty_bytes < SMALL_BYTES {
+            return Next::Final;
+        }
+        if fits(dirty_bytes, sent_bytes, took, self.limits.downtime) {
+            let halved = dirty_bytes <= self.dirty_bytes / 2;
+            if !halved || self.shortening_rounds == SHORTENING_ROUNDS || overtime.is_some() {
                 return Next::Final;
             }
             self.shortening_rounds += 1;
